@@ -1,0 +1,42 @@
+# Every target sets itself up: the first one to run makes .venv and installs the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+# Where the CPU build of torch comes from when pip's own sources do not have it.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(STAMP)  ## make .venv and install the package with its test tools
+
+quickstart: $(STAMP)  ## train a small model with and without an expert, on the CPU
+	$(BIN)/python examples/quickstart/run.py
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,plot]"
+	touch $(STAMP)

@@ -1,0 +1,35 @@
+"""MENTOR (https://huggingface.co/papers/2510.04140) on TRL: reinforcement learning in which an expert model speaks
+only at the critical tokens of a rollout."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MentorGRPOConfig": "config",
+    "MentorGRPOTrainer": "trainer",
+    "accuracy_reward": "rewards",
+    "format_reward": "rewards",
+    "load_expert": "experts",
+    "LocalSampler": "rollout",
+    "MixedRequest": "rollout",
+    "MixedRollout": "rollout",
+    "MixedSampler": "rollout",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from .config import MentorGRPOConfig
+    from .experts import load_expert
+    from .rewards import accuracy_reward, format_reward
+    from .rollout import LocalSampler, MixedRequest, MixedRollout, MixedSampler
+    from .trainer import MentorGRPOTrainer
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,320 @@
+"""Configuration of [`MentorGRPOTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+
+BRANCH_RULES = ("entropy", "threshold", "random", "always")
+ALPHA_SCHEDULES = ("cosine", "linear", "constant")
+CORRECTIONS = ("temper", "clip", "mask", "saturate")
+CORRECTION_LEVELS = ("conditional", "mixture")
+
+
+@dataclass
+class MentorGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`MentorGRPOTrainer`].
+
+    This class includes only the parameters that MENTOR ([paper](https://huggingface.co/papers/2510.04140)) adds to
+    GRPO. Everything else is inherited, with TRL's defaults, from [`~trl.GRPOConfig`].
+
+    Parameters:
+        > Parameters that control the expert
+
+        expert_model_name_or_path (`str`, *optional*):
+            Model id, local folder, or PEFT adapter folder of the expert. It must have the tokens of the policy.
+        expert_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the expert is loaded.
+        expert_model_revision (`str`, *optional*):
+            Revision of the expert and of its tokenizer.
+        expert_dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the expert's weights: `"auto"` (that of its checkpoint), `"bfloat16"`, `"float16"` or
+            `"float32"`.
+        expert_load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the expert in 4 bits (needs bitsandbytes).
+        expert_load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the expert in 8 bits (needs bitsandbytes).
+        extend_stop_tokens (`bool`, *optional*, defaults to `False`):
+            Whether end-of-sequence tokens of the expert that the policy does not have end a completion of either
+            source. When `False`, such tokens are an error at construction.
+
+        > Parameters that control the mixed rollouts
+
+        num_mixed_generations (`int`, *optional*, defaults to `4`):
+            Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed policy. The
+            others are on-policy; at least 2 of them must remain. `0` is plain GRPO.
+        branch_rule (`str`, *optional*, defaults to `"entropy"`):
+            Weight w of the expert at a token whose policy entropy is H (nats): `"entropy"`, w = min(1, H / gamma), the
+            paper's; `"threshold"`, w = 1 where H >= gamma and else 0; `"random"`, w is everywhere the mean weight of
+            `"entropy"` over the batch's on-policy tokens (a control that does not look at the entropy); `"always"`,
+            w = 1.
+        entropy_quantile (`float`, *optional*, defaults to `0.95`):
+            gamma is this quantile of the token entropies of the on-policy rollouts of the same rollout batch.
+        entropy_threshold_min (`float`, *optional*, defaults to `0.1`):
+            Lower bound of gamma, in nats.
+        entropy_threshold (`float`, *optional*):
+            Fixed gamma, in nats, instead of the quantile.
+        draft_length (`int`, *optional*, defaults to `8`):
+            Number of tokens that the policy drafts between two consultations of the expert. It changes the speed, not
+            the distribution.
+        adaptive_draft_length (`bool`, *optional*, defaults to `False`):
+            Whether to adapt the draft length, up to `draft_length`, to the measured acceptance.
+        rollout_batch_size (`int`, *optional*, defaults to `64`):
+            Number of rows that a process samples at once. Finished rows are replaced by waiting ones.
+
+        > Parameters that control the objective
+
+        alpha (`float`, *optional*, defaults to `1.0`):
+            Initial weight of the mixed rollouts' advantages (alpha_0).
+        alpha_schedule (`str`, *optional*, defaults to `"cosine"`):
+            How alpha falls to 0 over `expert_decay_steps`: `"cosine"`, `"linear"`, or `"constant"` (it does not).
+        expert_decay_steps (`int`, *optional*, defaults to `120`):
+            Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A rollout batch
+            lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's
+            defaults, 2 in the paper's setup.
+        reward_range (`float`, *optional*, defaults to `1.0`):
+            Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.
+        correction (`str`, *optional*, defaults to `"temper"`):
+            Off-policy correction rho of a ratio r: `"temper"`, min(`correction_cap`, r)^`correction_exponent`;
+            `"clip"`, r clipped to [`correction_floor`, `correction_cap`]; `"mask"`, r where r <= `correction_cap` and
+            else 0; `"saturate"`, r / (r + `correction_constant`).
+        correction_level (`str`, *optional*, defaults to `"conditional"`):
+            `"conditional"`: r = p / s at branch points and no correction elsewhere. `"mixture"`: r = p / m at every
+            token of a mixed rollout (the expert then scores every token).
+        correction_cap (`float`, *optional*, defaults to `1.0`):
+            Upper bound of the ratio.
+        correction_floor (`float`, *optional*, defaults to `0.0`):
+            Lower bound of the ratio with `correction="clip"`.
+        correction_exponent (`float`, *optional*, defaults to `0.25`):
+            Exponent of `"temper"`: 0 is no correction (the paper), 1 truncated importance sampling.
+        correction_constant (`float`, *optional*, defaults to `0.1`):
+            Constant of `"saturate"`.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["expert_model_init_kwargs"]
+
+    # Parameters that control the expert
+    expert_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model id, local folder, or PEFT adapter folder of the expert. It must have the tokens of the "
+            "policy."
+        },
+    )
+    expert_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `transformers.AutoModelForCausalLM.from_pretrained` when the expert is "
+            "loaded."
+        },
+    )
+    expert_model_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the expert and of its tokenizer."}
+    )
+    expert_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the expert's weights: 'auto' (that of its checkpoint), 'bfloat16', 'float16' or "
+            "'float32'."
+        },
+    )
+    expert_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Whether to load the expert in 4 bits (needs bitsandbytes)."}
+    )
+    expert_load_in_8bit: bool = field(
+        default=False, metadata={"help": "Whether to load the expert in 8 bits (needs bitsandbytes)."}
+    )
+    extend_stop_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether end-of-sequence tokens of the expert that the policy does not have end a completion of "
+            "either source. When False, such tokens are an error at construction."
+        },
+    )
+
+    # Parameters that control the mixed rollouts
+    num_mixed_generations: int = field(
+        default=4,
+        metadata={
+            "help": "Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed "
+            "policy. The others are on-policy; at least 2 of them must remain. 0 is plain GRPO."
+        },
+    )
+    branch_rule: str = field(
+        default="entropy",
+        metadata={
+            "help": "Weight w of the expert at a token whose policy entropy is H: 'entropy', w = min(1, H / gamma); "
+            "'threshold', w = 1 where H >= gamma and else 0; 'random', w is everywhere the mean weight of 'entropy' "
+            "over the on-policy tokens (a control); 'always', w = 1.",
+            "choices": list(BRANCH_RULES),
+        },
+    )
+    entropy_quantile: float = field(
+        default=0.95,
+        metadata={
+            "help": "gamma is this quantile of the token entropies of the on-policy rollouts of the same rollout "
+            "batch."
+        },
+    )
+    entropy_threshold_min: float = field(default=0.1, metadata={"help": "Lower bound of gamma, in nats."})
+    entropy_threshold: float | None = field(
+        default=None, metadata={"help": "Fixed gamma, in nats, instead of the quantile."}
+    )
+    draft_length: int = field(
+        default=8,
+        metadata={
+            "help": "Number of tokens that the policy drafts between two consultations of the expert. It changes the "
+            "speed, not the distribution."
+        },
+    )
+    adaptive_draft_length: bool = field(
+        default=False,
+        metadata={"help": "Whether to adapt the draft length, up to `draft_length`, to the measured acceptance."},
+    )
+    rollout_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Number of rows that a process samples at once. Finished rows are replaced by waiting ones."
+        },
+    )
+
+    # Parameters that control the objective
+    alpha: float = field(default=1.0, metadata={"help": "Initial weight of the mixed rollouts' advantages (alpha_0)."})
+    alpha_schedule: str = field(
+        default="cosine",
+        metadata={
+            "help": "How alpha falls to 0 over `expert_decay_steps`: 'cosine', 'linear', or 'constant' (it does not).",
+            "choices": list(ALPHA_SCHEDULES),
+        },
+    )
+    expert_decay_steps: int = field(
+        default=120,
+        metadata={
+            "help": "Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A "
+            "rollout batch lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer "
+            "steps: 1 with TRL's defaults, 2 in the paper's setup."
+        },
+    )
+    reward_range: float = field(
+        default=1.0,
+        metadata={
+            "help": "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided."
+        },
+    )
+    correction: str = field(
+        default="temper",
+        metadata={
+            "help": "Off-policy correction of a ratio r: 'temper', min(cap, r)^exponent; 'clip', r clipped to [floor, "
+            "cap]; 'mask', r where r <= cap and else 0; 'saturate', r / (r + constant).",
+            "choices": list(CORRECTIONS),
+        },
+    )
+    correction_level: str = field(
+        default="conditional",
+        metadata={
+            "help": "'conditional': r = p / s at branch points and no correction elsewhere. 'mixture': r = p / m at "
+            "every token of a mixed rollout (the expert then scores every token).",
+            "choices": list(CORRECTION_LEVELS),
+        },
+    )
+    correction_cap: float = field(default=1.0, metadata={"help": "Upper bound of the ratio."})
+    correction_floor: float = field(
+        default=0.0, metadata={"help": "Lower bound of the ratio with `correction='clip'`."}
+    )
+    correction_exponent: float = field(
+        default=0.25,
+        metadata={
+            "help": "Exponent of 'temper': 0 is no correction (the paper), 1 truncated importance sampling."
+        },
+    )
+    correction_constant: float = field(default=0.1, metadata={"help": "Constant of 'saturate'."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices()
+        self._check_group()
+        self._check_ranges()
+        if self.num_mixed_generations > 0:
+            self._check_sampling()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("branch_rule", BRANCH_RULES),
+            ("alpha_schedule", ALPHA_SCHEDULES),
+            ("correction", CORRECTIONS),
+            ("correction_level", CORRECTION_LEVELS),
+            ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}.")
+
+    def _check_group(self) -> None:
+        n, mixed = self.num_generations, self.num_mixed_generations
+        if mixed < 0:
+            raise ValueError(f"`num_mixed_generations` is {mixed}; set it to 0 (plain GRPO) or more.")
+        if mixed and n - mixed < 2:
+            raise ValueError(
+                f"`num_mixed_generations={mixed}` leaves {n - mixed} of `num_generations={n}` rollouts on-policy, and "
+                f"the baseline needs at least 2. Set `num_mixed_generations` to {max(n - 2, 0)} or less, or raise "
+                f"`num_generations` to {mixed + 2} or more."
+            )
+
+    def _check_ranges(self) -> None:
+        def require(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {what}.")
+
+        require(0.0 <= self.entropy_quantile <= 1.0, "entropy_quantile", "between 0 and 1")
+        require(self.entropy_threshold_min > 0.0, "entropy_threshold_min", "a positive number of nats, e.g. 0.1")
+        require(
+            self.entropy_threshold is None or self.entropy_threshold > 0.0,
+            "entropy_threshold",
+            "a positive number of nats, or unset to use `entropy_quantile`",
+        )
+        require(self.draft_length >= 1, "draft_length", "at least 1")
+        require(self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1")
+        require(self.alpha >= 0.0, "alpha", "0 or more")
+        require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
+        require(self.reward_range > 0.0, "reward_range", "positive")
+        require(self.correction_cap > 0.0, "correction_cap", "positive (`inf` for no cap)")
+        require(0.0 <= self.correction_floor <= self.correction_cap, "correction_floor", "between 0 and correction_cap")
+        require(self.correction_exponent >= 0.0, "correction_exponent", "0 or more")
+        require(self.correction_constant > 0.0, "correction_constant", "positive")
+        require(
+            not (self.expert_load_in_4bit and self.expert_load_in_8bit),
+            "expert_load_in_4bit",
+            "False where `expert_load_in_8bit` is True",
+        )
+
+    def _check_sampling(self) -> None:
+        """Mixed rollouts are exact for temperature sampling only; everything else is refused, not approximated."""
+        neutral = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        for name, values in neutral.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` changes the sampling distribution of the policy, and mixed "
+                    f"rollouts are exact only without it. Set `{name}` to {values[0]}, or `num_mixed_generations` "
+                    "to 0."
+                )
+        if self.generation_kwargs:
+            raise ValueError(
+                f"`generation_kwargs={self.generation_kwargs}` does not apply to mixed rollouts. Remove it (the "
+                "temperature has its own field), or set `num_mixed_generations` to 0."
+            )
+        if self.temperature <= 0.0:
+            raise ValueError(f"`temperature` is {self.temperature}; rollouts need a positive temperature.")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "`multi_objective_aggregation='normalize_then_sum'` has no definition for mixed rollouts, whose "
+                "baseline is the group's mean reward. Use 'sum_then_normalize', or set `num_mixed_generations` to 0."
+            )
+        for name, mend in (
+            ("use_vllm", "Set it to False: mixed rollouts are sampled in process."),
+            ("use_transformers_continuous_batching", "Set it to False: mixed rollouts have their own engine."),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is not supported with mixed rollouts. {mend}")
+        if self.max_completion_length is None:
+            raise ValueError("`max_completion_length` is unset; mixed rollouts need a limit, e.g. 512.")

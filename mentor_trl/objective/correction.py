@@ -1,0 +1,87 @@
+"""Off-policy correction of expert tokens, folded into per-token advantages."""
+
+import math
+
+import torch
+
+
+# exp(20) is 5e8: far beyond any cap in use, and far from overflow in float32
+MAX_LOG_RATIO = 20.0
+
+
+def correction_weights(
+    log_ratio_B_T: torch.Tensor,
+    where_B_T: torch.Tensor,
+    kind: str = "temper",
+    cap: float = 1.0,
+    floor: float = 0.0,
+    exponent: float = 0.25,
+    constant: float = 0.1,
+) -> torch.Tensor:
+    """
+    Weights rho >= 0 from log importance ratios log r.
+
+    | kind | rho |
+    | --- | --- |
+    | `"temper"` | min(cap, r)^exponent: exponent 0 is no correction, 1 truncated importance sampling |
+    | `"clip"` | r clipped to [floor, cap] |
+    | `"mask"` | r where r <= cap, else 0 |
+    | `"saturate"` | r / (r + constant) |
+
+    Args:
+        log_ratio_B_T (`torch.Tensor` of shape `(B, T)`):
+            log r: log p - log s at branch points (level `"conditional"`) or log p - log m (level `"mixture"`), in
+            nats. Values outside `where_B_T` are not read and may be NaN. Clamped to +-20 before exponentiation.
+        where_B_T (`torch.Tensor` of shape `(B, T)`, `bool`):
+            Tokens to correct; the weight is 1 elsewhere.
+        kind (`str`, *optional*, defaults to `"temper"`):
+            Kind of correction.
+        cap (`float`, *optional*, defaults to `1.0`):
+            Upper bound of r (`inf`: none).
+        floor (`float`, *optional*, defaults to `0.0`):
+            Lower bound of r with `"clip"`.
+        exponent (`float`, *optional*, defaults to `0.25`):
+            Exponent of `"temper"`.
+        constant (`float`, *optional*, defaults to `0.1`):
+            Constant of `"saturate"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, detached.
+
+    Example:
+    ```python
+    >>> log_ratio = torch.tensor([[0.0625, 4.0, torch.nan]]).log()
+    >>> correction_weights(log_ratio, torch.tensor([[True, True, False]]), exponent=0.25)
+    tensor([[0.5000, 1.0000, 1.0000]])
+    ```
+    """
+    log_ratio = log_ratio_B_T.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if kind == "temper":
+        rho = (exponent * log_ratio.clamp(max=math.log(cap))).exp()
+    elif kind == "clip":
+        rho = log_ratio.exp().clamp(floor, cap)
+    elif kind == "mask":
+        ratio = log_ratio.exp()
+        rho = torch.where(ratio <= cap, ratio, torch.zeros_like(ratio))
+    elif kind == "saturate":
+        ratio = log_ratio.exp()
+        rho = ratio / (ratio + constant)
+    else:
+        raise ValueError(f"Unknown correction {kind!r}; choose 'temper', 'clip', 'mask' or 'saturate'.")
+    return torch.where(where_B_T, rho, torch.ones_like(rho))
+
+
+def fold_correction(advantages_B: torch.Tensor, rho_B_T: torch.Tensor) -> torch.Tensor:
+    """
+    Per-token advantages A_it = rho_it A_i. As rho >= 0 is detached, it multiplies TRL's clipped term unchanged.
+
+    Args:
+        advantages_B (`torch.Tensor` of shape `(B,)`):
+            Advantages of the rollouts.
+        rho_B_T (`torch.Tensor` of shape `(B, T)`):
+            Correction weights, 1 where there is nothing to correct.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+    """
+    return advantages_B.unsqueeze(1) * rho_B_T

@@ -1,0 +1,238 @@
+r"""
+The mixed policy m = (1 - w) p + w s of a policy p and an expert s over one vocabulary (Eq. 6-8 of
+[MENTOR](https://huggingface.co/papers/2510.04140)), sampled as a coin and a coupling.
+
+Drawing y ~ m is: draft y ~ p and flip a coin z ~ Bernoulli(w). With z = 0 the draft stands. With z = 1 (a *branch
+point*) the draft is coupled maximally with s: it stands with probability min(1, s(y) / p(y)) and is else replaced by a
+draw from (s - p)+. The committed token is then an exact sample of s at branch points, and of m overall. The residual
+(s - p)+ does not depend on w.
+
+Shapes: `...` is any batch shape and `V` the vocabulary. Probabilities are natural logarithms (nats) in float32 or
+float64; -inf is a probability of exactly 0.
+"""
+
+import torch
+
+
+def match_vocabulary(logits: torch.Tensor, size: int, num_tokens: int | None = None) -> torch.Tensor:
+    """
+    Bring an expert's logits to the policy's vocabulary size, where the embeddings are padded differently.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., V_expert)`):
+            Expert logits.
+        size (`int`):
+            Number of rows of the policy's output embedding.
+        num_tokens (`int`, *optional*):
+            Number of ids that the tokenizer defines. Rows from there on are padding, which the expert never emits.
+
+    Returns:
+        `torch.Tensor` of shape `(..., size)`: logits, -inf where the expert has no token.
+
+    Example:
+    ```python
+    >>> match_vocabulary(torch.zeros(4), 5, num_tokens=3)
+    tensor([0., 0., 0., -inf, -inf])
+    ```
+    """
+    keep = min(logits.size(-1), size, num_tokens or size)
+    return torch.nn.functional.pad(logits[..., :keep], (0, size - keep), value=float("-inf"))
+
+
+def entropy_from_logps(logps: torch.Tensor) -> torch.Tensor:
+    """
+    Entropy H = -sum p log p in nats.
+
+    Args:
+        logps (`torch.Tensor` of shape `(..., V)`):
+            Normalized log-probabilities; -inf is allowed.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+    """
+    return torch.special.entr(logps.exp()).sum(dim=-1)
+
+
+def branch_weight(
+    entropy: torch.Tensor,
+    gamma: torch.Tensor | float,
+    rule: str = "entropy",
+    share: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """
+    Weight w of the expert at a token (Eq. 7). `gamma = inf` is the plain policy (w = 0) under every rule.
+
+    Args:
+        entropy (`torch.Tensor` of shape `(...)`):
+            Policy entropy H in nats.
+        gamma (`torch.Tensor` broadcastable to `(...)`, or `float`):
+            Entropy threshold in nats, positive.
+        rule (`str`, *optional*, defaults to `"entropy"`):
+            `"entropy"`: min(1, H / gamma). `"threshold"`: 1 where H >= gamma, else 0. `"random"`: `share`, whatever
+            H is. `"always"`: 1.
+        share (`torch.Tensor` or `float`, *optional*, defaults to `0.0`):
+            Weight of the rule `"random"`.
+
+    Returns:
+        `torch.Tensor` of shape `(...)` with values in [0, 1].
+
+    Example:
+    ```python
+    >>> branch_weight(torch.tensor([0.0, 0.5, 2.0]), 1.0)
+    tensor([0.0000, 0.5000, 1.0000])
+    ```
+    """
+    gamma = torch.as_tensor(gamma, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
+    if rule == "entropy":
+        return (entropy / gamma).clamp(0.0, 1.0)
+    if rule == "threshold":
+        return (entropy >= gamma).to(entropy.dtype)
+    if rule == "random":
+        weight = torch.as_tensor(share, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
+    elif rule == "always":
+        weight = torch.ones_like(entropy)
+    else:
+        raise ValueError(f"Unknown branch rule {rule!r}; choose 'entropy', 'threshold', 'random' or 'always'.")
+    return torch.where(gamma.isinf(), torch.zeros_like(weight), weight)
+
+
+def draw_coin(weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    Draw z ~ Bernoulli(w). A weight of 0 never branches and a weight of 1 always does.
+
+    Args:
+        weight (`torch.Tensor` of shape `(...)`):
+            Weights in [0, 1].
+        generator (`torch.Generator`, *optional*):
+            Source of randomness.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, `bool`.
+    """
+    return torch.rand(weight.shape, generator=generator, device=weight.device, dtype=torch.float64) < weight
+
+
+def acceptance_probability(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """
+    Probability min(1, s(y) / p(y)) that a draft y ~ p stands at a branch point.
+
+    Args:
+        logp (`torch.Tensor` of shape `(...)`):
+            log p(y). Finite, as y was drawn from p.
+        logs (`torch.Tensor` of shape `(...)`):
+            log s(y); may be -inf.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+    """
+    return (logs - logp).clamp(max=0.0).exp()
+
+
+def residual(logps: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """
+    Unnormalized residual (s - p)+, from which a rejected draft is replaced. Its mass is the total variation of p and s.
+
+    Args:
+        logps (`torch.Tensor` of shape `(..., V)`):
+            Policy log-probabilities.
+        logs (`torch.Tensor` of shape `(..., V)`):
+            Expert log-probabilities.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`.
+    """
+    return (logs.exp() - logps.exp()).clamp(min=0.0)
+
+
+def couple(
+    draft: torch.Tensor, logps: torch.Tensor, logs: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Maximal coupling at branch points: given drafts y ~ p, return tokens distributed exactly as s that differ from the
+    drafts as rarely as possible.
+
+    Args:
+        draft (`torch.Tensor` of shape `(N,)`):
+            Token ids drawn from p.
+        logps (`torch.Tensor` of shape `(N, V)`):
+            Policy log-probabilities.
+        logs (`torch.Tensor` of shape `(N, V)`):
+            Expert log-probabilities.
+        generator (`torch.Generator`, *optional*):
+            Source of randomness.
+
+    Returns:
+        `tuple` of the tokens, `(N,)`, and of whether each one replaced its draft, `(N,)` `bool`.
+    """
+    index = draft.unsqueeze(-1)
+    accept = acceptance_probability(logps.gather(-1, index), logs.gather(-1, index)).squeeze(-1)
+    uniform = torch.rand(accept.shape, generator=generator, device=accept.device, dtype=accept.dtype)
+    rejected = (uniform >= accept).nonzero().squeeze(-1)
+    tokens, replaced = draft.clone(), torch.zeros_like(draft, dtype=torch.bool)
+    if rejected.numel() == 0:
+        return tokens, replaced
+    mass = residual(logps[rejected], logs[rejected])
+    # p = s up to rounding leaves nothing to draw from: the draft already is a sample of s
+    some = mass.sum(dim=-1) > 0.0
+    rejected, mass = rejected[some], mass[some]
+    if rejected.numel():
+        tokens[rejected] = torch.multinomial(mass, 1, generator=generator).squeeze(-1)
+        replaced[rejected] = True
+    return tokens, replaced
+
+
+def mixture_logps(logp: torch.Tensor, logs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    log m(y) = log((1 - w) p(y) + w s(y)).
+
+    Args:
+        logp (`torch.Tensor` of shape `(...)`):
+            log p(y).
+        logs (`torch.Tensor` of shape `(...)`):
+            log s(y). Not read where w = 0, where it may be NaN.
+        weight (`torch.Tensor` of shape `(...)`):
+            w in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+    """
+    mixed = torch.logaddexp(torch.log1p(-weight) + logp, weight.log() + logs)
+    return torch.where(weight == 0.0, logp, torch.where(weight == 1.0, logs, mixed))
+
+
+def posterior_coin(logp: torch.Tensor, logs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    P(z = 1 | y) = w s(y) / m(y): the coin, drawn after the token.
+
+    An engine that samples from m without telling the coin yields branch points by this posterior, given its own p(y),
+    s(y) and w.
+
+    Args:
+        logp (`torch.Tensor` of shape `(...)`):
+            log p(y).
+        logs (`torch.Tensor` of shape `(...)`):
+            log s(y).
+        weight (`torch.Tensor` of shape `(...)`):
+            w in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(...)`; 0 where m(y) = 0.
+    """
+    odds = weight.log() + logs - torch.log1p(-weight) - logp
+    return torch.where(weight == 0.0, torch.zeros_like(weight), torch.sigmoid(odds).nan_to_num(nan=0.0))
+
+
+def posterior_replaced(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """
+    P(replaced | y, z = 1) = (1 - p(y) / s(y))+: whether an expert token differs from its draft, drawn after the token.
+
+    Args:
+        logp (`torch.Tensor` of shape `(...)`):
+            log p(y).
+        logs (`torch.Tensor` of shape `(...)`):
+            log s(y).
+
+    Returns:
+        `torch.Tensor` of shape `(...)`; 0 where s(y) = 0.
+    """
+    return (-torch.expm1((logp - logs).clamp(max=0.0))).nan_to_num(nan=0.0)

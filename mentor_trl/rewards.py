@@ -1,0 +1,204 @@
+r"""
+Reward functions for mathematical reasoning with verifiable answers: accuracy of the final `\boxed{}` and format.
+
+They have the signature of TRL's reward functions. MENTOR weights them 0.9 and 0.1 (`reward_weights` of the trainer's
+configuration).
+"""
+
+import re
+from collections.abc import Callable
+
+from .grading import Verdict, get_grader
+
+
+THINK_START, THINK_END = "<think>", "</think>"
+
+# Braces that delimit: `\{`, `\}` and the line break `\\` are skipped, but `\\boxed{` (an escaped backslash) is a box.
+_BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)"
+    r"|(?P<bare>\\(?:boxed|fbox)\s+(?P<token>[^\s{}$]+))"
+    r"|\\(?:\\(?!boxed|fbox)|[{}])"
+    r"|(?P<open>\{)|(?P<close>\})"
+)
+
+_NO_ANSWER = "[no boxed answer]"
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""
+    Returns the content of the last complete `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`) of a text.
+
+    Args:
+        text (`str`):
+            Text to search. A box that is never closed, as in a truncated completion, is passed over.
+
+    Returns:
+        `str`, *optional*:
+            The content, stripped, or `None` when there is no box or the box is empty.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards import extract_boxed
+
+    >>> extract_boxed(r"First \boxed{1}, then \boxed{\frac{4}{3}}.")
+    '\\frac{4}{3}'
+    ```
+    """
+    last_start, content = -1, None
+    opened: list[tuple[int, int] | None] = []  # start of the box and of its content; None for a brace of its own
+    for match in _BRACES.finditer(text):
+        if match["box"]:
+            opened.append((match.start(), match.end()))
+        elif match["bare"]:
+            if match.start() > last_start:
+                last_start, content = match.start(), match["token"].rstrip(".,;:")
+        elif match["open"]:
+            opened.append(None)
+        elif match["close"] and opened:
+            box = opened.pop()
+            if box is not None and box[0] > last_start:
+                last_start, content = box[0], text[box[1] : match.start()]
+    return (content or "").strip() or None
+
+
+def _text(completion: str | list[dict]) -> str:
+    """Returns the whole response as one string, with reasoning that TRL has parsed out of it put back."""
+    if isinstance(completion, str):
+        return completion
+    parts = []
+    for message in completion:
+        if message.get("role", "assistant") != "assistant":
+            continue
+        reasoning = message.get("reasoning_content") or message.get("thinking")
+        if reasoning:
+            parts.append(f"{THINK_START}{reasoning}{THINK_END}")
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            content = "".join(block.get("text") or "" for block in content)
+        parts.append(content)
+    return "".join(parts)
+
+
+def _final_answer(text: str) -> str | None:
+    return extract_boxed(text.rpartition(THINK_END)[2])
+
+
+def _gold_answer(solution: str) -> str | None:
+    boxed = _final_answer(solution)
+    if boxed is not None or r"\boxed" in solution:
+        return boxed
+    # GSM8K's own notation: the reasoning, then `#### 72`.
+    return solution.rpartition("####")[2].strip() or None
+
+
+def _describe(answer: str | None, gold: str | None, verdict: Verdict | None) -> str:
+    if gold is None or (verdict is not None and verdict.correct is None):
+        return "unparseable solution"
+    if answer is None:
+        return "no answer"
+    return verdict.failure or ("correct" if verdict.correct else "wrong")
+
+
+def accuracy_reward(
+    completions: list[str] | list[list[dict]],
+    solution: list[str] | None = None,
+    log_extra: Callable[[str, list], None] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs,
+) -> list[float | None]:
+    r"""
+    Reward function that checks the final answer of each completion with math-verify.
+
+    The answer is the content of the last `\boxed{}` after the last `</think>`, or of the whole completion when it has
+    no `</think>`; without such a box the reward is 0. The verification runs in worker processes ([`~grading.Grader`]),
+    so that it works on any thread, and a completion that makes the verifier hang, crash or run out of memory costs
+    nothing but its own reward.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions, as strings or as lists of messages.
+        solution (`list[str]`):
+            Gold answers: bare (`72`, `\frac43`, `1,234`), with math delimiters, as a full solution that ends in a
+            `\boxed{}`, or in GSM8K's notation (`... #### 72`). It is the dataset column `solution`.
+        log_extra (`callable`, *optional*):
+            Logs the columns `accuracy_answer`, the extracted answer, and `accuracy_verdict` (`correct`, `wrong`, `no
+            answer`, `timeout`, `crash` or `unparseable solution`) to the completions table. Provided by the trainer.
+        log_metric (`callable`, *optional*):
+            Logs `mentor/verifier_failures`, the number of completions of this call whose verification hung or crashed,
+            and `mentor/unparseable_solutions`, the number of those skipped. Provided by the trainer, which averages
+            both over processes: they are numbers of completions per process and batch.
+        **kwargs:
+            Other dataset columns and what else the trainer passes. Not used.
+
+    Returns:
+        `list[float | None]`:
+            1.0 for a correct answer, 0.0 for any other, and `None`, which makes the trainer skip the reward, when the
+            gold answer cannot be parsed.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards import accuracy_reward
+
+    >>> completions = [r"<think>1 + 1</think> It is \boxed{2}.", r"<think>1 + 1</think> It is \boxed{3}."]
+    >>> accuracy_reward(completions, solution=["2", "2"])
+    [1.0, 0.0]
+    ```
+    """
+    if solution is None:
+        raise ValueError(
+            "accuracy_reward needs the gold answers in a dataset column named `solution`, and there is none. Rename "
+            'the column that holds them, e.g. dataset.rename_column("answer", "solution"). '
+            f"It was called with: {', '.join(sorted(kwargs)) or 'no other column'}."
+        )
+    answers = [_final_answer(_text(completion)) for completion in completions]
+    golds = [_gold_answer(str(gold)) if gold is not None else None for gold in solution]
+    # A completion without an answer is graded too, against an empty one: whether its solution can be parsed decides
+    # between 0 and None, and the rows of a group must agree on that.
+    pairs = [(gold, answer or "") for gold, answer in zip(golds, answers, strict=True)]
+    graded = iter(get_grader().grade(pair for pair in pairs if pair[0] is not None))
+    verdicts = [next(graded) if gold is not None else None for gold in golds]
+
+    rewards = [None if v is None or v.correct is None else float(v.correct) for v in verdicts]
+    if log_extra is not None:
+        log_extra("accuracy_answer", [answer or _NO_ANSWER for answer in answers])
+        log_extra("accuracy_verdict", [_describe(*row) for row in zip(answers, golds, verdicts, strict=True)])
+    if log_metric is not None:
+        log_metric("mentor/verifier_failures", float(sum(v is not None and v.failure is not None for v in verdicts)))
+        log_metric("mentor/unparseable_solutions", float(sum(reward is None for reward in rewards)))
+    return rewards
+
+
+def format_reward(completions: list[str] | list[list[dict]], **kwargs) -> list[float]:
+    r"""
+    Reward function that checks that the whole response has the form `<think>...</think>...\boxed{...}...`.
+
+    The response must begin with `<think>` (white space before it is allowed), hold exactly one `<think>` and one
+    `</think>`, and have a complete, non-empty `\boxed{}` after `</think>`; the thought itself may be empty. A chat
+    template that writes `<think>` into the prompt takes it out of the response, which then has not this form.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions, as strings or as lists of messages. Reasoning that the trainer has parsed into a field of its
+            own (`reasoning_content` or `thinking`) counts as a think block.
+        **kwargs:
+            Dataset columns and what else the trainer passes. Not used.
+
+    Returns:
+        `list[float]`:
+            1.0 for a response of this form, 0.0 for any other.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards import format_reward
+
+    >>> format_reward([r"<think>1 + 1</think> It is \boxed{2}.", r"It is \boxed{2}."])
+    [1.0, 0.0]
+    ```
+    """
+    return [float(_has_format(_text(completion))) for completion in completions]
+
+
+def _has_format(text: str) -> bool:
+    if not text.lstrip().startswith(THINK_START) or text.count(THINK_START) != 1 or text.count(THINK_END) != 1:
+        return False
+    return _final_answer(text) is not None

@@ -1,0 +1,239 @@
+"""One causal language model behind a ragged key-value cache."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from .cache import RaggedCache
+
+
+# Bounds on what a single operation holds, whatever the number of rows, their length and the vocabulary
+MAX_LOGITS = 2**24
+MAX_PREFILL_TOKENS = 8192
+MAX_CATCH_UP = 256
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def text_model(model) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+@contextmanager
+def inference(model) -> Iterator[None]:
+    """
+    Dropout off and an attention that takes a mask per row, for every module; the former state is restored on exit.
+    """
+    config = text_model(model).config.get_text_config()
+    attention = config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    if attention not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+        for module in training:
+            module.training = True
+
+
+class Decoder:
+    """
+    Incremental decoding of rows of different lengths, each of which can be rolled back on its own.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        slots (`int`):
+            Number of rows.
+        autocast (`Callable[[], AbstractContextManager]`, *optional*):
+            Makes the mixed-precision context of the forward passes.
+    """
+
+    def __init__(self, model, slots: int, autocast: Callable[[], AbstractContextManager] | None = None):
+        self.model = text_model(model)
+        self.config = self.model.config.get_text_config()
+        self.device = self.model.get_input_embeddings().weight.device
+        self.lm_head = self.model.get_output_embeddings()
+        self.vocab_size = self.lm_head.weight.size(0)
+        self.autocast = autocast or nullcontext
+        self.cache = RaggedCache(slots)
+        self.prompts: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def max_length(self) -> int | None:
+        """Context length in tokens, `None` where the model names none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows whose logits are held at once."""
+        return max(1, MAX_LOGITS // self.vocab_size)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int, length: int):
+        """
+        Hidden states of new tokens, which enter the cache.
+
+        Args:
+            ids (`torch.Tensor` of shape `(B, Q)`):
+                Token ids.
+            positions (`torch.Tensor` of shape `(B, Q)`):
+                Their positions. A token attends to all positions up to its own.
+            rows (`torch.Tensor` of shape `(B,)` or `int`):
+                Slots; an `int` B stands for the first B.
+            length (`int`):
+                One more than the largest position.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q, D)`.
+        """
+        ids, positions = ids.to(self.device), positions.to(self.device)
+        self.cache.reserve(length)
+        self.cache.place(rows, positions, length)
+        with self.autocast():
+            outputs = self.model.base_model(
+                input_ids=ids,
+                attention_mask=self._mask(positions, length),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return outputs.last_hidden_state
+
+    def _mask(self, positions: torch.Tensor, length: int):
+        keys = torch.arange(length, device=positions.device)
+        queries = positions[:, None, :, None]
+        causal = keys <= queries
+        window = getattr(self.config, "sliding_window", None)
+        layer_types = set(getattr(self.config, "layer_types", None) or ())
+        if window is None or layer_types == {"full_attention"}:
+            return self._as_attention_mask(causal)
+        sliding = self._as_attention_mask(causal & (keys > queries - window))
+        if not layer_types:
+            return sliding
+        return {"full_attention": self._as_attention_mask(causal), "sliding_attention": sliding}
+
+    def _as_attention_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        if self.config._attn_implementation != "eager":
+            return allowed
+        zero = torch.zeros((), dtype=self.model.dtype, device=allowed.device)
+        return torch.where(allowed, zero, torch.finfo(self.model.dtype).min)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `(N, V)` of hidden states `(N, D)`, as the model itself makes them."""
+        with self.autocast():
+            logits = self.lm_head(hidden)
+        logits = logits.float()
+        scale = getattr(self.config, "logit_scale", None)
+        divisor = getattr(self.config, "logits_scaling", None)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if scale is not None:
+            logits = logits * scale
+        if divisor is not None:
+            logits = logits / divisor
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> None:
+        """
+        Bring all but the last token of each prompt into its slot. A prompt that some slot holds already is copied, and
+        a prompt that several slots need is computed once.
+        """
+        held = {prompt: slot for slot, prompt in self.prompts.items()}
+        computed: dict[tuple[int, ...], int] = {}
+        known, repeated = [], []
+        for slot, prompt in zip(slots, prompts, strict=True):
+            if self.prompts.get(slot) == prompt:
+                continue
+            if prompt in held:
+                known.append((held[prompt], slot))
+            elif prompt in computed:
+                repeated.append((computed[prompt], slot))
+            else:
+                computed[prompt] = slot
+        length = max(len(prompt) for prompt in prompts) - 1
+        self.prompts.update(zip(slots, prompts, strict=True))
+        if known and length:
+            self.cache.reserve(length)
+            self.cache.copy_rows(*map(list, zip(*known, strict=True)), length)
+        self._compute(sorted(computed.items(), key=lambda item: len(item[0])))
+        if repeated and length:
+            self.cache.copy_rows(*map(list, zip(*repeated, strict=True)), length)
+
+    def _compute(self, items: list[tuple[tuple[int, ...], int]]) -> None:
+        while items:
+            size = max(1, MAX_PREFILL_TOKENS // max(len(items[-1][0]), 1))
+            chunk, items = items[-size:], items[:-size]
+            length = max(len(prompt) for prompt, _ in chunk) - 1
+            if length == 0:
+                continue
+            ids = torch.zeros((len(chunk), length), dtype=torch.long)
+            for i, (prompt, _) in enumerate(chunk):
+                ids[i, : len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
+            rows = torch.tensor([slot for _, slot in chunk], device=self.device)
+            self.forward(ids, torch.arange(length).expand_as(ids), rows, length)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot, and its prompt, onto another slot."""
+        if self.cache.capacity:
+            self.cache.copy_rows([source], [target], length)
+        if source in self.prompts:
+            self.prompts[target] = self.prompts[source]
+        else:
+            self.prompts.pop(target, None)
+
+
+@torch.no_grad()
+def check_decoding(model, name: str) -> None:
+    """
+    Compare a few tokens decoded through the ragged cache with the model's own forward pass.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        name (`str`):
+            What the errors call it.
+
+    Raises:
+        `ValueError`: if the architecture keeps a state that cannot be rolled back (state-space and linear-attention
+        layers), attends in a way that is not supported, or makes its logits in a way that is not known.
+    """
+    base = text_model(model)
+    config = base.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    reason = f"its layers are of the types {', '.join(sorted(unknown))}" if unknown else None
+    if reason is None:
+        with inference(model):
+            try:
+                difference, tolerance = _decoding_difference(base, config)
+                if not difference <= tolerance:
+                    reason = f"its log-probabilities differ by {difference:.2g} nats when decoded in steps"
+            except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                reason = f"decoding it in steps fails with {type(error).__name__}: {error}"
+    if reason is not None:
+        raise ValueError(
+            f"The {name} ({type(base).__name__}) cannot sample mixed rollouts: {reason}. Use a transformer with full "
+            "or sliding-window attention (Llama, Qwen, Mistral, Gemma, ...), or set `num_mixed_generations` to 0."
+        )
+
+
+def _decoding_difference(base: PreTrainedModel, config) -> tuple[float, float]:
+    size = min(base.get_input_embeddings().weight.size(0), base.get_output_embeddings().weight.size(0))
+    ids = torch.arange(10).view(2, 5) % size
+    decoder = Decoder(base, slots=2)
+    expected = base(input_ids=ids.to(decoder.device), use_cache=False).logits.float()
+    decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :4].tolist())])
+    starts = torch.tensor([1, 3])
+    positions = starts.unsqueeze(1) + torch.arange(2)
+    hidden = decoder.forward(ids.gather(1, positions), positions, 2, 5)
+    actual = decoder.logits(hidden.flatten(0, 1)).view(2, 2, -1)
+    expected = expected.gather(1, positions.to(expected.device).unsqueeze(-1).expand_as(actual))
+    exact = base.dtype == torch.float32
+    difference = (actual.log_softmax(-1) - expected.log_softmax(-1)).abs()
+    return difference.max().item() if exact else difference.median().item(), 1e-2 if exact else 0.5

@@ -1,0 +1,140 @@
+"""What every rollout engine takes and gives."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class MixedRequest:
+    """
+    Rows to sample from the mixed policy.
+
+    Args:
+        prompt_ids (`list[list[int]]`):
+            Token ids of each row's prompt, without padding. Equal prompts may repeat.
+        gamma (`list[float]`):
+            Entropy threshold of each row, in nats; `inf` is the plain policy.
+        max_new_tokens (`int`):
+            Length limit of a completion, in tokens.
+        stop_token_ids (`tuple[int, ...]`):
+            Ids that end a completion (and are its last token).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models.
+        branch_rule (`str`, *optional*, defaults to `"entropy"`):
+            See [`~mentor_trl.objective.branch_weight`].
+        share (`float`, *optional*, defaults to `0.0`):
+            Weight of the branch rule `"random"`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the request. The same request on the same weights gives the same rows.
+        score_all (`bool`, *optional*, defaults to `False`):
+            Whether log s and log m are returned at every token with w > 0 rather than at branch points only.
+    """
+
+    prompt_ids: list[list[int]]
+    gamma: list[float]
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    branch_rule: str = "entropy"
+    share: float = 0.0
+    seed: int = 0
+    score_all: bool = False
+
+    def __post_init__(self):
+        if len(self.prompt_ids) != len(self.gamma):
+            raise ValueError(f"The request has {len(self.prompt_ids)} prompts and {len(self.gamma)} values of gamma.")
+        for row, ids in enumerate(self.prompt_ids):
+            if len(ids) == 0:
+                raise ValueError(f"The prompt of row {row} has no tokens; a rollout needs at least one.")
+        for row, gamma in enumerate(self.gamma):
+            if not gamma > 0.0:
+                raise ValueError(f"gamma of row {row} is {gamma}; it must be positive (inf for the plain policy).")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature is {self.temperature}; it must be positive.")
+
+
+@dataclass
+class MixedRollout:
+    """
+    Completions and their per-token records. R rows; T is the longest completion; what lies beyond a row's completion
+    is NaN or `False`.
+
+    Args:
+        completion_ids (`list[list[int]]`):
+            Token ids of each completion, with the stop token that ended it, if any.
+        entropies (`torch.Tensor` of shape `(R, T)`):
+            Policy entropy H in nats before each token.
+        weights (`torch.Tensor` of shape `(R, T)`):
+            Weight w of the expert.
+        logps (`torch.Tensor` of shape `(R, T)`):
+            log p of the committed token, in nats.
+        expert_logps (`torch.Tensor` of shape `(R, T)`):
+            log s of the committed token; NaN where the expert was not asked.
+        mixed_logps (`torch.Tensor` of shape `(R, T)`):
+            log m of the committed token; NaN where the expert was not asked and w > 0.
+        branch (`torch.Tensor` of shape `(R, T)`, `bool`):
+            Branch points: the coin fell on the expert, and the token is an exact sample of s.
+        replaced (`torch.Tensor` of shape `(R, T)`, `bool`):
+            Branch points whose token differs from the policy's draft.
+        stats (`dict[str, float]`):
+            Counts of the sampling: `tokens`, `drafted` (tokens), `rounds` (of a row), `batch_rounds` and
+            `expert_rounds` (those in which the expert ran), `seconds`.
+    """
+
+    completion_ids: list[list[int]]
+    entropies: torch.Tensor
+    weights: torch.Tensor
+    logps: torch.Tensor
+    expert_logps: torch.Tensor
+    mixed_logps: torch.Tensor
+    branch: torch.Tensor
+    replaced: torch.Tensor
+    stats: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """`(R, T)` `bool`: which positions hold a token."""
+        return ~self.entropies.isnan()
+
+
+class MixedSampler(Protocol):
+    """An engine. All engines draw from the same distribution; they differ in where the models live."""
+
+    def session(self, *args, **kwargs) -> AbstractContextManager["MixedSampler"]:
+        """Hold the policy's current weights: requests made inside share what was computed for their prompts."""
+        ...
+
+    def sample(self, request: MixedRequest) -> MixedRollout:
+        """Sample a request. Only inside a session."""
+        ...
+
+
+def mixed_rows(first: int, count: int, num_generations: int, num_mixed: int) -> torch.Tensor:
+    """
+    Which rows of a slice of the global batch are mixed: the last `num_mixed` of each group, wherever groups begin.
+
+    Args:
+        first (`int`):
+            Global index of the slice's first row.
+        count (`int`):
+            Rows of the slice.
+        num_generations (`int`):
+            Rows of a group.
+        num_mixed (`int`):
+            Mixed rows of a group.
+
+    Returns:
+        `torch.Tensor` of shape `(count,)`, `bool`.
+
+    Example:
+    ```python
+    >>> mixed_rows(2, 4, num_generations=4, num_mixed=2)
+    tensor([ True,  True, False, False])
+    ```
+    """
+    return (torch.arange(first, first + count) % num_generations) >= num_generations - num_mixed

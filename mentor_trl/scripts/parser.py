@@ -1,0 +1,208 @@
+"""TRL's argument parser; here unknown keys are errors that name the nearest key, and the help has sections."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+
+# Read by TRL's own CLI from the same place; it becomes `accelerate launch --config_file`.
+ACCELERATE_CONFIG = "--accelerate_config"
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling an option, and its values only where they are few."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
+        return f"{action.option_strings[0]} {values}{' ...' if action.nargs == '+' else ''}"
+
+
+class MentorArgumentParser(TrlParser):
+    """
+    Parser of a training script that `accelerate launch` may start.
+
+    Args:
+        dataclass_types (`Iterable[type]`):
+            Dataclasses whose fields are the options.
+        sections (`dict[str, list[str]]`):
+            Title of each section of the help and the fields it shows. Other fields come last.
+        **kwargs:
+            Arguments of [`~trl.TrlParser`].
+    """
+
+    def __init__(self, dataclass_types: Iterable[type], sections: dict[str, list[str]], **kwargs: Any):
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self._sections = sections
+        self._launch_options: dict[str, argparse.Action | None] = {}
+
+    def split_launch_args(self, args: list[str]) -> tuple[list[str], list[str]]:
+        """
+        Part the options of `accelerate launch` from those of the script.
+
+        Also sets the environment variables of the config file, which the launched processes inherit.
+
+        Args:
+            args (`list[str]`):
+                The command line, with or without `--config FILE`.
+
+        Returns:
+            `tuple[list[str], list[str]]`: launch options (of the config file, then of the command line), and the rest
+            of the command line.
+        """
+        args = _split_config_flag(args)
+        script_args = list(args)
+        config_launch_args = []
+        if "--config" in args:
+            position = args.index("--config")
+            config = self._read_config(args[position + 1] if position + 1 < len(args) else None)
+            os.environ.update({key: str(value) for key, value in (config.pop("env", None) or {}).items()})
+            config_launch_args = self.set_defaults_with_config(**config)
+            args = args[:position] + args[position + 2 :]
+        _, cli_launch_args = self.parse_known_args(args)
+        self._check_launch_args(cli_launch_args)
+        return config_launch_args + cli_launch_args, _without(script_args, cli_launch_args)
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:
+        return super().parse_args_and_config(None if args is None else _split_config_flag(list(args)), **kwargs)
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take the values of a config file as defaults; returns the options meant for `accelerate launch`."""
+        actions = {action.dest: action for action in self._actions}
+        launch_args = []
+        for key, value in config.items():
+            action = actions.get(key)
+            if action is None:
+                launch_args += self._launch_args_of(key, value)
+            else:
+                config[key] = self._typed(action, value)
+        super().set_defaults_with_config(**{key: value for key, value in config.items() if key in actions})
+        return launch_args
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(f"{self.prog} [--config FILE.yaml] [--any_field value ...]", [], [], prefix="usage: ")
+        formatter.add_text(self.description)
+        actions = {action.dest: action for action in reversed(self._actions)}
+        shown = {name for names in self._sections.values() for name in names}
+        rest = [name for name in reversed(actions) if name not in shown and name != "help"]
+        for title, names in {**self._sections, "all other training options": rest}.items():
+            formatter.start_section(title)
+            formatter.add_arguments([actions[name] for name in names if name in actions])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [--config FILE.yaml] [--any_field value ...]   (--help lists the fields)\n"
+
+    def _read_config(self, path: str | None) -> dict[str, Any]:
+        import yaml
+
+        if path is None:
+            self.error("--config needs the path of a YAML file")
+        if not Path(path).is_file():
+            self.error(f"config file {path} does not exist (working directory: {Path.cwd()})")
+        try:
+            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            self.error(f"config file {path} is not valid YAML: {' '.join(str(error).split())}")
+        if not isinstance(config, dict) or not isinstance(config.get("env") or {}, dict):
+            self.error(f"config file {path} must hold 'key: value' lines, and `env`, where it is set, too")
+        return config
+
+    def _known_launch_options(self) -> dict[str, argparse.Action | None]:
+        if not self._launch_options:
+            from accelerate.commands.launch import launch_command_parser
+
+            options = launch_command_parser()._option_string_actions
+            self._launch_options = {ACCELERATE_CONFIG: None}
+            self._launch_options |= {name: option for name, option in options.items() if name.startswith("--")}
+        return self._launch_options
+
+    def _typed(self, action: argparse.Action, value: Any) -> Any:
+        # argparse checks and converts text, so only what YAML has typed itself needs care.
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if action.choices and value is not None and value not in action.choices:
+            self.error(f"key '{action.dest}' of the config file is {value!r}; choose one of {list(action.choices)}")
+        if action.nargs == "+":
+            return [value] if is_number or isinstance(value, str) else value
+        if is_number or action.type in (int, float) and isinstance(value, (bool, list, dict)):
+            try:
+                return self._get_value(action, str(value))
+            except argparse.ArgumentError as error:
+                self.error(f"key '{action.dest}' of the config file: {error.message}")
+        return value
+
+    def _launch_args_of(self, key: str, value: Any) -> list[str]:
+        option = f"--{key}"
+        if option not in self._known_launch_options():
+            self._fail_unknown(key, f"key '{key}' of the config file")
+        action = self._known_launch_options()[option]
+        if action is not None and action.nargs == 0:
+            return [option] if value else []
+        return [] if value is None else [option, str(value)]
+
+    def _check_launch_args(self, launch_args: list[str]) -> None:
+        known = self._known_launch_options()
+        remaining = iter(launch_args)
+        for arg in remaining:
+            option, has_value, _ = arg.partition("=")
+            if not arg.startswith("-"):
+                self.error(f"unexpected argument '{arg}'; options are given as --name value")
+            if option not in known:
+                self._fail_unknown(option.lstrip("-"), f"option '{option}'")
+            takes_value = known[option] is None or known[option].nargs != 0
+            if takes_value and not has_value and next(remaining, None) is None:
+                self.error(f"option '{option}' needs a value")
+
+    def _fail_unknown(self, name: str, where: str) -> None:
+        known = {action.dest for action in self._actions} | {"accelerate_config"}
+        known |= {option.lstrip("-") for option in self._known_launch_options() if "-" not in option[2:]}
+        near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
+        hint = f"did you mean {' or '.join(repr(match) for match in near)}?" if near else "--help lists all of them"
+        self.error(f"unknown {where}: {hint}")
+
+
+def help_sections(groups: dict[str, tuple[type, type | None]]) -> dict[str, list[str]]:
+    """
+    Sections of the help: for each title, the fields that a dataclass adds to another one.
+
+    Args:
+        groups (`dict[str, tuple[type, type | None]]`):
+            Title to dataclass and base class (`None` for all of its fields).
+    """
+    return {
+        title: [
+            field.name
+            for field in dataclasses.fields(dataclass)
+            if base is None or field.name not in base.__dataclass_fields__
+        ]
+        for title, (dataclass, base) in groups.items()
+    }
+
+
+def _split_config_flag(args: list[str]) -> list[str]:
+    flag = "--config="
+    return [part for arg in args for part in (["--config", arg[len(flag) :]] if arg.startswith(flag) else [arg])]
+
+
+def _without(args: list[str], launch_args: list[str]) -> list[str]:
+    # The launch options are a subsequence of the command line, in order.
+    remaining = iter(launch_args)
+    current = next(remaining, None)
+    kept = []
+    for arg in args:
+        if current is not None and arg == current:
+            current = next(remaining, None)
+        else:
+            kept.append(arg)
+    return kept
