@@ -20,8 +20,6 @@ from .rollout.decoder import text_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .config import MentorGRPOConfig
-
 
 @contextmanager
 def untouched_rng() -> Iterator[None]:
@@ -253,12 +251,27 @@ def check_stop_tokens(
     return [*stop, *own]
 
 
-def check_expert_context(expert, longest_prompt: int, args: "MentorGRPOConfig") -> None:
-    """Raise a `ValueError` if a rollout may outgrow the expert's context; `longest_prompt` in tokens."""
-    limit = getattr(text_model(expert).config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest_prompt + args.max_completion_length > limit:
+def check_context_length(model, name: str, longest_prompt: int, max_completion_length: int) -> None:
+    """
+    Check that no rollout can outgrow a model's context.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy or expert.
+        name (`str`):
+            What the error calls it.
+        longest_prompt (`int`):
+            Tokens of the longest prompt.
+        max_completion_length (`int`):
+            Limit of a completion, in tokens.
+
+    Raises:
+        `ValueError`: naming the lengths and what to change.
+    """
+    limit = getattr(text_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest_prompt + max_completion_length > limit:
         raise ValueError(
-            f"A prompt of {longest_prompt} tokens and `max_completion_length={args.max_completion_length}` exceed the "
-            f"expert's context of {limit} tokens. Lower `max_completion_length` to {max(limit - longest_prompt, 0)} or "
-            "less, drop the longest prompts, or choose an expert with a longer context."
+            f"A prompt of {longest_prompt} tokens and `max_completion_length={max_completion_length}` exceed the "
+            f"{name}'s context of {limit} tokens. Lower `max_completion_length` to {max(limit - longest_prompt, 0)} "
+            f"or less, drop the longest prompts, or choose another {name}."
         )

@@ -13,6 +13,7 @@ python examples/gsm8k/make_expert.py --output_dir experts/tiny --dataset_name gs
 import argparse
 import re
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -63,6 +64,7 @@ def main() -> None:
         per_device_train_batch_size=args.per_device_train_batch_size,
         logging_steps=10,
         save_strategy="no",
+        bf16=torch.cuda.is_available(),
         report_to="none",
     )
     rows = load_rows(args.dataset_name, args.dataset_config, args.max_samples)

@@ -20,11 +20,7 @@ import torch
 
 from ..objective.mixture import branch_weight, couple, draw_coin, entropy_from_logps, match_vocabulary, mixture_logps
 from .decoder import MAX_CATCH_UP, Decoder, inference
-from .types import MixedRequest, MixedRollout
-
-
-_FLOATS = ("entropies", "weights", "logps", "expert_logps", "mixed_logps")
-_FLAGS = ("branch", "replaced")
+from .types import BOOL_RECORDS, FLOAT_RECORDS, RECORDS, MixedRequest, MixedRollout
 
 
 class LocalSampler:
@@ -179,9 +175,9 @@ class _Run:
         self.unread = [True] * slots  # the expert has not read the slot's prompt
         self.rows: list[int] = []
         self.sizes: list[int] = []
-        floats = {name: torch.zeros((slots, request.max_new_tokens), device=device) for name in _FLOATS}
-        flags = {name: torch.zeros((slots, request.max_new_tokens), dtype=torch.bool, device=device) for name in _FLAGS}
-        self.records = floats | flags
+        shape = (slots, request.max_new_tokens)
+        self.records = {name: torch.zeros(shape, device=device) for name in FLOAT_RECORDS}
+        self.records |= {name: torch.zeros(shape, dtype=torch.bool, device=device) for name in BOOL_RECORDS}
         self.done: dict[int, dict[str, torch.Tensor]] = {}
         self.stats = dict.fromkeys(("tokens", "replaced", "drafted", "rounds", "batch_rounds", "expert_rounds"), 0)
 
@@ -388,9 +384,9 @@ class _Run:
         rows = [self.done[row] for row in range(len(self.request.prompt_ids))]
         longest = max((len(row["tokens"]) for row in rows), default=0)
         padded = {}
-        for name in (*_FLOATS, *_FLAGS):
-            fill = torch.nan if name in _FLOATS else False
-            padded[name] = torch.full((len(rows), longest), fill, dtype=torch.float32 if name in _FLOATS else torch.bool)
+        for name in RECORDS:
+            is_float = name in FLOAT_RECORDS
+            padded[name] = torch.full((len(rows), longest), torch.nan if is_float else False)
             for i, row in enumerate(rows):
                 padded[name][i, : len(row[name])] = row[name]
         ids = [row["tokens"].tolist() for row in rows]

@@ -1,10 +1,15 @@
 """What every rollout engine takes and gives."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+
+
+FLOAT_RECORDS = ("entropies", "weights", "logps", "expert_logps", "mixed_logps")
+BOOL_RECORDS = ("branch", "replaced")
+RECORDS = FLOAT_RECORDS + BOOL_RECORDS
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,16 @@ class MixedRollout:
     def mask(self) -> torch.Tensor:
         """`(R, T)` `bool`: which positions hold a token."""
         return ~self.entropies.isnan()
+
+    def padded(self, length: int) -> "MixedRollout":
+        """The same rollout with records of at least `length` positions."""
+        extra = max(length - self.entropies.size(1), 0)
+        records = {}
+        for name in RECORDS:
+            values = getattr(self, name)
+            fill = torch.nan if values.is_floating_point() else False
+            records[name] = torch.nn.functional.pad(values, (0, extra), value=fill)
+        return replace(self, **records)
 
 
 class MixedSampler(Protocol):

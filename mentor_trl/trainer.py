@@ -1,0 +1,632 @@
+"""MENTOR as seams over TRL's GRPOTrainer: who samples which row, and what its tokens are worth."""
+
+import os
+import warnings
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from huggingface_hub import ModelCard
+from torch.distributed import ReduceOp
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+
+from .config import MentorGRPOConfig
+from .experts import (
+    check_context_length,
+    check_stop_tokens,
+    check_vocabulary,
+    expert_name,
+    freeze,
+    load_expert,
+    load_expert_tokenizer,
+    untouched_rng,
+)
+from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
+from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
+from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
+from .rollout.decoder import check_decoding
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_STATE_FILE = "mentor_state_{rank}.pt"
+_PAPER = {
+    "title": "Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs",
+    "id": "2510.04140",
+    # docstyle-ignore
+    "citation": """\
+@inproceedings{jiang2026selective,
+    title     = {{Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs}},
+    author    = {Zishang Jiang and Jinyi Han and Tingyun Li and Xinyi Wang and Sihang Jiang and Jiaqing Liang and Zhaoqian Dai and Shuguang Ma and Fei Yu and Yanghua Xiao},
+    year      = 2026,
+    booktitle = {International Conference on Learning Representations},
+    note      = {arXiv:2510.04140}
+}""",
+}
+
+
+class MentorGRPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for MENTOR: GRPO in which some rollouts of each prompt are drawn from a mixed policy, whose tokens come from
+    an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for Effective
+    and Diverse Exploration in Reinforcement Learning of LLMs](https://huggingface.co/papers/2510.04140).
+
+    Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func`, images, vLLM, FSDP and
+    ZeRO-3 without gathered parameters are refused while rollouts are mixed. Evaluation never uses the expert.
+
+    Args:
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            See [`~trl.GRPOTrainer`].
+        args ([`MentorGRPOConfig`], *optional*):
+            Configuration.
+        expert (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Expert, instead of `args.expert_model_name_or_path`: an id, a folder, an adapter folder, or a model.
+        expert_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the expert. Loaded from where the expert came from when not given.
+
+    Example:
+    ```python
+    trainer = MentorGRPOTrainer(
+        model="Qwen/Qwen2.5-3B",
+        reward_funcs=[accuracy_reward, format_reward],
+        args=MentorGRPOConfig(reward_weights=[0.9, 0.1]),
+        train_dataset=dataset,
+        expert="open-r1/OpenR1-Qwen-7B",
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "mentor"]
+    _name = "MENTOR"
+    _paper = _PAPER
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs=None,
+        args: MentorGRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: "PreTrainedTokenizerBase | None" = None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config: "PeftConfig | None" = None,
+        tools=None,
+        rollout_func=None,
+        environment_factory=None,
+        *,
+        expert: "str | PreTrainedModel | PeftModel | None" = None,
+        expert_processing_class: "PreTrainedTokenizerBase | None" = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = MentorGRPOConfig(f"{name.split('/')[-1]}-MENTOR")
+        if not isinstance(args, MentorGRPOConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}; MentorGRPOTrainer needs a MentorGRPOConfig, which takes the same "
+                "fields and those of MENTOR."
+            )
+        self._guided = args.num_mixed_generations > 0
+        if self._guided:
+            _refuse_unsupported(args, tools, rollout_func, environment_factory)
+            if expert is None and args.expert_model_name_or_path is None:
+                raise ValueError(
+                    "No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, or set "
+                    "`num_mixed_generations=0` for plain GRPO."
+                )
+            if expert is not None and args.expert_model_name_or_path is not None:
+                raise ValueError(
+                    "The expert is given twice, as `expert=` and as "
+                    f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
+                )
+        else:
+            self._tag_names, self._name, self._paper = ["trl", "grpo"], GRPOTrainer._name, GRPOTrainer._paper
+        _check_dataset(train_dataset, "train_dataset", self._guided)
+        _check_dataset(eval_dataset, "eval_dataset", self._guided)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+
+        self.guidance = Guidance(
+            schedule=args.alpha_schedule,
+            alpha_0=args.alpha,
+            decay_steps=args.expert_decay_steps,
+            quantile=args.entropy_quantile,
+            minimum=args.entropy_threshold_min,
+            fixed=args.entropy_threshold,
+        )
+        self.sampler: LocalSampler | None = None
+        self.expert_name: str | None = None
+        # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
+        self._logs_by_mode = {"train": self._logs, "eval": _new_logs()}
+        self._mixed_B: torch.Tensor | None = None
+        self._rollout: MixedRollout | None = None
+        self._rewards_N_F: torch.Tensor | None = None
+        self._loss_pass: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._completion_ids: list[list[int]] = []
+        self._range_warned = False
+        if self._guided:
+            with untouched_rng():
+                self._prepare_expert(expert, expert_processing_class)
+
+    def _prepare_expert(self, expert, tokenizer) -> None:
+        """Load the expert, check that it fits the policy, and build the engine."""
+        args = self.args
+        if self._is_vlm:
+            raise ValueError(
+                "The processing class is multimodal, and mixed rollouts are text only. Pass the tokenizer as "
+                "`processing_class`, or set `num_mixed_generations=0`."
+            )
+        source = expert if expert is not None else args.expert_model_name_or_path
+        if isinstance(source, str):
+            self.expert_name, revision = source, args.expert_model_revision
+            expert = load_expert(
+                source,
+                revision=revision,
+                dtype=args.expert_dtype,
+                load_in_4bit=args.expert_load_in_4bit,
+                load_in_8bit=args.expert_load_in_8bit,
+                trust_remote_code=args.trust_remote_code,
+                **(args.expert_model_init_kwargs or {}),
+            )
+        else:
+            self.expert_name, revision = expert_name(source), None
+            expert = freeze(source)
+        if tokenizer is None:
+            tokenizer = load_expert_tokenizer(self.expert_name, revision, args.trust_remote_code)
+        policy = self.accelerator.unwrap_model(self.model)
+        check_vocabulary(policy, expert, self._tokenizer, tokenizer)
+        self.eos_token_ids = check_stop_tokens(self.eos_token_ids, expert, tokenizer, args.extend_stop_tokens)
+        self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
+        if not getattr(expert, "is_quantized", False) and getattr(expert, "hf_device_map", None) is None:
+            expert.to(self.accelerator.device)
+        longest = self._longest_prompt()
+        for model, name in ((policy, "policy"), (expert, "expert")):
+            check_context_length(model, name, longest, args.max_completion_length)
+            if name == "expert" or not self._dist.is_zero3:
+                check_decoding(model, name)
+        if args.beta != 0.0:
+            warnings.warn(
+                f"`beta={args.beta}`: the KL estimator assumes samples of the policy, so it is biased on mixed "
+                "rollouts. Compare `mentor/on_policy/kl` with `mentor/mixed/kl`.",
+                stacklevel=2,
+            )
+        self.sampler = LocalSampler(
+            expert,
+            num_tokens=max(self._tokenizer.get_vocab().values()) + 1,
+            rollout_batch_size=args.rollout_batch_size,
+            draft_length=args.draft_length,
+            adaptive_draft_length=args.adaptive_draft_length,
+        )
+
+    def _longest_prompt(self, candidates: int = 32) -> int:
+        """Tokens of the longest training prompt, among those with the most characters; 0 for a stream."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return 0
+        prompts = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))[-candidates:]
+        return max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    # Rollouts
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._logs = self._logs_by_mode[self._mode]
+        self._mixed_B = self._rollout = None
+        if self._mode == "eval":
+            return super()._generate_and_score_completions(inputs)
+        if self.guidance.over:
+            self._release_expert()
+        alpha, count = self.guidance.alpha, len(inputs)
+        if self._guided and alpha > 0.0:
+            first = self.accelerator.process_index * count
+            self._mixed_B = mixed_rows(first, count, self.num_generations, self.args.num_mixed_generations)
+        output = super()._generate_and_score_completions(inputs)
+        rewards_N = self._weighted_rewards()
+        if self._mixed_B is None:
+            mixed_N = torch.zeros_like(rewards_N, dtype=torch.bool)
+            advantages_N = self.accelerator.gather(output["advantages"])
+        else:
+            mixed_N = mixed_rows(0, len(rewards_N), self.num_generations, self.args.num_mixed_generations)
+            mixed_N = mixed_N.to(rewards_N.device)
+            advantages_N = self._guide(output, rewards_N, mixed_N, alpha)
+        local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
+        output["mentor_mixed"] = mixed_N[local]
+        self._log_rows(mixed_N, rewards_N, advantages_N, alpha)
+        self.guidance.batches += 1
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self._mixed_B is None:
+            output = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+            self._completion_ids = output[0]
+            self._log_completion_extra("source", ["eval" if self._mode == "eval" else "on_policy"] * len(prompt_ids))
+            return output
+        self._completion_ids = self._sample(prompt_ids)
+        self._log_completion_extra("source", ["mixed" if mixed else "on_policy" for mixed in self._mixed_B.tolist()])
+        return self._completion_ids, None
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """On-policy rows, gamma from their entropies, then mixed rows."""
+        with self._sampling_session() as session:
+            indices = [(self._mixed_B == mixed).nonzero().flatten().tolist() for mixed in (False, True)]
+            with profiling_context(self, "mentor.on_policy"):
+                on_policy = session.sample(self._request([prompt_ids[i] for i in indices[0]], float("inf"), 0))
+            self.guidance.update(self._gather_tokens(on_policy.entropies[on_policy.mask]))
+            with profiling_context(self, "mentor.mixed"):
+                request = self._request([prompt_ids[i] for i in indices[1]], self.guidance.gamma, 1)
+                self._rollout = session.sample(request)
+        for source, rollout in (("on_policy", on_policy), ("mixed", self._rollout)):
+            self._log_speed(source, rollout.stats)
+        completion_ids: list[list[int]] = [[]] * len(prompt_ids)
+        for part, rollout in zip(indices, (on_policy, self._rollout), strict=True):
+            for i, ids in zip(part, rollout.completion_ids, strict=True):
+                completion_ids[i] = ids
+        return completion_ids
+
+    @contextmanager
+    def _sampling_session(self):
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as policy,
+            self.sampler.session(policy, self.accelerator.autocast) as session,
+        ):
+            yield session
+
+    def _request(self, prompt_ids: list[list[int]], gamma: float, source: int) -> MixedRequest:
+        entropy = [self.args.seed, self.accelerator.process_index, self.guidance.batches, source]
+        return MixedRequest(
+            prompt_ids=prompt_ids,
+            gamma=[gamma] * len(prompt_ids),
+            max_new_tokens=self.max_completion_length,
+            stop_token_ids=tuple(self.eos_token_ids),
+            temperature=self.temperature,
+            branch_rule=self.args.branch_rule,
+            share=self.guidance.share,
+            seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+            score_all=self.args.correction_level == "mixture",
+        )
+
+    def _gather_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all processes, `(N,)`, from any number on each."""
+        values = values.to(self.accelerator.device)
+        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
+        gathered = self.accelerator.gather(padded)
+        return gathered[~gathered.isnan()]
+
+    def _release_expert(self) -> None:
+        if self.sampler is not None and self.sampler.expert is not None:
+            self.sampler.expert = None
+            if torch.accelerator.is_available():
+                torch.accelerator.memory.empty_cache()
+
+    # Objective
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards_N_F = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_N_F
+
+    def _weighted_rewards(self) -> torch.Tensor:
+        """Rewards of all processes' rows, NaN where every function returned `None`."""
+        rewards_N = (self._rewards_N_F * self.reward_weights.to(self._rewards_N_F.device)).nansum(dim=1)
+        return rewards_N.masked_fill(self._rewards_N_F.isnan().all(dim=1), torch.nan)
+
+    def _guide(self, output: dict[str, Any], rewards_N: torch.Tensor, mixed_N: torch.Tensor, alpha: float):
+        """Replace TRL's advantages by MENTOR's, per token; returns those of all rows before correction."""
+        args, device = self.args, output["completion_ids"].device
+        self._check_reward_range(rewards_N)
+        advantages_N = mixed_policy_advantages(
+            rewards_N, mixed_N, self.num_generations, alpha, args.reward_range, self.scale_rewards
+        )
+        count, length = output["completion_ids"].shape
+        rollout = self._rollout.padded(length)
+        ratio_B_T, rho_B_T, where_B_T = self._correction(rollout)
+        rho = torch.ones((count, length), device=device)
+        rho[self._mixed_B.to(device)] = rho_B_T.to(device)
+        local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
+        output["advantages"] = fold_correction(advantages_N[local], rho)
+
+        self._log_metrics(guidance_metrics(rollout, ratio_B_T, rho_B_T, where_B_T, self._reduce))
+        self._log_metrics({f"{PREFIX}gamma": self.guidance.gamma})
+        self._metrics["train"]["frac_reward_zero_std"][-1] = share_without_spread(
+            rewards_N, mixed_N, self.num_generations
+        )
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages_N), len(logged))):
+            logged.pop()
+        logged.extend(advantages_N.tolist())
+        return advantages_N
+
+    def _correction(self, rollout: MixedRollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ratios r, weights rho and corrected tokens of the mixed rows, `(rows, T)` each."""
+        args = self.args
+        if args.correction_level == "mixture":
+            log_ratio, where = rollout.logps - rollout.mixed_logps, rollout.mask
+        else:
+            log_ratio, where = rollout.logps - rollout.expert_logps, rollout.branch
+        rho = correction_weights(
+            log_ratio,
+            where,
+            kind=args.correction,
+            cap=args.correction_cap,
+            floor=args.correction_floor,
+            exponent=args.correction_exponent,
+            constant=args.correction_constant,
+        )
+        return log_ratio.exp(), rho, where
+
+    def _check_reward_range(self, rewards_N: torch.Tensor) -> None:
+        finite = rewards_N[rewards_N.isfinite()]
+        spread = (finite.max() - finite.min()).item() if finite.numel() else 0.0
+        if spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
+            self._range_warned = True
+            warnings.warn(
+                f"Rewards of this batch differ by {spread:.4g}, more than `reward_range={self.args.reward_range}`, so "
+                "mixed advantages exceed alpha. Set `reward_range` to the largest possible difference.",
+                stacklevel=2,
+            )
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if kwargs.get("compute_entropy"):  # only the loss asks for entropies
+            self._loss_pass = result[0].detach(), result[1].detach()
+        return result
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self._mode == "train":
+            logps, entropies = self._loss_pass
+            values = {"entropy": entropies}
+            if self.beta != 0.0:
+                log_ratio = inputs["ref_per_token_logps"] - logps
+                values["kl"] = log_ratio.exp() - log_ratio - 1
+            sums = token_sums(values, inputs["completion_mask"], inputs["mentor_mixed"])
+            self._log_metrics(token_means(self._reduce(sums, "sum"), list(values)))
+        self._loss_pass = None
+        return loss
+
+    # Metrics, tables, model card
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    def _reduce(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        values = values.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            operations = {"sum": ReduceOp.SUM, "min": ReduceOp.MIN, "max": ReduceOp.MAX}
+            torch.distributed.all_reduce(values, op=operations[how])
+        return values
+
+    def _log_speed(self, source: str, stats: dict[str, float]) -> None:
+        tokens, seconds = self._reduce(torch.tensor([stats["tokens"], stats["seconds"]], dtype=torch.float32), "sum")
+        if tokens > 0:
+            seconds = seconds / self.accelerator.num_processes
+            self._log_metrics({f"{PREFIX}{source}/tokens_per_second": (tokens / seconds).item()})
+
+    def _log_rows(self, mixed_N, rewards_N, advantages_N, alpha: float) -> None:
+        device = self.accelerator.device
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        lengths = torch.tensor([len(ids) for ids in self._completion_ids], device=device)
+        truncated = torch.tensor([ids[-1] not in ends for ids in self._completion_ids], device=device)
+        metrics = row_metrics(
+            mixed_N,
+            rewards_N,
+            self._rewards_N_F,
+            self.reward_func_names,
+            advantages_N,
+            self.accelerator.gather(lengths),
+            self.accelerator.gather(truncated),
+        )
+        self._log_metrics(metrics)
+        if self._guided:
+            self._log_metrics({f"{PREFIX}alpha": alpha})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._logs = self._logs_by_mode[self._mode]
+        if self._mode == "train":
+            return super().log(logs, start_time)
+        with self._evaluation_table():
+            super().log(logs, start_time)
+        self._logs_by_mode["eval"] = _new_logs()
+
+    @contextmanager
+    def _evaluation_table(self):
+        """TRL names its table by the step alone: give that of an evaluation its own name, and keep training's."""
+        folder = Path(self.args.output_dir, "completions")
+        table = folder / f"completions_{self.state.global_step:05d}.parquet"
+        writes = self.accelerator.is_main_process and self.log_completions
+        kept = table.rename(table.with_suffix(".kept")) if writes and table.exists() else None
+        try:
+            yield
+        finally:
+            if writes and table.exists():
+                table.replace(folder / f"completions_eval_{self.state.global_step:05d}.parquet")
+            if kept is not None:
+                kept.rename(table)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self._guided and self.is_world_process_zero():
+            path = os.path.join(self.args.output_dir, "README.md")
+            card = ModelCard.load(path)
+            name = self.expert_name or "a model that names no origin"
+            expert = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else name
+            sentence = (
+                f"The expert was {expert}: it spoke at the high-entropy tokens of {self.args.num_mixed_generations} of "
+                f"the {self.num_generations} rollouts of each prompt, and is not needed to use this model.\n\n"
+            )
+            heading = "### Framework versions"
+            card.text = card.text.replace(heading, sentence + heading, 1)
+            card.save(path)
+
+    # Checkpoints
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        logs = self._logs_by_mode["train"]
+        state = {
+            "guidance": self.guidance.state_dict(),
+            "step": self._step,
+            "num_processes": self.accelerator.num_processes,
+            "epochs": int(self.state.epoch + 1e-6),
+            "metrics": dict(self._metrics["train"]),
+            # Between two generations the rest of the batch is still to be trained on
+            "buffered_inputs": self._buffered_inputs if self._step % generate_every else None,
+            "logs": {
+                "prompt": list(logs["prompt"]),
+                "completion": list(logs["completion"]),
+                "advantages": list(logs["advantages"]),
+                "rewards": {name: list(values) for name, values in logs["rewards"].items()},
+                "extra": {name: list(values) for name, values in logs["extra"].items()},
+            }
+            if self.log_completions
+            else None,
+        }
+        os.makedirs(output_dir, exist_ok=True)
+        torch.save(state, os.path.join(output_dir, _STATE_FILE.format(rank=self.accelerator.process_index)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint, _STATE_FILE.format(rank=self.accelerator.process_index))
+        main = Path(checkpoint, _STATE_FILE.format(rank=0))
+        if not main.exists():
+            warnings.warn(
+                f"{checkpoint} has no {main.name}, so it was not saved by MentorGRPOTrainer: alpha and gamma start "
+                "anew, and the rollouts of a batch that was under way are sampled again.",
+                stacklevel=2,
+            )
+            return
+        state = torch.load(path if path.exists() else main, map_location=self.accelerator.device, weights_only=True)
+        self._check_processes(state, checkpoint)
+        self.guidance.load_state_dict(state["guidance"])
+        self._step = state["step"]
+        self._buffered_inputs = state["buffered_inputs"]
+        self._metrics["train"] = defaultdict(list, state["metrics"])
+        self._skip_epochs(state["epochs"])
+        if self.log_completions and state["logs"] is not None:
+            logs = self._logs_by_mode["train"]
+            for name in ("prompt", "completion", "advantages"):
+                logs[name].extend(state["logs"][name])
+            for name in ("rewards", "extra"):
+                for column, values in state["logs"][name].items():
+                    logs[name][column].extend(values)
+
+    def _check_processes(self, state: dict[str, Any], checkpoint: str) -> None:
+        if state["buffered_inputs"] is not None and state["num_processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint} was saved by {state['num_processes']} processes in the middle of a rollout batch, and "
+                f"there are {self.accelerator.num_processes} now. Resume with {state['num_processes']} processes, or "
+                "from a checkpoint at the end of a rollout batch."
+            )
+
+    def _skip_epochs(self, epochs: int) -> None:
+        """TRL's sampler draws one permutation an epoch, from a generator that a resumed run starts anew."""
+        sampler = self._train_sampler
+        if getattr(sampler, "shuffle", False):
+            for _ in range(epochs):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def _new_logs() -> dict[str, Any]:
+    return {
+        "images": deque(),
+        "prompt": deque(),
+        "completion": deque(),
+        "rewards": defaultdict(deque),
+        "advantages": deque(),
+        "extra": defaultdict(deque),
+    }
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/"))
+
+
+def _refuse_unsupported(args: MentorGRPOConfig, tools, rollout_func, environment_factory) -> None:
+    plain = "or set `num_mixed_generations=0` for plain GRPO"
+    for name, value in (
+        ("tools", tools),
+        ("rollout_func", rollout_func),
+        ("environment_factory", environment_factory),
+    ):
+        if value:
+            raise ValueError(f"`{name}` is not supported with mixed rollouts. Remove it, {plain}.")
+    if args.distributed_state.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "FSDP is not supported with mixed rollouts: processes make different numbers of forward passes, which "
+            f"deadlocks its collectives. Use DDP or DeepSpeed (`accelerate_config: zero3`), {plain}."
+        )
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "ZeRO-3 with `ds3_gather_for_generation=False` is not supported with mixed rollouts: processes make "
+            f"different numbers of forward passes, which deadlocks. Set it to True, {plain}."
+        )
+
+
+def _check_dataset(dataset, name: str, guided: bool) -> None:
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_dataset(part, f"{name}[{key!r}]", guided)
+        return
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Check the split and the filters that made it.")
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has no column `prompt`; it has {', '.join(columns)}. Rename the column that holds the prompts: "
+            "`dataset.rename_column(..., 'prompt')`."
+        )
+    images = {"image", "images"} & set(columns)
+    if guided and images:
+        raise ValueError(
+            f"`{name}` has the column `{images.pop()}`, and mixed rollouts are text only. Remove the column, or set "
+            "`num_mixed_generations=0`."
+        )
