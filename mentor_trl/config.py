@@ -225,9 +225,7 @@ class MentorGRPOConfig(GRPOConfig):
     )
     correction_exponent: float = field(
         default=0.25,
-        metadata={
-            "help": "Exponent of 'temper': 0 is no correction (the paper), 1 truncated importance sampling."
-        },
+        metadata={"help": "Exponent of 'temper': 0 is no correction (the paper), 1 truncated importance sampling."},
     )
     correction_constant: float = field(default=0.1, metadata={"help": "Constant of 'saturate'."})
 
@@ -248,7 +246,9 @@ class MentorGRPOConfig(GRPOConfig):
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}.")
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}."
+                )
 
     def _check_group(self) -> None:
         n, mixed = self.num_generations, self.num_mixed_generations
@@ -279,7 +279,9 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
         require(self.reward_range > 0.0, "reward_range", "positive")
         require(self.correction_cap > 0.0, "correction_cap", "positive (`inf` for no cap)")
-        require(0.0 <= self.correction_floor <= self.correction_cap, "correction_floor", "between 0 and correction_cap")
+        require(
+            0.0 <= self.correction_floor <= self.correction_cap, "correction_floor", "between 0 and correction_cap"
+        )
         require(self.correction_exponent >= 0.0, "correction_exponent", "0 or more")
         require(self.correction_constant > 0.0, "correction_constant", "positive")
         require(

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from huggingface_hub.utils import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import cached_file
@@ -19,6 +24,8 @@ from .rollout.decoder import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from .config import MentorGRPOConfig
 
 
 @contextmanager
@@ -116,6 +123,39 @@ def _load_adapter(model: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     return expert if "quantization_config" in kwargs else expert.merge_and_unload()
 
 
+def resolve_expert(
+    source: "str | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", args: "MentorGRPOConfig"
+) -> tuple[PreTrainedModel, "PreTrainedTokenizerBase", str | None]:
+    """
+    The expert, its tokenizer and its name, from what a trainer was given.
+
+    Args:
+        source (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Id, folder, adapter folder, or model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; loaded from where the expert came from when not given.
+        args ([`MentorGRPOConfig`]):
+            Configuration, whose `expert_*` fields apply to an expert that is loaded.
+    """
+    if isinstance(source, str):
+        name, revision = source, args.expert_model_revision
+        expert = load_expert(
+            source,
+            revision=revision,
+            dtype=args.expert_dtype,
+            load_in_4bit=args.expert_load_in_4bit,
+            load_in_8bit=args.expert_load_in_8bit,
+            trust_remote_code=args.trust_remote_code,
+            **(args.expert_model_init_kwargs or {}),
+        )
+    else:
+        name, revision = expert_name(source), None
+        expert = freeze(source)
+    if tokenizer is None:
+        tokenizer = load_expert_tokenizer(name, revision, args.trust_remote_code)
+    return expert, tokenizer, name
+
+
 def freeze(expert: PreTrainedModel) -> PreTrainedModel:
     """Evaluation mode, no gradients."""
     return expert.eval().requires_grad_(False)
@@ -171,7 +211,9 @@ def _adapter_base(name: str, revision: str | None) -> str | None:
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
 
 
-def check_vocabulary(policy, expert, tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase"):
+def check_vocabulary(
+    policy, expert, tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase"
+):
     """
     Check that policy and expert share one vocabulary, token by token. Embeddings may be padded differently.
 

@@ -9,28 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
 from torch.distributed import ReduceOp
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
+from .checkpoint import load_state, save_state
 from .config import MentorGRPOConfig
-from .experts import (
-    check_context_length,
-    check_stop_tokens,
-    check_vocabulary,
-    expert_name,
-    freeze,
-    load_expert,
-    load_expert_tokenizer,
-    untouched_rng,
-)
+from .experts import check_context_length, check_stop_tokens, check_vocabulary, resolve_expert, untouched_rng
 from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
 from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
 from .rollout.decoder import check_decoding
+from .validation import check_dataset, check_expert_given, check_supported
 
 
 if TYPE_CHECKING:
@@ -38,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_STATE_FILE = "mentor_state_{rank}.pt"
 _PAPER = {
     "title": "Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs",
     "id": "2510.04140",
@@ -121,21 +112,12 @@ class MentorGRPOTrainer(GRPOTrainer):
             )
         self._guided = args.num_mixed_generations > 0
         if self._guided:
-            _refuse_unsupported(args, tools, rollout_func, environment_factory)
-            if expert is None and args.expert_model_name_or_path is None:
-                raise ValueError(
-                    "No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, or set "
-                    "`num_mixed_generations=0` for plain GRPO."
-                )
-            if expert is not None and args.expert_model_name_or_path is not None:
-                raise ValueError(
-                    "The expert is given twice, as `expert=` and as "
-                    f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
-                )
+            check_supported(args, tools, rollout_func, environment_factory)
+            check_expert_given(args, expert)
         else:
             self._tag_names, self._name, self._paper = ["trl", "grpo"], GRPOTrainer._name, GRPOTrainer._paper
-        _check_dataset(train_dataset, "train_dataset", self._guided)
-        _check_dataset(eval_dataset, "eval_dataset", self._guided)
+        check_dataset(train_dataset, "train_dataset", self._guided)
+        check_dataset(eval_dataset, "eval_dataset", self._guided)
 
         super().__init__(
             model=model,
@@ -165,7 +147,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         self.sampler: LocalSampler | None = None
         self.expert_name: str | None = None
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
-        self._logs_by_mode = {"train": self._logs, "eval": _new_logs()}
+        self.logs_by_mode = {"train": self._logs, "eval": _new_logs()}
         self._mixed_B: torch.Tensor | None = None
         self._rollout: MixedRollout | None = None
         self._rewards_N_F: torch.Tensor | None = None
@@ -185,22 +167,7 @@ class MentorGRPOTrainer(GRPOTrainer):
                 "`processing_class`, or set `num_mixed_generations=0`."
             )
         source = expert if expert is not None else args.expert_model_name_or_path
-        if isinstance(source, str):
-            self.expert_name, revision = source, args.expert_model_revision
-            expert = load_expert(
-                source,
-                revision=revision,
-                dtype=args.expert_dtype,
-                load_in_4bit=args.expert_load_in_4bit,
-                load_in_8bit=args.expert_load_in_8bit,
-                trust_remote_code=args.trust_remote_code,
-                **(args.expert_model_init_kwargs or {}),
-            )
-        else:
-            self.expert_name, revision = expert_name(source), None
-            expert = freeze(source)
-        if tokenizer is None:
-            tokenizer = load_expert_tokenizer(self.expert_name, revision, args.trust_remote_code)
+        expert, tokenizer, self.expert_name = resolve_expert(source, tokenizer, args)
         policy = self.accelerator.unwrap_model(self.model)
         check_vocabulary(policy, expert, self._tokenizer, tokenizer)
         self.eos_token_ids = check_stop_tokens(self.eos_token_ids, expert, tokenizer, args.extend_stop_tokens)
@@ -240,7 +207,7 @@ class MentorGRPOTrainer(GRPOTrainer):
     # Rollouts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._logs = self._logs_by_mode[self._mode]
+        self._logs = self.logs_by_mode[self._mode]
         self._mixed_B = self._rollout = None
         if self._mode == "eval":
             return super()._generate_and_score_completions(inputs)
@@ -458,12 +425,12 @@ class MentorGRPOTrainer(GRPOTrainer):
             self._log_metrics({f"{PREFIX}alpha": alpha})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._logs = self._logs_by_mode[self._mode]
+        self._logs = self.logs_by_mode[self._mode]
         if self._mode == "train":
             return super().log(logs, start_time)
         with self._evaluation_table():
             super().log(logs, start_time)
-        self._logs_by_mode["eval"] = _new_logs()
+        self.logs_by_mode["eval"] = _new_logs()
 
     @contextmanager
     def _evaluation_table(self):
@@ -498,76 +465,18 @@ class MentorGRPOTrainer(GRPOTrainer):
     # Checkpoints
 
     def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
+        self.train_sampler = super()._get_train_sampler(dataset)
+        return self.train_sampler
 
+    # Not `_save_checkpoint`, which pushes the folder to the Hub before it returns
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        logs = self._logs_by_mode["train"]
-        state = {
-            "guidance": self.guidance.state_dict(),
-            "step": self._step,
-            "num_processes": self.accelerator.num_processes,
-            "epochs": int(self.state.epoch + 1e-6),
-            "metrics": dict(self._metrics["train"]),
-            # Between two generations the rest of the batch is still to be trained on
-            "buffered_inputs": self._buffered_inputs if self._step % generate_every else None,
-            "logs": {
-                "prompt": list(logs["prompt"]),
-                "completion": list(logs["completion"]),
-                "advantages": list(logs["advantages"]),
-                "rewards": {name: list(values) for name, values in logs["rewards"].items()},
-                "extra": {name: list(values) for name, values in logs["extra"].items()},
-            }
-            if self.log_completions
-            else None,
-        }
-        os.makedirs(output_dir, exist_ok=True)
-        torch.save(state, os.path.join(output_dir, _STATE_FILE.format(rank=self.accelerator.process_index)))
+        save_state(self, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, _STATE_FILE.format(rank=self.accelerator.process_index))
-        main = Path(checkpoint, _STATE_FILE.format(rank=0))
-        if not main.exists():
-            warnings.warn(
-                f"{checkpoint} has no {main.name}, so it was not saved by MentorGRPOTrainer: alpha and gamma start "
-                "anew, and the rollouts of a batch that was under way are sampled again.",
-                stacklevel=2,
-            )
-            return
-        state = torch.load(path if path.exists() else main, map_location=self.accelerator.device, weights_only=True)
-        self._check_processes(state, checkpoint)
-        self.guidance.load_state_dict(state["guidance"])
-        self._step = state["step"]
-        self._buffered_inputs = state["buffered_inputs"]
-        self._metrics["train"] = defaultdict(list, state["metrics"])
-        self._skip_epochs(state["epochs"])
-        if self.log_completions and state["logs"] is not None:
-            logs = self._logs_by_mode["train"]
-            for name in ("prompt", "completion", "advantages"):
-                logs[name].extend(state["logs"][name])
-            for name in ("rewards", "extra"):
-                for column, values in state["logs"][name].items():
-                    logs[name][column].extend(values)
-
-    def _check_processes(self, state: dict[str, Any], checkpoint: str) -> None:
-        if state["buffered_inputs"] is not None and state["num_processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"{checkpoint} was saved by {state['num_processes']} processes in the middle of a rollout batch, and "
-                f"there are {self.accelerator.num_processes} now. Resume with {state['num_processes']} processes, or "
-                "from a checkpoint at the end of a rollout batch."
-            )
-
-    def _skip_epochs(self, epochs: int) -> None:
-        """TRL's sampler draws one permutation an epoch, from a generator that a resumed run starts anew."""
-        sampler = self._train_sampler
-        if getattr(sampler, "shuffle", False):
-            for _ in range(epochs):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        if checkpoint is not None:
+            load_state(self, checkpoint)
 
 
 def _new_logs() -> dict[str, Any]:
@@ -583,50 +492,3 @@ def _new_logs() -> dict[str, Any]:
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/"))
-
-
-def _refuse_unsupported(args: MentorGRPOConfig, tools, rollout_func, environment_factory) -> None:
-    plain = "or set `num_mixed_generations=0` for plain GRPO"
-    for name, value in (
-        ("tools", tools),
-        ("rollout_func", rollout_func),
-        ("environment_factory", environment_factory),
-    ):
-        if value:
-            raise ValueError(f"`{name}` is not supported with mixed rollouts. Remove it, {plain}.")
-    if args.distributed_state.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "FSDP is not supported with mixed rollouts: processes make different numbers of forward passes, which "
-            f"deadlocks its collectives. Use DDP or DeepSpeed (`accelerate_config: zero3`), {plain}."
-        )
-    plugin = args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3 and not args.ds3_gather_for_generation:
-        raise ValueError(
-            "ZeRO-3 with `ds3_gather_for_generation=False` is not supported with mixed rollouts: processes make "
-            f"different numbers of forward passes, which deadlocks. Set it to True, {plain}."
-        )
-
-
-def _check_dataset(dataset, name: str, guided: bool) -> None:
-    if dataset is None:
-        return
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            _check_dataset(part, f"{name}[{key!r}]", guided)
-        return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty. Check the split and the filters that made it.")
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        return
-    if "prompt" not in columns:
-        raise ValueError(
-            f"`{name}` has no column `prompt`; it has {', '.join(columns)}. Rename the column that holds the prompts: "
-            "`dataset.rename_column(..., 'prompt')`."
-        )
-    images = {"image", "images"} & set(columns)
-    if guided and images:
-        raise ValueError(
-            f"`{name}` has the column `{images.pop()}`, and mixed rollouts are text only. Remove the column, or set "
-            "`num_mixed_generations=0`."
-        )

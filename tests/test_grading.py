@@ -88,7 +88,10 @@ def test_repeated_pairs_are_graded_once_but_failures_are_tried_again(scripted, t
 
 def test_a_retiring_worker_is_replaced_without_loss(scripted):
     scripted.num_workers = 1
-    assert scripted.grade([("retire", "retire"), ("1", "1")]) == [TRUE, TRUE]
+    assert scripted.grade([("1", "1")]) == [TRUE]
+    before = pids(scripted)
+    assert scripted.grade([("retire", "retire"), ("2", "2")]) == [TRUE, TRUE]
+    assert len(pids(scripted)) == 1 and pids(scripted) != before
 
 
 def test_the_cache_is_bounded(scripted, monkeypatch):
@@ -111,16 +114,16 @@ def test_threads_take_turns(scripted):
     assert results == {index: [Verdict(i % 2 == 1 or i == 0) for i in range(30)] for index in range(4)}
 
 
-def test_an_interrupted_call_leaves_no_stale_reply(scripted, monkeypatch):
+def test_an_interrupted_call_leaves_no_busy_worker(scripted, monkeypatch):
     def interrupt(batch):
         raise KeyboardInterrupt
 
+    assert scripted.grade([("1", "1"), ("2", "2")]) == [TRUE, TRUE]
     with monkeypatch.context() as patch:
-        patch.setattr(scripted, "_collect", lambda batch, collect=scripted._collect: collect(batch))
-        assert scripted.grade([("1", "1"), ("2", "2")]) == [TRUE, TRUE]
         patch.setattr(scripted, "_collect", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            scripted.grade([("3", "3"), ("4", "4")])
+            scripted.grade([("3", "!time.sleep(60)"), ("4", "4")])
+    assert not any(worker.task for worker in scripted._workers)
     assert scripted.grade([("5", "6"), ("7", "8")]) == [FALSE, FALSE]
 
 

@@ -49,6 +49,7 @@ CORRECT = [
     (r"Adding up gives $x = \boxed{\frac{1}{2}}$.", "0.5"),
     ("She sold 48/2 = <<48/2=24>>24 clips.\n#### 1,024", "1024"),
     ("So the answer is $7$.", "7"),
+    ("So she has 7 apples left.", "7"),
     (72, "72"),
 ]
 

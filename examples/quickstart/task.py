@@ -1,65 +1,91 @@
-"""The quickstart's task: three steps of single-digit arithmetic modulo 10, and every way our models write them down.
+"""
+The quickstart's task: three steps of single-digit arithmetic modulo 10, and the ways in which a response may do them.
 
-A prompt such as `4 + 7 * 3 - 9 :` is a chain read from left to right; its answer is the list of the three running values,
-`1 3 4`. A response does one step after the other and then states the answer:
+A prompt such as `4 +7 *3 -9 :` is a chain, read from left to right. Its answer is the list of the three running values,
+`1 3 4`, so a guess is right once in a thousand. A response does one step after the other, then states the answer:
 
-    ok guess 1 work 1 * 3 = 3 wait guess 5 answer 1 3 5
+    ok guess 1 work 1 *3 = 3 ok wait guess 5 answer 1 3 5
 
-There are two ways to do a step. `guess` writes the value at once and is often wrong; `work` spells the step out first and
-is nearly always right. `ok` and `wait` are habits: they may precede a step and change nothing. Everything a response needs
-was learned in pretraining; the policy merely almost never chooses `work`, which is what reinforcement learning has to find.
+There are two ways to do a step: `guess` writes the value at once and is often wrong, `work` spells the step out first and
+is nearly always right. `ok` and `wait` are habits that may precede a step and change nothing. Pretraining teaches all of
+this. What it leaves to reinforcement learning is the choice: the policy can `work`, but hardly ever does.
 """
 
 import random
 import re
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}  # units modulo 10 only: every answer is equally likely
-NUM_STEPS = 3
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+# Factors are units modulo 10, so that every value stays equally likely: no answer is worth stating blindly.
+OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
 OPERATIONS = [f"{operator}{operand}" for operator, operands in OPERANDS.items() for operand in operands]
+NUM_STEPS = 3
+PROMPT_LENGTH = NUM_STEPS + 2
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 VOCABULARY = [PAD, EOS, UNKNOWN, *"0123456789", *OPERATIONS, "=", ":", "guess", "work", "ok", "wait", "answer"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A chain: the first value and `NUM_STEPS` pairs of operator and operand."""
+    """A first value, and `NUM_STEPS` pairs of an operator and an operand."""
 
     start: int
     steps: tuple[tuple[str, int], ...]
 
     @property
     def prompt(self) -> str:
-        chain = " ".join(f"{operator}{operand}" for operator, operand in self.steps)
-        return f"{self.start} {chain} :"
-
-    @property
-    def values(self) -> list[int]:
-        """The running values, one a step."""
-        values, value = [], self.start
-        for operator, operand in self.steps:
-            value = apply(operator, value, operand)
-            values.append(value)
-        return values
+        return " ".join([str(self.start), *(f"{operator}{operand}" for operator, operand in self.steps), ":"])
 
     @property
     def solution(self) -> str:
-        return " ".join(map(str, self.values))
+        values = [self.start]
+        for operator, operand in self.steps:
+            values.append(apply(operator, values[-1], operand))
+        return " ".join(map(str, values[1:]))
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a writer responds: the chance that a step is worked out, that a habit word precedes it, and that a guess is right."""
+    """
+    How a response is written.
+
+    Args:
+        work (`float`):
+            Probability that a step is worked out, not guessed.
+        ok, wait (`float`):
+            Probabilities that the habit words precede a step.
+    """
 
     work: float
     ok: float = 0.5
     wait: float = 0.25
-    guess_right: tuple[tuple[str, float], ...] = (("+", 0.6), ("-", 0.5), ("*", 0.15))
+
+
+# How often a guess is right. Products are guessed blindly, so that guessing alone cannot be made perfect.
+GUESS_RIGHT = {"+": 0.6, "-": 0.4, "*": 0.1}
+
+
+@dataclass(frozen=True)
+class Response:
+    """Words, and for each guessed value its position among them, the right value and the probability of that one."""
+
+    words: list[str]
+    guesses: list[tuple[int, int, float]]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
 
 
 def apply(operator: str, left: int, right: int) -> int:
     """
-    One step modulo 10.
+    Do one step, modulo 10.
 
     >>> apply("-", 3, 9), apply("*", 7, 3)
     (4, 1)
@@ -68,68 +94,63 @@ def apply(operator: str, left: int, right: int) -> int:
 
 
 def sample_problem(rng: random.Random) -> Problem:
-    steps = []
-    for _ in range(NUM_STEPS):
-        operator = rng.choice(tuple(OPERANDS))
-        steps.append((operator, rng.choice(OPERANDS[operator])))
-    return Problem(rng.randrange(10), tuple(steps))
+    operators = [rng.choice(tuple(OPERANDS)) for _ in range(NUM_STEPS)]
+    return Problem(rng.randrange(10), tuple((operator, rng.choice(OPERANDS[operator])) for operator in operators))
 
 
-def sample_distinct(rng: random.Random, count: int, exclude: set[Problem] = frozenset()) -> list[Problem]:
-    """`count` different problems, none of them in `exclude`."""
-    chosen: dict[Problem, None] = {}
-    while len(chosen) < count:
+def sample_distinct(rng: random.Random, count: int, exclude: Set[Problem] = frozenset()) -> list[Problem]:
+    """Draw `count` different problems, none of them in `exclude`."""
+    problems = {}  # a set that keeps the order
+    while len(problems) < count:
         problem = sample_problem(rng)
         if problem not in exclude:
-            chosen[problem] = None
-    return list(chosen)
+            problems[problem] = None
+    return list(problems)
 
 
-def write_response(problem: Problem, style: Style, rng: random.Random) -> str:
-    """A response in a given style; a wrong guess is carried into the steps that follow it."""
-    guess_right = dict(style.guess_right)
-    words, values, value = [], [], problem.start
+def write_response(problem: Problem, style: Style, rng: random.Random) -> Response:
+    """Write a response in a given style. A wrong guess is carried into the steps that follow it."""
+    words, guesses, values, value = [], [], [], problem.start
     for operator, operand in problem.steps:
         words += ["ok"] * (rng.random() < style.ok) + ["wait"] * (rng.random() < style.wait)
         right = apply(operator, value, operand)
         if rng.random() < style.work:
             words += ["work", str(value), f"{operator}{operand}", "="]
+            value = right
         else:
             words.append("guess")
-            if rng.random() >= guess_right[operator]:
-                right = rng.choice([digit for digit in range(10) if digit != right])
-        value = right
-        words.append(str(value))
+            guesses.append((len(words), right, GUESS_RIGHT[operator]))
+            wrong = [digit for digit in range(10) if digit != right]
+            value = right if rng.random() < GUESS_RIGHT[operator] else rng.choice(wrong)
         values.append(str(value))
-    return " ".join([*words, "answer", *values])
+        words.append(values[-1])
+    return Response([*words, "answer", *values], guesses)
 
 
 def read_answer(response: str) -> str | None:
     """
-    The running values that a response states after its first `answer`, or `None` where it states none.
+    Return the values that a response states at its end, or `None` where it states none.
 
     >>> read_answer("guess 1 guess 3 guess 5 answer 1 3 5")
     '1 3 5'
-    >>> read_answer("ok ok ok") is None
-    True
     """
-    stated = re.search(r"\banswer((?: \d)+)\s*$", response)
-    return stated.group(1).strip() if stated else None
+    answer = re.search(r"\banswer((?: \d)+)$", response.strip())
+    return answer.group(1).strip() if answer else None
 
 
 def exact_answer_reward(completions: list[str], solution: list[str], **kwargs) -> list[float]:
     """Reward function for TRL: 1 where the stated answer is the solution, else 0."""
-    return [float(read_answer(text) == right) for text, right in zip(completions, solution, strict=True)]
+    return [float(read_answer(text) == right) for text, right in zip(completions, solution)]
 
 
-def build_tokenizer():
-    """A word-level tokenizer over the task's two dozen words: no chat template, padding on the left for generation."""
+def build_tokenizer() -> "PreTrainedTokenizerFast":
+    """Build a tokenizer whose tokens are the task's words. It has no chat template: prompts are plain text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, padding_side="left",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, padding_side="left"
     )

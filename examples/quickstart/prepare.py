@@ -1,0 +1,187 @@
+"""
+Make what the quickstart trains on: prompts, a small expert that always works a step out, and a policy that hardly ever
+does. Both models come from one base that knows all ways of writing; only the choice among them is tuned apart.
+"""
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from examples.quickstart import task
+from examples.quickstart.task import Problem, Response, Style
+
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+    from transformers import LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of supervised training: AdamW, a short warm-up, then a linear fall to a tenth of the learning rate."""
+
+    style: Style
+    steps: int
+    learning_rate: float
+    batch_size: int = 64
+    warmup_steps: int = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the prepared files depend on."""
+
+    num_test_prompts: int = 256
+    num_train_prompts: int = 2000
+    hidden_size: int = 64
+    intermediate_size: int = 192
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    base: Phase = field(default_factory=lambda: Phase(Style(work=0.5), steps=1600, learning_rate=5e-3))
+    expert: Phase = field(default_factory=lambda: Phase(Style(work=1.0), steps=250, learning_rate=1e-3))
+    policy: Phase = field(default_factory=lambda: Phase(Style(work=0.005), steps=250, learning_rate=1e-3))
+    seed: int = 0
+
+
+def prepare(folder: Path, progress: "Progress", settings: Settings | None = None) -> None:
+    """
+    Write `data/` and `models/` under `folder`, or leave them alone where the same settings have written them before.
+
+    Args:
+        folder (`Path`):
+            Where to write.
+        progress (`Progress`):
+            Shows the phases of training.
+        settings (`Settings`, *optional*):
+            What to write.
+    """
+    settings = settings or Settings()
+    record = folder / "prepared.json"
+    current = json.dumps({"settings": asdict(settings), "task": Path(task.__file__).read_text()}, indent=2)
+    if record.exists() and record.read_text() == current:
+        return
+    record.unlink(missing_ok=True)
+    train, test = make_splits(settings)
+    for name, problems in (("train", train), ("test", test)):
+        write_prompts(folder / "data" / f"{name}.jsonl", problems)
+    for name, model in pretrain(settings, set(test), progress).items():
+        model.save_pretrained(folder / "models" / name)
+        task.build_tokenizer().save_pretrained(folder / "models" / name)
+    record.write_text(current)
+
+
+def make_splits(settings: Settings) -> tuple[list[Problem], list[Problem]]:
+    """Draw the problems for training and those for evaluation, which no training of any kind sees."""
+    rng = random.Random(settings.seed)
+    test = task.sample_distinct(rng, settings.num_test_prompts)
+    return task.sample_distinct(rng, settings.num_train_prompts, exclude=set(test)), test
+
+
+def write_prompts(path: Path, problems: list[Problem]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"prompt": problem.prompt, "solution": problem.solution}) for problem in problems]
+    path.write_text("\n".join(rows) + "\n")
+
+
+def pretrain(settings: Settings, held_out: set[Problem], progress: "Progress") -> dict[str, "LlamaForCausalLM"]:
+    """Train the base, and tune the expert and the policy from it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(task.VOCABULARY),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=task.VOCABULARY.index(task.EOS),
+        pad_token_id=task.VOCABULARY.index(task.PAD),
+    )
+    rng = random.Random(settings.seed)
+    base = LlamaForCausalLM(config)
+    fit(base, settings.base, held_out, rng, progress, "pretraining")
+    tuned = {}
+    for name, phase in (("expert", settings.expert), ("policy", settings.policy)):
+        tuned[name] = copy.deepcopy(base)
+        fit(tuned[name], phase, held_out, rng, progress, f"tuning the {name}")
+    return tuned
+
+
+def fit(
+    model: "LlamaForCausalLM",
+    phase: Phase,
+    held_out: set[Problem],
+    rng: random.Random,
+    progress: "Progress",
+    name: str,
+) -> None:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / phase.warmup_steps) * (1 - 0.9 * step / phase.steps)
+    )
+    samples = sample_responses(phase.style, held_out, rng)
+    model.train()
+    for _ in progress.track(range(phase.steps), description=name):
+        ids, targets = make_batch([next(samples) for _ in range(phase.batch_size)])
+        loss = -(targets * model(input_ids=ids[:, :-1]).logits.log_softmax(-1)).sum() / targets.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    model.eval()
+
+
+def sample_responses(
+    style: Style, held_out: set[Problem], rng: random.Random
+) -> Iterator[tuple[Problem, Response]]:
+    while True:
+        problem = task.sample_problem(rng)
+        if problem not in held_out:
+            yield problem, task.write_response(problem, style, rng)
+
+
+def make_batch(samples: list[tuple[Problem, Response]]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """
+    Build token ids and the distributions to learn at each position.
+
+    A guessed value is learned from its whole distribution, not from one draw of it; that takes a fraction of the time.
+
+    Args:
+        samples (`list[tuple[Problem, Response]]`):
+            B problems and responses.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: ids of shape `(B, T)`, and target probabilities of the next token of shape
+        `(B, T - 1, V)`, all 0 where nothing is to be learned (prompt and padding).
+    """
+    import torch
+
+    index = {word: position for position, word in enumerate(task.VOCABULARY)}
+    rows = [[*problem.prompt.split(), *response.words, task.EOS] for problem, response in samples]
+    ids = torch.full((len(rows), max(map(len, rows))), index[task.PAD])
+    for row, words in enumerate(rows):
+        ids[row, : len(words)] = torch.tensor([index[word] for word in words])
+    targets = torch.nn.functional.one_hot(ids[:, 1:], len(index)).float()
+    targets[:, : task.PROMPT_LENGTH - 1] = 0.0
+    targets[..., index[task.PAD]] = 0.0
+    digits = slice(index["0"], index["9"] + 1)
+    places = [(row, guess) for row, (_, response) in enumerate(samples) for guess in response.guesses]
+    if places:
+        row = torch.tensor([row for row, _ in places])
+        position, right, chance = (torch.tensor(column) for column in zip(*(guess for _, guess in places)))
+        values = ((1 - chance) / 9).unsqueeze(1).repeat(1, 10)
+        values[torch.arange(len(places)), right] = chance
+        targets[row, task.PROMPT_LENGTH - 1 + position, digits] = values
+    return ids, targets

@@ -1,0 +1,103 @@
+"""What a run needs, beyond the Trainer's own checkpoint, to resume to the same numbers."""
+
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from .trainer import MentorGRPOTrainer
+
+_LOGS = ("prompt", "completion", "advantages")
+_LOG_COLUMNS = ("rewards", "extra")
+
+
+def _path(folder: str, rank: int) -> Path:
+    return Path(folder, f"mentor_state_{rank}.pt")
+
+
+def save_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
+    """
+    Save, for each process, the guidance, the phase inside the rollout batch, and what is left of that batch.
+
+    TRL keeps the phase (`_step`) and the generated batch in memory only, and samples the batch again on resuming; its
+    metrics of a logging window that is under way would be lost as well.
+
+    Args:
+        trainer ([`MentorGRPOTrainer`]):
+            Trainer.
+        folder (`str`):
+            Checkpoint folder.
+    """
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    logs = trainer.logs_by_mode["train"]
+    state = {
+        "guidance": trainer.guidance.state_dict(),
+        "step": trainer._step,
+        "num_processes": trainer.accelerator.num_processes,
+        "epochs": int(trainer.state.epoch + 1e-6),
+        "metrics": dict(trainer._metrics["train"]),
+        "buffered_inputs": trainer._buffered_inputs if trainer._step % generate_every else None,
+        "logs": None,
+    }
+    if trainer.log_completions:
+        state["logs"] = {name: list(logs[name]) for name in _LOGS}
+        state["logs"] |= {name: {key: list(values) for key, values in logs[name].items()} for name in _LOG_COLUMNS}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(state, _path(folder, trainer.accelerator.process_index))
+
+
+def load_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
+    """
+    Restore what [`save_state`] saved.
+
+    Args:
+        trainer ([`MentorGRPOTrainer`]):
+            Trainer, with its train dataloader made.
+        folder (`str`):
+            Checkpoint folder.
+
+    Raises:
+        `ValueError`: if the checkpoint holds the rest of a rollout batch of another number of processes.
+    """
+    rank, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    if not _path(folder, 0).exists():
+        warnings.warn(
+            f"{folder} has no {_path(folder, 0).name}, so MentorGRPOTrainer did not save it: alpha and gamma start "
+            "anew, and the rollouts of a batch that was under way are sampled again.",
+            stacklevel=2,
+        )
+        return
+    path = _path(folder, rank) if _path(folder, rank).exists() else _path(folder, 0)
+    state = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
+    if state["buffered_inputs"] is not None and state["num_processes"] != count:
+        raise ValueError(
+            f"{folder} was saved by {state['num_processes']} processes in the middle of a rollout batch, and there "
+            f"are {count} now. Resume with {state['num_processes']} processes, or from a checkpoint at the end of a "
+            "rollout batch."
+        )
+    trainer.guidance.load_state_dict(state["guidance"])
+    trainer._step = state["step"]
+    trainer._buffered_inputs = state["buffered_inputs"]
+    trainer._metrics["train"] = defaultdict(list, state["metrics"])
+    _skip_epochs(trainer.train_sampler, state["epochs"])
+    if trainer.log_completions and state["logs"] is not None:
+        _restore_logs(trainer.logs_by_mode["train"], state["logs"])
+
+
+def _skip_epochs(sampler, epochs: int) -> None:
+    """TRL's sampler draws a permutation an epoch, from a generator that a resumed run starts anew."""
+    if getattr(sampler, "shuffle", False):
+        for _ in range(epochs):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def _restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in _LOGS:
+        logs[name].extend(saved[name])
+    for name in _LOG_COLUMNS:
+        for column, values in saved[name].items():
+            logs[name][column].extend(values)

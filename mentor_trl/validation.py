@@ -1,0 +1,82 @@
+"""What is refused at construction, with the mend."""
+
+from accelerate.utils import DistributedType
+
+from .config import MentorGRPOConfig
+
+
+_PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
+
+
+def check_supported(args: MentorGRPOConfig, tools, rollout_func, environment_factory) -> None:
+    """
+    Raise a `ValueError` for what mixed rollouts do not support.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+        tools, rollout_func, environment_factory:
+            Arguments of the trainer.
+    """
+    given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"`{name}` is not supported with mixed rollouts. Remove it, {_PLAIN}.")
+    if args.distributed_state.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "FSDP is not supported with mixed rollouts: processes make different numbers of forward passes, which "
+            f"deadlocks its collectives. Use DDP or DeepSpeed (`accelerate_config: zero3`), {_PLAIN}."
+        )
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "ZeRO-3 with `ds3_gather_for_generation=False` is not supported with mixed rollouts: processes make "
+            f"different numbers of forward passes, which deadlocks. Set it to True, {_PLAIN}."
+        )
+
+
+def check_expert_given(args: MentorGRPOConfig, expert) -> None:
+    """Raise a `ValueError` unless there is exactly one expert."""
+    if expert is None and args.expert_model_name_or_path is None:
+        raise ValueError(f"No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, {_PLAIN}.")
+    if expert is not None and args.expert_model_name_or_path is not None:
+        raise ValueError(
+            "The expert is given twice, as `expert=` and as "
+            f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
+        )
+
+
+def check_dataset(dataset, name: str, guided: bool) -> None:
+    """
+    Check that a dataset has rows and prompts.
+
+    Args:
+        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            Dataset.
+        name (`str`):
+            What the errors call it.
+        guided (`bool`):
+            Whether rollouts are mixed, which takes text only.
+
+    Raises:
+        `ValueError`: naming the columns there are.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(part, f"{name}[{key!r}]", guided)
+        return
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Check the split and the filters that made it.")
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has no column `prompt`; it has {', '.join(columns)}. Rename the column that holds the prompts: "
+            "`dataset.rename_column(..., 'prompt')`."
+        )
+    images = {"image", "images"} & set(columns)
+    if guided and images:
+        raise ValueError(
+            f"`{name}` has the column `{images.pop()}`, and mixed rollouts are text only. Remove the column, {_PLAIN}."
+        )
