@@ -37,7 +37,8 @@ _PAPER = {
     "citation": """\
 @inproceedings{jiang2026selective,
     title     = {{Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs}},
-    author    = {Zishang Jiang and Jinyi Han and Tingyun Li and Xinyi Wang and Sihang Jiang and Jiaqing Liang and Zhaoqian Dai and Shuguang Ma and Fei Yu and Yanghua Xiao},
+    author    = {Zishang Jiang and Jinyi Han and Tingyun Li and Xinyi Wang and Sihang Jiang and Jiaqing Liang and
+                 Zhaoqian Dai and Shuguang Ma and Fei Yu and Yanghua Xiao},
     year      = 2026,
     booktitle = {International Conference on Learning Representations},
     note      = {arXiv:2510.04140}
@@ -47,8 +48,8 @@ _PAPER = {
 
 class MentorGRPOTrainer(GRPOTrainer):
     r"""
-    Trainer for MENTOR: GRPO in which some rollouts of each prompt are drawn from a mixed policy, whose tokens come from
-    an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for Effective
+    Trainer for MENTOR: GRPO in which some rollouts of each prompt are drawn from a mixed policy, whose tokens come
+    from an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for Effective
     and Diverse Exploration in Reinforcement Learning of LLMs](https://huggingface.co/papers/2510.04140).
 
     Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func`, images, vLLM, FSDP and
@@ -455,8 +456,8 @@ class MentorGRPOTrainer(GRPOTrainer):
             name = self.expert_name or "a model that names no origin"
             expert = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else name
             sentence = (
-                f"The expert was {expert}: it spoke at the high-entropy tokens of {self.args.num_mixed_generations} of "
-                f"the {self.num_generations} rollouts of each prompt, and is not needed to use this model.\n\n"
+                f"The expert was {expert}: it spoke at the high-entropy tokens of "
+                f"{self.args.num_mixed_generations} of the {self.num_generations} rollouts of each prompt, and is not needed to use this model.\n\n"
             )
             heading = "### Framework versions"
             card.text = card.text.replace(heading, sentence + heading, 1)

@@ -130,7 +130,7 @@ def acceptance_probability(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tens
 
 def residual(logps: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
     """
-    Unnormalized residual (s - p)+, from which a rejected draft is replaced. Its mass is the total variation of p and s.
+    Unnormalized residual (s - p)+, from which a rejected draft is replaced. Its mass is the total variation of p, s.
 
     Args:
         logps (`torch.Tensor` of shape `(..., V)`):
