@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
+from . import attention as ragged
 from .cache import RaggedCache
 
 
@@ -14,6 +15,8 @@ from .cache import RaggedCache
 MAX_LOGITS = 2**24
 MAX_PREFILL_TOKENS = 8192
 MAX_CATCH_UP = 256
+# Positions that a cache starts with, at most
+FIRST_RESERVE = 512
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -24,20 +27,26 @@ def text_model(model) -> PreTrainedModel:
 
 
 @contextmanager
-def inference(model) -> Iterator[None]:
+def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
     """
-    Dropout off and an attention that takes a mask per row, for every module; the former state is restored on exit.
+    Dropout off in every module, and an attention that takes a mask per row; the former state is restored on exit.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model.
+        attention (`str`, *optional*):
+            Attention implementation, unless the model is set to `"eager"`.
     """
     config = text_model(model).config.get_text_config()
-    attention = config._attn_implementation
+    former = config._attn_implementation
     training = [module for module in model.modules() if module.training]
     model.eval()
-    if attention not in ("sdpa", "eager"):
-        config._attn_implementation = "sdpa"
+    if former != "eager":
+        config._attn_implementation = attention
     try:
         yield
     finally:
-        config._attn_implementation = attention
+        config._attn_implementation = former
         for module in training:
             module.training = True
 
@@ -209,13 +218,12 @@ def check_decoding(model, name: str) -> None:
     unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     reason = f"its layers are of the types {', '.join(sorted(unknown))}" if unknown else None
     if reason is None:
-        with inference(model):
-            try:
-                difference, tolerance = _decoding_difference(base, config)
-                if not difference <= tolerance:
-                    reason = f"its log-probabilities differ by {difference:.2g} nats when decoded in steps"
-            except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                reason = f"decoding it in steps fails with {type(error).__name__}: {error}"
+        try:
+            difference, tolerance = _decoding_difference(base, config)
+            if not difference <= tolerance:
+                reason = f"its log-probabilities differ by {difference:.2g} nats when decoded in steps"
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"decoding it in steps fails with {type(error).__name__}: {error}"
     if reason is not None:
         raise ValueError(
             f"The {name} ({type(base).__name__}) cannot sample mixed rollouts: {reason}. Use a transformer with full "
@@ -226,13 +234,15 @@ def check_decoding(model, name: str) -> None:
 def _decoding_difference(base: PreTrainedModel, config) -> tuple[float, float]:
     size = min(base.get_input_embeddings().weight.size(0), base.get_output_embeddings().weight.size(0))
     ids = torch.arange(10).view(2, 5) % size
-    decoder = Decoder(base, slots=2)
-    expected = base(input_ids=ids.to(decoder.device), use_cache=False).logits.float()
-    decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :4].tolist())])
     starts = torch.tensor([1, 3])
     positions = starts.unsqueeze(1) + torch.arange(2)
-    hidden = decoder.forward(ids.gather(1, positions), positions, 2, 5)
-    actual = decoder.logits(hidden.flatten(0, 1)).view(2, 2, -1)
+    decoder = Decoder(base, slots=2)
+    with inference(base, attention=config._attn_implementation):
+        expected = base(input_ids=ids.to(decoder.device), use_cache=False).logits.float()
+    with inference(base):
+        decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :4].tolist())])
+        hidden = decoder.forward(ids.gather(1, positions), positions, 2, 5)
+        actual = decoder.logits(hidden.flatten(0, 1)).view(2, 2, -1)
     expected = expected.gather(1, positions.to(expected.device).unsqueeze(-1).expand_as(actual))
     exact = base.dtype == torch.float32
     difference = (actual.log_softmax(-1) - expected.log_softmax(-1)).abs()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..objective.mixture import branch_weight, couple, draw_coin, entropy_from_logps, match_vocabulary, mixture_logps
-from .decoder import MAX_CATCH_UP, Decoder, inference
+from .decoder import FIRST_RESERVE, MAX_CATCH_UP, Decoder, inference
 from .types import BOOL_RECORDS, FLOAT_RECORDS, RECORDS, MixedRequest, MixedRollout
 
 
@@ -187,6 +187,7 @@ class _Run:
 
     def run(self) -> MixedRollout:
         started = time.perf_counter()
+        self.policy.cache.reserve(min(self.tokens.size(1), FIRST_RESERVE))
         self._admit(range(min(len(self.waiting), len(self.unread))))
         while self.active:
             draft = self._draft(self._draft_length())
@@ -410,7 +411,7 @@ def best_draft_length(acceptance: float, longest: int, cost: float) -> int:
 
     Example:
     ```python
-    >>> best_draft_length(0.99, 8, 1.0), best_draft_length(0.5, 8, 1.0)
+    >>> best_draft_length(0.99, 8, 1.0), best_draft_length(0.6, 8, 1.0)
     (8, 2)
     ```
     """

@@ -1,0 +1,43 @@
+"""Attention of grouped heads under a mask per row, without repeating keys and values."""
+
+import torch
+from transformers import AttentionInterface
+
+
+NAME = "mentor_ragged"
+
+
+def ragged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Scaled dot-product attention in which the query heads of a key-value head are queries of it.
+
+    transformers' own `"sdpa"` copies keys and values once per query head when there is a mask, which is most of the
+    cost of a decoding step.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, Q, D)`), key, value (`torch.Tensor` of shape `(B, H_kv, L, D)`):
+            Heads; H is a multiple of H_kv.
+        attention_mask (`torch.Tensor` of shape `(B, 1, Q, L)`, `bool`):
+            What each query may attend to.
+
+    Returns:
+        `torch.Tensor` of shape `(B, Q, H, D)`, and `None` for the attention weights.
+    """
+    batch, heads, queries, _ = query.shape
+    shared = heads // key.size(1)
+    grouped = query.reshape(batch, key.size(1), shared * queries, -1)
+    mask = attention_mask.repeat(1, 1, shared, 1) if shared > 1 and queries > 1 else attention_mask
+    output = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, ragged_attention)
