@@ -1,16 +1,16 @@
 r"""
-Tokens per second of the in-process engine, side by side in one run: TRL's own generate path, plain policy sampling, and
-mixed sampling over draft lengths and acceptance rates; and the cost per token against the sequence length.
+Tokens per second of the in-process engine, side by side in one run: TRL's own generate path, plain policy sampling,
+and mixed sampling over draft lengths and acceptance rates; and the cost per token against the sequence length.
 
-    python benchmarks/rollout_local.py                      # CPU, a few minutes
+    python benchmarks/rollout_local.py                      # CPU, about a quarter of an hour
     python benchmarks/rollout_local.py --device cuda --hidden 1536 --layers 28 --vocab 151936 --dtype bfloat16
 
-The policy has random weights. The expert is the policy with noise on its LM head: more noise, less acceptance. Weights
-are those of the branch rule "random" with the share given by --share, so that they do not depend on the random weights.
-The arms of a comparison are timed in turn, round by round, and the median is reported.
+The policy has random weights. The expert is the policy with noise on its LM head: more noise, less acceptance. The
+expert's weight at a token is that of the branch rule "random" with the share given by --share, which does not depend
+on the random weights. The arms of a comparison are timed in turn, and the median is reported.
 
-The ceiling of mixed sampling is (committed tokens a round) / (K + e) of the plain engine's speed, where e is the measured
-cost of one expert pass over K drafts, in policy steps.
+The ceiling of mixed sampling is (committed tokens a round) / (K + e) of the plain engine's speed, where e is the
+measured cost of one expert pass over K drafts, in policy steps.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """What a run needs, beyond the Trainer's own checkpoint, to resume to the same numbers."""
 
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 
@@ -45,7 +46,7 @@ def save_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
     }
     if trainer.log_completions:
         state["logs"] = {name: list(logs[name]) for name in _LOGS}
-        state["logs"] |= {name: {key: list(values) for key, values in logs[name].items()} for name in _LOG_COLUMNS}
+        state["logs"] |= {name: {key: _plain(values) for key, values in logs[name].items()} for name in _LOG_COLUMNS}
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.save(state, _path(folder, trainer.accelerator.process_index))
 
@@ -86,6 +87,17 @@ def load_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
     _skip_epochs(trainer.train_sampler, state["epochs"])
     if trainer.log_completions and state["logs"] is not None:
         _restore_logs(trainer.logs_by_mode["train"], state["logs"])
+
+
+def _plain(value: Any) -> Any:
+    """Reward functions log values of any type, and a checkpoint is read as plain data only."""
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def _skip_epochs(sampler, epochs: int) -> None:

@@ -238,7 +238,8 @@ def check_vocabulary(
         )
     needed = max(ours) + 1
     for name, model in (("policy", policy), ("expert", expert)):
-        rows = text_model(model).get_output_embeddings().weight.size(0)
+        weight = text_model(model).get_output_embeddings().weight
+        rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor in place of its shards
         if rows < needed:
             raise ValueError(
                 f"The {name}'s output embedding has {rows} rows, and the tokenizer defines {needed} ids. Call "

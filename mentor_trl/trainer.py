@@ -49,8 +49,8 @@ _PAPER = {
 class MentorGRPOTrainer(GRPOTrainer):
     r"""
     Trainer for MENTOR: GRPO in which some rollouts of each prompt are drawn from a mixed policy, whose tokens come
-    from an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for Effective
-    and Diverse Exploration in Reinforcement Learning of LLMs](https://huggingface.co/papers/2510.04140).
+    from an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for
+    Effective and Diverse Exploration in Reinforcement Learning of LLMs](https://huggingface.co/papers/2510.04140).
 
     Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func`, images, vLLM, FSDP and
     ZeRO-3 without gathered parameters are refused while rollouts are mixed. Evaluation never uses the expert.
@@ -116,9 +116,11 @@ class MentorGRPOTrainer(GRPOTrainer):
             check_supported(args, tools, rollout_func, environment_factory)
             check_expert_given(args, expert)
         else:
-            self._tag_names, self._name, self._paper = ["trl", "grpo"], GRPOTrainer._name, GRPOTrainer._paper
-        check_dataset(train_dataset, "train_dataset", self._guided)
-        check_dataset(eval_dataset, "eval_dataset", self._guided)
+            self._tag_names, self._name = GRPOTrainer._tag_names, GRPOTrainer._name
+            self._paper = GRPOTrainer._paper
+        if environment_factory is None:  # an environment may bring the prompts
+            check_dataset(train_dataset, "train_dataset", self._guided)
+            check_dataset(eval_dataset, "eval_dataset", self._guided)
 
         super().__init__(
             model=model,
@@ -146,6 +148,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             fixed=args.entropy_threshold,
         )
         self.sampler: LocalSampler | None = None
+        self.train_sampler = None  # stays `None` for a stream
         self.expert_name: str | None = None
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": _new_logs()}
@@ -429,22 +432,27 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._logs = self.logs_by_mode[self._mode]
         if self._mode == "train":
             return super().log(logs, start_time)
-        with self._evaluation_table():
+        # `eval`, or `eval_NAME` where there are several evaluation datasets
+        name = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+        with self._evaluation_table(name):
             super().log(logs, start_time)
         self.logs_by_mode["eval"] = _new_logs()
 
     @contextmanager
-    def _evaluation_table(self):
+    def _evaluation_table(self, name: str):
         """TRL names its table by the step alone: give that of an evaluation its own name, and keep training's."""
-        folder = Path(self.args.output_dir, "completions")
+        folder, log_completions = Path(self.args.output_dir, "completions"), self.log_completions
         table = folder / f"completions_{self.state.global_step:05d}.parquet"
+        # The summary that ends training comes in this mode as well, after an evaluation at the last step
+        self.log_completions = log_completions and len(self._logs["prompt"]) > 0
         writes = self.accelerator.is_main_process and self.log_completions
         kept = table.rename(table.with_suffix(".kept")) if writes and table.exists() else None
         try:
             yield
         finally:
+            self.log_completions = log_completions
             if writes and table.exists():
-                table.replace(folder / f"completions_eval_{self.state.global_step:05d}.parquet")
+                table.replace(folder / f"completions_{name}_{self.state.global_step:05d}.parquet")
             if kept is not None:
                 kept.rename(table)
 
@@ -455,9 +463,10 @@ class MentorGRPOTrainer(GRPOTrainer):
             card = ModelCard.load(path)
             name = self.expert_name or "a model that names no origin"
             expert = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else name
+            mixed, group = self.args.num_mixed_generations, self.num_generations
             sentence = (
-                f"The expert was {expert}: it spoke at the high-entropy tokens of "
-                f"{self.args.num_mixed_generations} of the {self.num_generations} rollouts of each prompt, and is not needed to use this model.\n\n"
+                f"The expert was {expert}: it spoke at the high-entropy tokens of {mixed} of the {group} rollouts of "
+                "each prompt, and is not needed to use this model.\n\n"
             )
             heading = "### Framework versions"
             card.text = card.text.replace(heading, sentence + heading, 1)

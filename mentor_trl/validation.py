@@ -1,6 +1,6 @@
 """What is refused at construction, with the mend."""
 
-from accelerate.utils import DistributedType
+from accelerate.utils import parse_flag_from_env
 
 from .config import MentorGRPOConfig
 
@@ -22,7 +22,8 @@ def check_supported(args: MentorGRPOConfig, tools, rollout_func, environment_fac
     for name, value in given.items():
         if value:
             raise ValueError(f"`{name}` is not supported with mixed rollouts. Remove it, {_PLAIN}.")
-    if args.distributed_state.distributed_type == DistributedType.FSDP:
+    # `args.distributed_state` does not know of FSDP; `accelerate launch` tells the Accelerator by this variable
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
             "FSDP is not supported with mixed rollouts: processes make different numbers of forward passes, which "
             f"deadlocks its collectives. Use DDP or DeepSpeed (`accelerate_config: zero3`), {_PLAIN}."

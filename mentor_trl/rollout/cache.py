@@ -12,11 +12,11 @@ class RaggedCache(Cache):
     grow by half when they are full.
 
     Args:
-        slots (`int`):
-            Number of rows.
+        slots (`int`, *optional*, defaults to `0`):
+            Number of rows to begin with.
     """
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int = 0):
         super().__init__(layers=[])
         self.slots = slots
         self.capacity = 0
@@ -26,15 +26,17 @@ class RaggedCache(Cache):
         self._flat_positions: torch.Tensor | None = None
         self._length = 0
 
-    def reserve(self, length: int) -> None:
-        """Make room for rows of `length` tokens."""
-        if length <= self.capacity:
+    def reserve(self, length: int, slots: int = 0) -> None:
+        """Make room for rows of `length` tokens, and for at least `slots` rows."""
+        if length <= self.capacity and slots <= self.slots:
             return
-        self.capacity = max(length, self.capacity + self.capacity // 2)
+        self.slots = max(slots, self.slots)
+        if length > self.capacity:
+            self.capacity = max(length, self.capacity + self.capacity // 2)
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = old.new_zeros((self.slots, self.capacity, *old.shape[2:]))
-                buffers[layer][:, : old.size(1)] = old
+                buffers[layer][: old.size(0), : old.size(1)] = old
 
     def place(self, rows: torch.Tensor | int, positions: torch.Tensor, length: int) -> None:
         """

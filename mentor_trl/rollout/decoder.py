@@ -58,13 +58,13 @@ class Decoder:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal language model.
-        slots (`int`):
-            Number of rows.
+        slots (`int`, *optional*, defaults to `0`):
+            Number of rows of the cache to begin with.
         autocast (`Callable[[], AbstractContextManager]`, *optional*):
             Makes the mixed-precision context of the forward passes.
     """
 
-    def __init__(self, model, slots: int, autocast: Callable[[], AbstractContextManager] | None = None):
+    def __init__(self, model, slots: int = 0, autocast: Callable[[], AbstractContextManager] | None = None):
         self.model = text_model(model)
         self.config = self.model.config.get_text_config()
         self.device = self.model.get_input_embeddings().weight.device

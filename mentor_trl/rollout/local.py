@@ -88,10 +88,8 @@ class LocalSession:
 
     def __init__(self, sampler: LocalSampler, policy, autocast):
         self.sampler = sampler
-        self.policy = Decoder(policy, sampler.rollout_batch_size, autocast)
-        self.expert = None
-        if sampler.expert is not None:
-            self.expert = Decoder(sampler.expert, sampler.rollout_batch_size, autocast)
+        self.policy = Decoder(policy, autocast=autocast)
+        self.expert = None if sampler.expert is None else Decoder(sampler.expert, autocast=autocast)
 
     def sample(self, request: MixedRequest) -> MixedRollout:
         """
@@ -187,7 +185,8 @@ class _Run:
 
     def run(self) -> MixedRollout:
         started = time.perf_counter()
-        self.policy.cache.reserve(min(self.tokens.size(1), FIRST_RESERVE))
+        for decoder in filter(None, (self.policy, self.expert)):
+            decoder.cache.reserve(min(self.tokens.size(1), FIRST_RESERVE), len(self.unread))
         self._admit(range(min(len(self.waiting), len(self.unread))))
         while self.active:
             draft = self._draft(self._draft_length())

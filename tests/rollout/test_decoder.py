@@ -51,6 +51,12 @@ SHAPE = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+
+
+def without(settings, name):
+    return {key: value for key, value in settings.items() if key != name}
+
+
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 MODELS = {
     "llama": (LlamaForCausalLM, lambda: LlamaConfig(**SHAPE)),
@@ -61,7 +67,7 @@ MODELS = {
     ),
     "qwen3": (Qwen3ForCausalLM, lambda: Qwen3Config(**SHAPE)),
     "mistral-window": (MistralForCausalLM, lambda: MistralConfig(**SHAPE, sliding_window=4)),
-    "phi3-window": (Phi3ForCausalLM, lambda: Phi3Config(**{**SHAPE, "head_dim": None}, sliding_window=4)),
+    "phi3-window": (Phi3ForCausalLM, lambda: Phi3Config(**without(SHAPE, "head_dim"), sliding_window=4)),
     "gemma2": (
         Gemma2ForCausalLM,
         lambda: Gemma2Config(
@@ -70,7 +76,6 @@ MODELS = {
             query_pre_attn_scalar=8,
             final_logit_softcapping=3.0,
             attn_logit_softcapping=2.0,
-            attn_implementation="eager",
         ),
     ),
     "gemma3": (Gemma3ForCausalLM, lambda: Gemma3TextConfig(**SHAPE, sliding_window=4, query_pre_attn_scalar=8)),
@@ -105,7 +110,16 @@ def test_decoding_in_ragged_steps_equals_the_model(name, attention):
     """Prompts of different lengths, steps of different widths, and a roll-back over wrong tokens."""
     model = make_model(name, attention=attention)
     ids = random_ids(3, 14)
-    decoder = Decoder(model, slots=3)
+    with inference(model):
+        actual = decode_in_steps(Decoder(model, slots=3), ids)
+    expected = forward_logps(model, ids)
+    assert len(actual) > 24
+    for (row, position), logps in actual.items():
+        torch.testing.assert_close(logps, expected[row, position], rtol=0, atol=1e-4)
+
+
+def decode_in_steps(decoder, ids):
+    """Log-probabilities of each (row, position) behind the prompts."""
     lengths = torch.tensor([3, 9, 1])
     decoder.prefill([0, 1, 2], [tuple(ids[row, :length].tolist()) for row, length in enumerate(lengths)])
     seen, actual = lengths - 1, {}
@@ -122,10 +136,7 @@ def test_decoding_in_ragged_steps_equals_the_model(name, attention):
                 if seen[row] + k < 14:
                     actual[row, int(seen[row]) + k] = logps[row, k]
         seen = (seen + width).clamp(max=13)
-    expected = forward_logps(model, ids)
-    assert len(actual) > 24
-    for (row, position), logps in actual.items():
-        torch.testing.assert_close(logps, expected[row, position], rtol=0, atol=1e-4)
+    return actual
 
 
 def test_windows_and_caps_matter_in_these_models():
@@ -143,6 +154,9 @@ def test_windows_and_caps_matter_in_these_models():
     ]:
         other = make_model(name, **changes)
         assert (forward_logps(make_model(name), ids) - forward_logps(other, ids)).abs().max() > 0.05, (name, changes)
+    capped = make_model("gemma2", attention="eager")
+    other = make_model("gemma2", attention="eager", attn_logit_softcapping=None)
+    assert (forward_logps(capped, ids) - forward_logps(other, ids)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -200,11 +214,16 @@ def count_positions(model):
     return shapes
 
 
-@torch.no_grad()
-def test_prefill_computes_each_prompt_once():
+@pytest.fixture
+def peaked():
     model = make_peaked_model(0, vocab_size=6)
-    shapes = count_positions(model)
-    decoder = Decoder(model, slots=5)
+    with torch.no_grad(), inference(model):
+        yield model
+
+
+def test_prefill_computes_each_prompt_once(peaked):
+    shapes = count_positions(peaked)
+    decoder = Decoder(peaked, slots=5)
     a, b, c = (1, 2, 3, 4), (4, 3, 2, 1), (5, 5, 1, 2)
     decoder.prefill([0, 1, 2, 3], [a, b, a, b])
     assert shapes == [(2, 3)]
@@ -223,12 +242,10 @@ def test_prefill_computes_each_prompt_once():
     assert shapes == [(2, 3), (1, 3)]
 
 
-@torch.no_grad()
-def test_prefill_in_chunks_of_similar_length(monkeypatch):
+def test_prefill_in_chunks_of_similar_length(monkeypatch, peaked):
     monkeypatch.setattr(decoder_module, "MAX_PREFILL_TOKENS", 16)
-    model = make_peaked_model(0, vocab_size=6)
-    shapes = count_positions(model)
-    decoder = Decoder(model, slots=6)
+    shapes = count_positions(peaked)
+    decoder = Decoder(peaked, slots=6)
     ids = random_ids(6, 20, vocab_size=6)
     lengths = [2, 20, 3, 8, 1, 7]
     prompts = [tuple(ids[row, :length].tolist()) for row, length in enumerate(lengths)]
@@ -239,15 +256,13 @@ def test_prefill_in_chunks_of_similar_length(monkeypatch):
     hidden = decoder.forward(ids.gather(1, positions), positions, 6, 20)
     actual = decoder.logits(hidden[:, 0]).double().log_softmax(-1)
     for row, prompt in enumerate(prompts):
-        expected = forward_logps(model, torch.tensor([prompt]))[0, -1]
+        expected = forward_logps(make_peaked_model(0, vocab_size=6), torch.tensor([prompt]))[0, -1]
         torch.testing.assert_close(actual[row], expected, rtol=0, atol=1e-4)
 
 
-@torch.no_grad()
-def test_moved_slots_carry_their_prompt():
-    model = make_peaked_model(0, vocab_size=6)
-    shapes = count_positions(model)
-    decoder = Decoder(model, slots=3)
+def test_moved_slots_carry_their_prompt(peaked):
+    shapes = count_positions(peaked)
+    decoder = Decoder(peaked, slots=3)
     a, b = (1, 2, 3, 4), (4, 3, 2, 1)
     decoder.prefill([0, 1], [a, b])
     decoder.move(1, 0, 4)
@@ -266,7 +281,7 @@ def test_inference_mode_is_undone():
     assert set(modes.values()) == {True, False}
     with pytest.raises(RuntimeError, match="inside"), inference(model):
         assert not any(module.training for module in model.modules())
-        assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation != "flash_attention_2"
         raise RuntimeError("inside")
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config._attn_implementation == "flash_attention_2"
@@ -277,8 +292,10 @@ def test_inference_mode_is_undone():
 
 @torch.no_grad()
 def test_half_precision_logits_are_float32():
-    decoder = Decoder(make_model("llama").bfloat16(), slots=1)
-    hidden = decoder.forward(torch.tensor([[3]]), torch.tensor([[0]]), 1, 1)
+    model = make_model("llama").bfloat16()
+    decoder = Decoder(model, slots=1)
+    with inference(model):
+        hidden = decoder.forward(torch.tensor([[3]]), torch.tensor([[0]]), 1, 1)
     assert hidden.dtype == torch.bfloat16
     assert decoder.logits(hidden[:, 0]).dtype == torch.float32
 
@@ -291,7 +308,8 @@ def test_peft_models_keep_their_adapters():
     model = get_peft_model(base, config).eval()
     ids = random_ids(1, 6)
     decoder = Decoder(model, slots=1)
-    hidden = decoder.forward(ids, torch.arange(6).unsqueeze(0), 1, 6)
+    with inference(model):
+        hidden = decoder.forward(ids, torch.arange(6).unsqueeze(0), 1, 6)
     actual = decoder.logits(hidden[0]).double().log_softmax(-1)
     torch.testing.assert_close(actual, forward_logps(model, ids)[0], rtol=0, atol=1e-4)
     with model.disable_adapter():

@@ -1,0 +1,70 @@
+"""What test_trainer_distributed.py launches on two processes: python -m torch.distributed.run ... FOLDER."""
+
+import sys
+from pathlib import Path
+
+import torch
+from helpers import make_tiny_model
+from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
+
+
+CASES = {
+    # A group over both processes: the first has on-policy rows only, the second mixed rows only
+    "split_4_4": {"per_device_train_batch_size": 4},
+    # The second process has mixed rows only
+    "split_3_5": {"per_device_train_batch_size": 4, "num_mixed_generations": 5, "gradient_accumulation_steps": 2},
+    # Whole groups on each process, and one that lies across
+    "across": {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 2},
+    "undefined_rewards": {"per_device_train_batch_size": 8, "scale_rewards": "batch"},
+    "mixture": {"per_device_train_batch_size": 4, "correction_level": "mixture", "beta": 0.02, "expert_decay_steps": 2},
+}
+RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
+RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
+
+
+def partly(completions, prompts, **kwargs):
+    """The first process has no defined reward for its last rows."""
+    rewards = letters_reward(completions)
+    rank = torch.distributed.get_rank()
+    return [None if rank == 0 and i in (0, 7) else reward for i, reward in enumerate(rewards)]
+
+
+def report(trainer) -> dict:
+    batches = [
+        {
+            name: batch[name]
+            for name in ("advantages", "mentor_mixed", "rewards", "row_advantages", "alpha", "gamma", "completion_mask")
+        }
+        for batch in trainer.batches
+    ]
+    logs = history(trainer)
+    return {"batches": batches, "history": logs, "weights": weights(trainer), "guidance": trainer.guidance.state_dict()}
+
+
+def main(folder: Path) -> None:
+    make_tiny_model(seed=0).save_pretrained(folder / f"policy_{torch.distributed.get_rank()}")
+    reports = {}
+    for name, settings in CASES.items():
+        settings = {"max_steps": 3, "model": str(folder / f"policy_{torch.distributed.get_rank()}"), **settings}
+        if name == "undefined_rewards":
+            settings["reward_funcs"] = partly
+        # Metrics are logged by the main process alone, so each process keeps its own
+        kept = []
+        trainer = make_trainer(folder / name, cls=RecordingTrainer, **settings)
+        log_metrics = trainer._log_metrics
+        trainer._log_metrics = lambda metrics, kept=kept, log=log_metrics: (kept.append(metrics), log(metrics))
+        trainer.train()
+        reports[name] = {**report(trainer), "metrics": kept}
+    whole = make_trainer(folder / "whole", cls=RecordingTrainer, **RESUME)
+    whole.train()
+    reports["whole"] = report(whole)
+    resumed = make_trainer(folder / "resumed", cls=RecordingTrainer, **RESUME)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-6"))
+    reports["resumed"] = report(resumed)
+    torch.save(reports, folder / f"rank_{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
