@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from helpers import make_tiny_model
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
 
@@ -16,7 +17,12 @@ CASES = {
     # Whole groups on each process, and one that lies across
     "across": {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 2},
     "undefined_rewards": {"per_device_train_batch_size": 8, "scale_rewards": "batch"},
-    "mixture": {"per_device_train_batch_size": 4, "correction_level": "mixture", "beta": 0.02, "expert_decay_steps": 2},
+    "mixture": {
+        "per_device_train_batch_size": 4,
+        "correction_level": "mixture",
+        "beta": 0.02,
+        "expert_decay_steps": 2,
+    },
 }
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
@@ -33,19 +39,33 @@ def report(trainer) -> dict:
     batches = [
         {
             name: batch[name]
-            for name in ("advantages", "mentor_mixed", "rewards", "row_advantages", "alpha", "gamma", "completion_mask")
+            for name in (
+                "advantages",
+                "mentor_mixed",
+                "rewards",
+                "row_advantages",
+                "alpha",
+                "gamma",
+                "completion_mask",
+            )
         }
         for batch in trainer.batches
     ]
-    logs = history(trainer)
-    return {"batches": batches, "history": logs, "weights": weights(trainer), "guidance": trainer.guidance.state_dict()}
+    return {
+        "batches": batches,
+        "history": history(trainer),
+        "weights": weights(trainer),
+        "guidance": trainer.guidance.state_dict(),
+        "seeds": [trainer._request([[1]], 1.0, source).seed for source in (0, 1)],
+    }
 
 
 def main(folder: Path) -> None:
-    make_tiny_model(seed=0).save_pretrained(folder / f"policy_{torch.distributed.get_rank()}")
+    make_tiny_model(seed=0).save_pretrained(folder / "policy")  # by the main process alone
+    torch.distributed.barrier()
     reports = {}
     for name, settings in CASES.items():
-        settings = {"max_steps": 3, "model": str(folder / f"policy_{torch.distributed.get_rank()}"), **settings}
+        settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         if name == "undefined_rewards":
             settings["reward_funcs"] = partly
         # Metrics are logged by the main process alone, so each process keeps its own
@@ -64,7 +84,14 @@ def main(folder: Path) -> None:
     torch.save(reports, folder / f"rank_{torch.distributed.get_rank()}.pt")
 
 
+def restore_on_cpu(storage, location: str):
+    return storage if location.startswith("cpu:") else None
+
+
 if __name__ == "__main__":
+    # The Trainer reads the optimizer of a checkpoint to the process's device, which on the CPU is called cpu:1, and
+    # torch.load does not know that name.
+    torch.serialization.register_package(11, lambda storage: None, restore_on_cpu)
     torch.distributed.init_process_group("gloo")
     main(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -35,9 +35,7 @@ ENGINES: dict[str, Engine] = {
     "local-draft-2": partial(sample_local, draft_length=2),
     "local-draft-4-refill": partial(sample_local, draft_length=4, rollout_batch_size=500),
     "local-draft-8": partial(sample_local, draft_length=8),
-    "local-adaptive-refill": partial(
-        sample_local, draft_length=8, adaptive_draft_length=True, rollout_batch_size=500
-    ),
+    "local-adaptive-refill": partial(sample_local, draft_length=8, adaptive_draft_length=True, rollout_batch_size=500),
 }
 
 

@@ -9,8 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from datasets import IterableDataset
-from helpers import make_tiny_model, make_tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from trl import GRPOConfig, GRPOTrainer
+
+from helpers import make_tiny_model, make_tiny_tokenizer
+from mentor_trl import load_expert
+from mentor_trl.rollout.local import LocalSession
 from trainer_helpers import (
     RecordingTrainer,
     advantages_by_hand,
@@ -21,10 +25,6 @@ from trainer_helpers import (
     same_weights,
     weights,
 )
-from trl import GRPOConfig, GRPOTrainer
-
-from mentor_trl import load_expert
-from mentor_trl.rollout.local import LocalSession
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -72,7 +72,9 @@ def test_without_guidance_everything_is_trl(settings, tmp_path, tiny_model_dir, 
     for trainer in (plain, muted):
         assert same_weights(weights(trainer), weights(reference))
         assert not_ours(history(trainer)) == not_ours(history(reference))
-        rewards = [(entry["reward"], entry["mentor/on_policy/reward"]) for entry in history(trainer) if "reward" in entry]
+        rewards = [
+            (entry["reward"], entry["mentor/on_policy/reward"]) for entry in history(trainer) if "reward" in entry
+        ]
         assert rewards and all(theirs == own for theirs, own in rewards)
     assert any(entry.get("loss", 0.0) != 0.0 for entry in history(reference))
 
@@ -181,7 +183,9 @@ def test_advantages_are_those_of_the_rewards_times_the_correction(kind, level, t
                     w, p = rollout.weights[row, t].item(), rollout.logps[row, t].exp().item()
                     m = rollout.mixed_logps[row, t].exp().item()
                     if rollout.expert_logps[row, t].isfinite():
-                        assert m == pytest.approx((1 - w) * p + w * rollout.expert_logps[row, t].exp().item(), rel=1e-4)
+                        assert m == pytest.approx(
+                            (1 - w) * p + w * rollout.expert_logps[row, t].exp().item(), rel=1e-4
+                        )
                     rho = CORRECTIONS[kind](p / m)
                 elif mixed and rollout.branch[row, t]:
                     rho = CORRECTIONS[kind]((rollout.logps[row, t] - rollout.expert_logps[row, t]).exp().item())
@@ -571,7 +575,9 @@ def test_expert_in_bfloat16(tmp_path, tiny_expert_dir):
 
 def test_an_expert_is_the_same_however_it_is_given(tmp_path, tiny_expert_dir):
     ways = {
-        "model": {"trainer_kwargs": {"expert": make_tiny_model(seed=1), "expert_processing_class": make_tiny_tokenizer()}},
+        "model": {
+            "trainer_kwargs": {"expert": make_tiny_model(seed=1), "expert_processing_class": make_tiny_tokenizer()}
+        },
         "folder": {"trainer_kwargs": {"expert": str(tiny_expert_dir)}},
         "field": {"expert_model_name_or_path": str(tiny_expert_dir)},
     }

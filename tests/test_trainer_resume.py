@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
-from trainer_helpers import history, letters_reward, make_trainer, prompts, same_weights, weights
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+
+from trainer_helpers import history, letters_reward, make_trainer, prompts, same_weights, weights
 
 
 # HF's Trainer keeps the loss since the last log in memory only, so a resumed run divides a shorter sum by the whole
@@ -43,7 +44,9 @@ CASES = {
     "two_rewards": (
         2,
         {"gradient_accumulation_steps": 2, "max_steps": 4, "log_completions": True}
-        | {"reward_funcs": [letters_reward, lambda completion_ids, **kwargs: [len(ids) / 8 for ids in completion_ids]]},
+        | {
+            "reward_funcs": [letters_reward, lambda completion_ids, **kwargs: [len(ids) / 8 for ids in completion_ids]]
+        },
     ),
 }
 

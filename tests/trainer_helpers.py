@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from helpers import make_tiny_model, make_tiny_tokenizer
 
+from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,43 @@ class Evaluation:
     def solved(self) -> np.ndarray:
         """Whether any of the K responses is right, of shape `(P,)`: pass@K."""
         return self.correct.max(axis=1)
+
+
+@dataclass
+class Run:
+    """
+    A finished run.
+
+    Args:
+        arm (`str`):
+            Name of its recipe.
+        seed (`int`):
+            Seed of its training.
+        checkpoints (`dict[int, Path]`):
+            Folder of each checkpoint, by step.
+        history (`list[dict]`):
+            What the trainer logged, a step an entry.
+        curve (`dict[int, Evaluation]`):
+            Evaluation of each checkpoint, by step; empty until someone fills it.
+    """
+
+    arm: str
+    seed: int
+    checkpoints: dict[int, Path]
+    history: list[dict]
+    curve: dict[int, Evaluation] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, arm: str, seed: int, folder: Path) -> "Run":
+        checkpoints = {int(path.name.split("-")[-1]): path for path in folder.glob("checkpoint-*")}
+        checkpoints = dict(sorted(checkpoints.items()))
+        state = json.loads((checkpoints[max(checkpoints)] / "trainer_state.json").read_text())
+        return cls(arm, seed, checkpoints, state["log_history"])
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps together, without starting up and saving."""
+        return sum(entry.get("step_time", 0.0) for entry in self.history)
 
 
 def read_prompts(path: Path) -> list[dict[str, str]]:

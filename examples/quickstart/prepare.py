@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from examples.quickstart import task
-from examples.quickstart.task import Problem, Response, Style
+from examples.quickstart.task import Problem, Style
 
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class Settings:
     intermediate_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    base: Phase = field(default_factory=lambda: Phase(Style(work=0.5), steps=1600, learning_rate=5e-3))
+    base: Phase = field(default_factory=lambda: Phase(Style(work=0.5), steps=1200, learning_rate=5e-3))
     expert: Phase = field(default_factory=lambda: Phase(Style(work=1.0), steps=250, learning_rate=1e-3))
-    policy: Phase = field(default_factory=lambda: Phase(Style(work=0.005), steps=250, learning_rate=1e-3))
+    policy: Phase = field(default_factory=lambda: Phase(Style(work=0.01), steps=250, learning_rate=1e-3))
     seed: int = 0
 
 
@@ -130,11 +130,11 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / phase.warmup_steps) * (1 - 0.9 * step / phase.steps)
     )
-    samples = sample_responses(phase.style, held_out, rng)
+    texts = sample_texts(phase.style, held_out, rng)
     model.train()
     for _ in progress.track(range(phase.steps), description=name):
-        ids, targets = make_batch([next(samples) for _ in range(phase.batch_size)])
-        loss = -(targets * model(input_ids=ids[:, :-1]).logits.log_softmax(-1)).sum() / targets.sum()
+        ids, labels = make_batch([next(texts) for _ in range(phase.batch_size)])
+        loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -143,45 +143,21 @@ def fit(
     model.eval()
 
 
-def sample_responses(
-    style: Style, held_out: set[Problem], rng: random.Random
-) -> Iterator[tuple[Problem, Response]]:
+def sample_texts(style: Style, held_out: set[Problem], rng: random.Random) -> Iterator[str]:
+    """Draw prompts with responses in a given style, without end."""
     while True:
         problem = task.sample_problem(rng)
         if problem not in held_out:
-            yield problem, task.write_response(problem, style, rng)
+            yield f"{problem.prompt} {task.write_response(problem, style, rng)} {task.EOS}"
 
 
-def make_batch(samples: list[tuple[Problem, Response]]) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """
-    Build token ids and the distributions to learn at each position.
-
-    A guessed value is learned from its whole distribution, not from one draw of it; that takes a fraction of the time.
-
-    Args:
-        samples (`list[tuple[Problem, Response]]`):
-            B problems and responses.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: ids of shape `(B, T)`, and target probabilities of the next token of shape
-        `(B, T - 1, V)`, all 0 where nothing is to be learned (prompt and padding).
-    """
+def make_batch(texts: list[str]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return token ids, padded on the right, and labels that leave out the prompt and the padding."""
     import torch
 
     index = {word: position for position, word in enumerate(task.VOCABULARY)}
-    rows = [[*problem.prompt.split(), *response.words, task.EOS] for problem, response in samples]
-    ids = torch.full((len(rows), max(map(len, rows))), index[task.PAD])
-    for row, words in enumerate(rows):
-        ids[row, : len(words)] = torch.tensor([index[word] for word in words])
-    targets = torch.nn.functional.one_hot(ids[:, 1:], len(index)).float()
-    targets[:, : task.PROMPT_LENGTH - 1] = 0.0
-    targets[..., index[task.PAD]] = 0.0
-    digits = slice(index["0"], index["9"] + 1)
-    places = [(row, guess) for row, (_, response) in enumerate(samples) for guess in response.guesses]
-    if places:
-        row = torch.tensor([row for row, _ in places])
-        position, right, chance = (torch.tensor(column) for column in zip(*(guess for _, guess in places)))
-        values = ((1 - chance) / 9).unsqueeze(1).repeat(1, 10)
-        values[torch.arange(len(places)), right] = chance
-        targets[row, task.PROMPT_LENGTH - 1 + position, digits] = values
-    return ids, targets
+    rows = [torch.tensor([index[word] for word in text.split()]) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=index[task.PAD])
+    labels = ids.masked_fill(ids == index[task.PAD], -100)
+    labels[:, : task.PROMPT_LENGTH] = -100
+    return ids, labels

@@ -2,13 +2,14 @@
 The quickstart's task: three steps of single-digit arithmetic modulo 10, and the ways in which a response may do them.
 
 A prompt such as `4 +7 *3 -9 :` is a chain, read from left to right. Its answer is the list of the three running values,
-`1 3 4`, so a guess is right once in a thousand. A response does one step after the other, then states the answer:
+`1 3 4`. A response does one step after the other, then states the answer:
 
-    ok guess 1 work 1 *3 = 3 ok wait guess 5 answer 1 3 5
+    ok guess 1 work 1 *3 = 3 ok wait guess 8 answer 1 3 8
 
-There are two ways to do a step: `guess` writes the value at once and is often wrong, `work` spells the step out first and
-is nearly always right. `ok` and `wait` are habits that may precede a step and change nothing. Pretraining teaches all of
-this. What it leaves to reinforcement learning is the choice: the policy can `work`, but hardly ever does.
+There are two ways to do a step. `guess` writes a value at once and knows only whether it is even or odd, so it is right
+one time in five; `work` spells the step out first and is nearly always right. `ok` and `wait` are habits that may precede
+a step and change nothing. Pretraining teaches all of this. What it leaves to reinforcement learning is the choice: the
+policy can `work`, but hardly ever does.
 """
 
 import random
@@ -67,22 +68,6 @@ class Style:
     wait: float = 0.25
 
 
-# How often a guess is right. Products are guessed blindly, so that guessing alone cannot be made perfect.
-GUESS_RIGHT = {"+": 0.6, "-": 0.4, "*": 0.1}
-
-
-@dataclass(frozen=True)
-class Response:
-    """Words, and for each guessed value its position among them, the right value and the probability of that one."""
-
-    words: list[str]
-    guesses: list[tuple[int, int, float]]
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-
 def apply(operator: str, left: int, right: int) -> int:
     """
     Do one step, modulo 10.
@@ -108,9 +93,9 @@ def sample_distinct(rng: random.Random, count: int, exclude: Set[Problem] = froz
     return list(problems)
 
 
-def write_response(problem: Problem, style: Style, rng: random.Random) -> Response:
+def write_response(problem: Problem, style: Style, rng: random.Random) -> str:
     """Write a response in a given style. A wrong guess is carried into the steps that follow it."""
-    words, guesses, values, value = [], [], [], problem.start
+    words, values, value = [], [], problem.start
     for operator, operand in problem.steps:
         words += ["ok"] * (rng.random() < style.ok) + ["wait"] * (rng.random() < style.wait)
         right = apply(operator, value, operand)
@@ -119,12 +104,10 @@ def write_response(problem: Problem, style: Style, rng: random.Random) -> Respon
             value = right
         else:
             words.append("guess")
-            guesses.append((len(words), right, GUESS_RIGHT[operator]))
-            wrong = [digit for digit in range(10) if digit != right]
-            value = right if rng.random() < GUESS_RIGHT[operator] else rng.choice(wrong)
+            value = rng.choice(range(right % 2, 10, 2))
         values.append(str(value))
         words.append(values[-1])
-    return Response([*words, "answer", *values], guesses)
+    return " ".join([*words, "answer", *values])
 
 
 def read_answer(response: str) -> str | None:

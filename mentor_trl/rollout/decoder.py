@@ -67,7 +67,8 @@ class Decoder:
     def __init__(self, model, slots: int = 0, autocast: Callable[[], AbstractContextManager] | None = None):
         self.model = text_model(model)
         self.config = self.model.config.get_text_config()
-        self.device = self.model.get_input_embeddings().weight.device
+        embedding = self.model.get_input_embeddings().weight
+        self.device, self.num_embeddings = embedding.device, embedding.size(0)
         self.lm_head = self.model.get_output_embeddings()
         self.vocab_size = self.lm_head.weight.size(0)
         self.autocast = autocast or nullcontext
@@ -101,7 +102,9 @@ class Decoder:
         Returns:
             `torch.Tensor` of shape `(B, Q, D)`.
         """
-        ids, positions = ids.to(self.device), positions.to(self.device)
+        # a policy with a larger padded vocabulary may emit ids that the expert has no embedding of
+        ids = ids.to(self.device).clamp(max=self.num_embeddings - 1)
+        positions = positions.to(self.device)
         self.cache.reserve(length)
         self.cache.place(rows, positions, length)
         with self.autocast():

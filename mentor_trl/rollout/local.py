@@ -371,7 +371,8 @@ class _Run:
         last = self.active - 1
         if slot != last:
             self.policy.move(last, slot, self.sizes[last])
-            if self.expert is not None:
+            # what an unread slot of the expert holds belongs to an earlier row
+            if self.expert is not None and not self.unread[last]:
                 self.expert.move(last, slot, self.sizes[last])
             for state in (self.tokens, self.size, self.start, self.gamma, self.seen, *self.records.values()):
                 state[slot] = state[last]

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from statistics_helpers import misfit
 
 from mentor_trl.objective import (
     acceptance_probability,
@@ -16,6 +15,7 @@ from mentor_trl.objective import (
     posterior_replaced,
     residual,
 )
+from statistics_helpers import misfit
 
 
 INF = math.inf

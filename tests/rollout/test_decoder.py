@@ -1,7 +1,6 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from statistics_helpers import forward_logps, make_peaked_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -33,6 +32,7 @@ from transformers import (
 
 from mentor_trl.rollout import decoder as decoder_module
 from mentor_trl.rollout.decoder import Decoder, check_decoding, inference, text_model
+from statistics_helpers import forward_logps, make_peaked_model
 
 
 VOCABULARY = 12

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from statistics_helpers import Tree, forward_logps, make_peaked_model, misfit, sample_local, sequences
 from test_decoder import SAMPLED, VOCABULARY, make_model, random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,6 +10,7 @@ from mentor_trl.rollout import LocalSampler, MixedRequest, local
 from mentor_trl.rollout import decoder as decoder_module
 from mentor_trl.rollout.decoder import text_model
 from mentor_trl.rollout.local import best_draft_length
+from statistics_helpers import Tree, forward_logps, make_peaked_model, misfit, sample_local, sequences
 
 
 INF, NAN = math.inf, math.nan
@@ -19,7 +19,9 @@ RAGGED = [[5, 1, 3], [7], [2, 4, 6, 8, 10, 1, 3, 5, 7], [9, 9], [3, 8, 1, 1, 6]]
 
 def make_request(prompts=RAGGED, gamma=1.5, max_new_tokens=8, **options):
     gammas = gamma if isinstance(gamma, list) else [gamma] * len(prompts)
-    return MixedRequest([list(prompt) for prompt in prompts], gammas, max_new_tokens, **{"stop_token_ids": (), **options})
+    return MixedRequest(
+        [list(prompt) for prompt in prompts], gammas, max_new_tokens, **{"stop_token_ids": (), **options}
+    )
 
 
 def rows_of(model, request, rollout, num_tokens=None, size=None):
@@ -264,23 +266,22 @@ def test_rarely_asked_expert_reads_in_chunks(monkeypatch, draft_length):
     policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
     shapes = watch(expert)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (30, 1, 7, 50, 30)]
-    request = make_request(prompts, [100.0, 60.0, INF, 400.0, 100.0], 80, stop_token_ids=(0,))
+    request = make_request(prompts, [60.0, 40.0, INF, 150.0, 60.0], 80)
     rollout = sample_local(policy, expert, request, draft_length=draft_length, rollout_batch_size=3)
-    assert 3 <= rollout.branch.sum() <= 20
-    check_records(policy, expert, request, rollout)
     lengths = {len(prompt) - 1 for prompt in prompts}
     chunks = [tokens for _, tokens in shapes if tokens not in lengths]
     assert 8 in chunks and max(chunks) <= 8 + draft_length
+    assert 3 <= rollout.branch.sum() <= 20
+    check_records(policy, expert, request, rollout)
 
 
 def test_rarely_asked_expert_with_long_rows():
     policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (100, 3)]
-    assert local.MAX_CATCH_UP < 350
-    request = make_request(prompts, 1500.0, 400, seed=2)
+    request = make_request(prompts, 500.0, 400, seed=4)
     rollout = sample_local(policy, expert, request)
-    first = rollout.branch.int().argmax(1)
-    assert rollout.branch.any() and first.max() > 256
+    # more than one chunk is missing when the expert is first asked
+    assert rollout.branch.any() and rollout.branch.any(0).int().argmax() > local.MAX_CATCH_UP
     check_records(policy, expert, request, rollout)
 
 
@@ -353,17 +354,19 @@ def test_requests_of_a_session_do_not_disturb_each_other():
     request there.
     """
     policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
+    # inside a session the models attend as it needs them to; other ones tell what is right
+    models = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
     long = [random_ids(1, 20, seed=seed)[0].tolist() for seed in range(6)]
     generator = torch.Generator().manual_seed(0)
     with LocalSampler(expert, rollout_batch_size=4, draft_length=3).session(policy) as session:
         for turn in range(12):
             chosen = torch.randint(6, (6,), generator=generator).tolist()
             request = make_request([long[i] for i in chosen], 1.0, 5, stop_token_ids=(3,), seed=turn, score_all=True)
-            check_records(policy, expert, request, session.sample(request))
+            check_records(*models, request, session.sample(request))
             # short rows that the expert never or rarely reads, of which some end early
             gamma = INF if turn % 2 else 60.0
             request = make_request([[1], [2, 5], [4], [6]], gamma, 8, stop_token_ids=(3, 5, 7, 9), seed=turn)
-            check_records(policy, expert, request, session.sample(request))
+            check_records(*models, request, session.sample(request))
 
 
 def test_seeds():
@@ -466,7 +469,9 @@ def test_context_limits():
     # the longest prompt has 9 tokens
     request = make_request(max_new_tokens=7)
     check_records(policy, expert, request, sample_local(policy, expert, request))
-    with pytest.raises(ValueError, match=r"row 2 \(9 tokens\).* the expert's context of 16 tokens.*more than 8 tokens"):
+    with pytest.raises(
+        ValueError, match=r"row 2 \(9 tokens\).* the expert's context of 16 tokens.*more than 8 tokens"
+    ):
         sample_local(policy, expert, make_request(max_new_tokens=8))
     with pytest.raises(ValueError, match="the policy's context of 16 tokens"):
         sample_local(expert, policy, make_request(max_new_tokens=8))

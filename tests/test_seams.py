@@ -1,0 +1,168 @@
+"""
+What we override and rely on in TRL and transformers, pinned: an upgrade that changes it fails here, early and by name.
+"""
+
+import inspect
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import RepeatSampler, nanstd, shuffle_sequence_dict, split_tensor_dict
+
+from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
+from trainer_helpers import make_trainer
+
+
+INIT = "self model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes callbacks "
+INIT += "optimizers quantization_config peft_config tools rollout_func environment_factory"
+LOGPS = "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
+LOGPS += "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
+LOGPS += "mm_token_type_ids image_position_ids"
+
+OVERRIDDEN = {
+    "__init__": INIT,
+    "_generate_and_score_completions": "self inputs",
+    "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_calculate_rewards": "self inputs prompts completions completion_ids_list",
+    "_get_per_token_logps_and_entropies": LOGPS,
+    "_compute_loss": "self model inputs",
+    "log": "self logs start_time",
+    "create_model_card": "self model_name dataset_name tags",
+    "_get_train_sampler": "self dataset",
+    "_save_optimizer_and_scheduler": "self output_dir",
+    "_load_optimizer_and_scheduler": "self checkpoint",
+}
+CALLED = {
+    GRPOTrainer._tokenize_prompts: "self prompts",
+    GRPOTrainer._log_completion_extra: "self column values",
+    GRPOTrainer._prepare_inputs: "self generation_batch",
+    GRPOTrainer.training_step: "self model inputs num_items_in_batch",
+    GRPOTrainer.compute_loss: "self model inputs return_outputs num_items_in_batch",
+    unwrap_model_for_generation: "model accelerator gather_deepspeed3_params generation_kwargs "
+    "gradient_checkpointing_kwargs",
+    RepeatSampler.__init__: "self data_source mini_repeat_count batch_size repeat_count shuffle seed",
+    nanstd: "tensor dim keepdim",
+    shuffle_sequence_dict: "seq_dict",
+    split_tensor_dict: "tensor_dict num_chunks",
+    Trainer._save_optimizer_and_scheduler: "self output_dir",
+    Trainer._load_optimizer_and_scheduler: "self checkpoint",
+    Trainer._save_checkpoint: "self model trial",
+}
+
+
+def names(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_methods_that_are_overridden(name):
+    assert names(getattr(GRPOTrainer, name)) == OVERRIDDEN[name].split()
+
+
+@pytest.mark.parametrize("function", CALLED, ids=lambda function: function.__qualname__)
+def test_functions_that_are_relied_on(function):
+    assert names(function) == CALLED[function].split()
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overrides_take_what_trl_takes(name):
+    theirs = inspect.signature(getattr(GRPOTrainer, name)).parameters.values()
+    ours = inspect.signature(getattr(MentorGRPOTrainer, name))
+    required = [p for p in theirs if p.default is p.empty]
+    by_name = {p.name: p.default for p in theirs if p not in required}
+    ours.bind(*required, *by_name.values())
+    ours.bind(*required, **by_name)
+    for parameter in theirs:
+        mine = ours.parameters.get(parameter.name)
+        if mine is not None and mine.default is not mine.empty:
+            assert mine.default == parameter.default, parameter.name
+
+
+def test_every_override_is_pinned():
+    """A method of ours that hides one of TRL's or of the Trainer's is in the table above."""
+    hidden = {name for name, value in vars(MentorGRPOTrainer).items() if inspect.isroutine(value)}
+    hidden &= {name for cls in GRPOTrainer.__mro__[:-1] for name in vars(cls)}
+    assert hidden == set(OVERRIDDEN)
+
+
+def test_new_names_hide_nothing():
+    """Attributes and methods that are ours alone do not exist in TRL, now or after an upgrade."""
+    ours = {name for name in vars(MentorGRPOTrainer) if not name.startswith("__")} - set(OVERRIDDEN)
+    assert ours & set(dir(GRPOTrainer)) == {"_tag_names", "_name", "_paper"}
+
+
+def test_attributes_that_are_read_and_set(tmp_path):
+    trainer = make_trainer(tmp_path, cls=GRPOTrainer, config=GRPOConfig, log_completions=True)
+    assert set(trainer._logs) == {"images", "prompt", "completion", "rewards", "advantages", "extra"}
+    assert set(trainer._metrics) == {"train", "eval"}
+    assert trainer._step == 0 and trainer._buffered_inputs is None
+    assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == [2]
+    assert trainer.generation_kwargs["eos_token_id"] == [2]
+    assert trainer._tokenizer is trainer.processing_class and trainer._is_vlm is False
+    assert trainer._dist.is_zero3 is False
+    assert trainer.reward_func_names == ["letters_reward"] and trainer.reward_weights.tolist() == [1.0]
+    assert trainer.scale_rewards == "group" and trainer.beta == 0.0 and trainer.temperature == 1.0
+    assert trainer.num_generations == 8 and trainer.num_iterations == 1 and trainer.max_completion_length == 8
+    assert trainer.log_completions is True and trainer.state.global_step == 0
+    for name in ("guidance", "sampler", "train_sampler", "expert_name", "logs_by_mode"):
+        assert not hasattr(trainer, name), f"TRL has an attribute {name} of its own"
+
+
+def test_the_sampler_draws_one_permutation_an_epoch():
+    """Resuming past the first epoch repeats these draws."""
+    sampler = RepeatSampler(range(6), mini_repeat_count=2, batch_size=2, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        expected = torch.randperm(6, generator=generator).tolist()
+        assert list(sampler)[::2] == expected
+    assert sampler.num_samples == 6 and sampler.shuffle is True
+
+
+def test_only_the_loss_asks_for_entropies():
+    """`_get_per_token_logps_and_entropies` keeps what the loss computed, and knows its call by this argument."""
+    asking = [
+        name
+        for name, method in vars(GRPOTrainer).items()
+        if inspect.isfunction(method) and "compute_entropy=True" in inspect.getsource(method)
+    ]
+    assert asking == ["_compute_loss"]
+
+
+def test_a_rollout_batch_is_shuffled_and_split_as_a_whole():
+    batch = {
+        "ids": torch.arange(8),
+        "advantages": torch.arange(8).repeat(3, 1).T,
+        "mentor_mixed": torch.arange(8) % 2 == 0,
+    }
+    for part in split_tensor_dict(shuffle_sequence_dict(batch), 2):
+        assert torch.equal(part["advantages"][:, 0], part["ids"])
+        assert torch.equal(part["mentor_mixed"], part["ids"] % 2 == 0)
+
+
+def test_the_loss_takes_per_token_advantages():
+    assert "advantages.dim() == 1" in inspect.getsource(GRPOTrainer._compute_loss)
+
+
+def test_version_of_trl():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (requirement,) = [Requirement(line) for line in re.findall(r'"(trl[^"]*)",', text) if line.startswith("trl>")]
+    assert requirement.specifier.contains(version("trl"))
+    assert not requirement.specifier.contains("1.15.0") and not requirement.specifier.contains("1.17.0")
+
+
+def test_configuration_adds_to_trls():
+    added = set(MentorGRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    own = set(MentorGRPOConfig.__annotations__)
+    assert added == own, "a field of ours hides one of TRL's"
+
+
+def test_trainer_module_names():
+    assert grpo_trainer.GRPOTrainer is GRPOTrainer and GRPOTrainer._name == "GRPO"
+    assert GRPOTrainer._tag_names == ["trl", "grpo"] and set(GRPOTrainer._paper) == {"title", "id", "citation"}
