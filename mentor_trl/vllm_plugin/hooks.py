@@ -1,0 +1,160 @@
+"""
+Where the plugin enters vLLM. Every replaced function first asks whether its own engine wants mixed rollouts, and is
+vLLM's where it does not.
+"""
+
+import functools
+from contextvars import ContextVar
+from typing import Any
+
+from . import compat
+from .options import CONFIG_KEY, WORKER_EXTENSION, engine_options
+
+
+_vocabularies_may_differ: ContextVar[bool] = ContextVar("vocabularies_may_differ", default=False)
+_installed: set[str] = set()
+
+
+def asked_for(vllm_config) -> bool:
+    """Whether an engine is to sample from the mixed policy."""
+    config = getattr(vllm_config, "additional_config", None)
+    return isinstance(config, dict) and CONFIG_KEY in config
+
+
+def check_config(vllm_config) -> None:
+    """
+    Check the whole configuration of a mixed-policy engine.
+
+    Raises:
+        `ValueError`: listing every setting under which it would not sample exactly, and the mend.
+    """
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    found: dict[str, tuple[Any, Any]] = {
+        "speculative_config.method": (getattr(speculative, "method", None), "draft_model"),
+        "speculative_config.draft_sample_method": (
+            getattr(speculative, "draft_sample_method", None),
+            "probabilistic",
+        ),
+        "speculative_config.rejection_sample_method": (
+            getattr(speculative, "rejection_sample_method", "standard"),
+            "standard",
+        ),
+        "async_scheduling": (bool(vllm_config.scheduler_config.async_scheduling), False),
+        "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+        "data_parallel_size": (parallel.data_parallel_size, 1),
+        "worker_extension_cls": (parallel.worker_extension_cls, WORKER_EXTENSION),
+        "V2 model runner (VLLM_USE_V2_MODEL_RUNNER)": (vllm_config.use_v2_model_runner, False),
+        "multimodal": (vllm_config.model_config.supports_multimodal_inputs, False),
+    }
+    wrong = [f"{name} is {value!r} and must be {right!r}" for name, (value, right) in found.items() if value != right]
+    if speculative is not None and speculative.draft_model_config is not None:
+        policy, expert = speculative.draft_model_config.max_model_len, vllm_config.model_config.max_model_len
+        if policy < expert:
+            wrong.append(f"max_model_len is {expert} and the policy's context {policy}; lower max_model_len to it")
+    if wrong:
+        options = {name: value for name, value in engine_options("POLICY", "EXPERT").items() if name != "model"}
+        raise ValueError(
+            f"This engine asks for mixed rollouts and cannot sample them: {'; '.join(wrong)}. Start it with "
+            f"`mentor-trl serve`, or with VLLM_USE_V2_MODEL_RUNNER=0 and the engine arguments {options}."
+        )
+
+
+def install() -> None:
+    """Hook the front end of vLLM: configuration and requests. May be called any number of times."""
+    if "front" in _installed:
+        return
+    try:
+        compat.check_version()
+        compat.check_symbols()
+    except compat.IncompatibleVLLM as error:
+        # Other engines on this vLLM are none of our business: only one that asks for mixed rollouts fails
+        _refuse_instead(error)
+        return
+    _installed.add("front")
+    from vllm.config.speculative import SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verify_vocabularies)
+    _wrap(InputProcessor, "_validate_params", _validate_params)
+
+
+def install_worker() -> None:
+    """Hook the workers of an engine that asks for mixed rollouts. May be called any number of times."""
+    install()
+    if "worker" in _installed:
+        return
+    compat.check_version()
+    compat.check_symbols(compat.WORKER_SYMBOLS)
+    _installed.add("worker")
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _wrap(GPUModelRunner, "__init__", _make_runner)
+    _wrap(DraftModelProposer, "_raise_if_vocab_size_mismatch", _raise_if_vocab_size_mismatch)
+
+
+def _wrap(owner: type, name: str, wrapper) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replacement(self, *args, **kwargs):
+        return wrapper(self, original, *args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def _refuse_instead(error: Exception) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    def create_engine_config(self, original, *args, **kwargs):
+        if CONFIG_KEY in (self.additional_config or {}):
+            raise error
+        return original(self, *args, **kwargs)
+
+    _wrap(EngineArgs, "create_engine_config", create_engine_config)
+
+
+def _create_engine_config(self, original, *args, **kwargs):
+    if CONFIG_KEY not in (self.additional_config or {}):
+        return original(self, *args, **kwargs)
+    token = _vocabularies_may_differ.set(True)
+    try:
+        vllm_config = original(self, *args, **kwargs)
+    finally:
+        _vocabularies_may_differ.reset(token)
+    check_config(vllm_config)
+    return vllm_config
+
+
+def _verify_vocabularies(self, original):
+    # The engine masks what one of the models does not know (see sampler.py)
+    if not _vocabularies_may_differ.get():
+        original(self)
+
+
+def _validate_params(self, original, params, *args, **kwargs):
+    original(self, params, *args, **kwargs)
+    if asked_for(self.vllm_config):
+        from vllm import SamplingParams
+
+        from .requests import check_params
+
+        if isinstance(params, SamplingParams):
+            check_params(params)
+
+
+def _make_runner(self, original, vllm_config, *args, **kwargs):
+    if not asked_for(vllm_config):
+        return original(self, vllm_config, *args, **kwargs)
+    check_config(vllm_config)
+    original(self, vllm_config, *args, **kwargs)
+    from .runner import MixedRunner
+
+    self.mentor = MixedRunner(self, **vllm_config.additional_config[CONFIG_KEY])
+
+
+def _raise_if_vocab_size_mismatch(self, original):
+    if not asked_for(self.vllm_config):
+        original(self)

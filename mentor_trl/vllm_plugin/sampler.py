@@ -1,0 +1,193 @@
+"""
+One round of the mixed policy over the drafts of a batch, in plain tensor operations.
+
+N drafts of B rows, request-major; V token ids that both models know. Only at branch points is the expert's distribution
+computed, and only for rows that lose a draft the residual.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..objective.mixture import acceptance_probability, branch_weight, draw_coin
+
+
+@dataclass
+class Round:
+    """
+    What a round commits; S is the longest draft.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, S)`):
+            Committed tokens; -1 behind the last one of a row.
+        values (`torch.Tensor` of shape `(B, S, 6)`):
+            H, w, log p, log s (NaN where the expert was not asked), coin and replaced of each.
+    """
+
+    tokens: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class RowTensors:
+    """
+    Options of the B rows as tensors, and the branch rules that occur.
+
+    Args:
+        gamma (`torch.Tensor` of shape `(B,)`):
+            Entropy thresholds.
+        share (`torch.Tensor` of shape `(B,)`):
+            Weights of the rule `"random"`.
+        score (`torch.Tensor` of shape `(B,)`, `bool`):
+            Rows whose log s is wanted at every token with w > 0.
+        rules (`dict[str, torch.Tensor]`):
+            For each rule, the `(B,)` `bool` mask of its rows.
+    """
+
+    gamma: torch.Tensor
+    share: torch.Tensor
+    score: torch.Tensor
+    rules: dict[str, torch.Tensor]
+
+
+def exponential_race(weights: torch.Tensor) -> torch.Tensor:
+    """
+    Draw an index in proportion to each row of unnormalized weights, without a synchronisation of the device.
+
+    Args:
+        weights (`torch.Tensor` of shape `(..., V)`):
+            Non-negative, with a positive sum.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, `int64`.
+    """
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)
+
+
+def policy_probs(logits: torch.Tensor, temperature: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    The policy's distribution over the ids that both models know.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V_policy)`):
+            Logits of the policy.
+        temperature (`torch.Tensor` of shape `(N,)`):
+            Temperatures.
+        num_tokens (`int`):
+            V.
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)` in float32.
+    """
+    return (logits[:, :num_tokens].float() / temperature.unsqueeze(-1)).softmax(dim=-1)
+
+
+def row_weights(entropy: torch.Tensor, row: torch.Tensor, options: RowTensors) -> torch.Tensor:
+    """
+    Weight w of each draft under its row's rule.
+
+    Args:
+        entropy (`torch.Tensor` of shape `(N,)`):
+            Policy entropies.
+        row (`torch.Tensor` of shape `(N,)`):
+            Row of each draft.
+        options ([`RowTensors`]):
+            Options of the rows.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    gamma, share = options.gamma[row], options.share[row]
+    weight = torch.zeros_like(entropy)
+    for rule, mask in options.rules.items():
+        weight = torch.where(mask[row], branch_weight(entropy, gamma, rule, share), weight)
+    return weight
+
+
+def sample_round(
+    drafts: torch.Tensor,
+    probs: torch.Tensor,
+    expert_logits: torch.Tensor,
+    logit_index: torch.Tensor,
+    row: torch.Tensor,
+    step: torch.Tensor,
+    temperature: torch.Tensor,
+    options: RowTensors,
+    shape: tuple[int, int],
+) -> Round:
+    """
+    Flip the coins, couple the drafts at branch points with the expert, and cut each row behind its first replacement.
+
+    Args:
+        drafts (`torch.Tensor` of shape `(N,)`):
+            Ids drawn from `probs`.
+        probs (`torch.Tensor` of shape `(N, V)`):
+            The policy's distributions.
+        expert_logits (`torch.Tensor` of shape `(L, V_expert)`):
+            The expert's logits.
+        logit_index (`torch.Tensor` of shape `(N,)`):
+            Which of them belong to each draft.
+        row, step (`torch.Tensor` of shape `(N,)`):
+            Row and position in its row of each draft.
+        temperature (`torch.Tensor` of shape `(N,)`):
+            Temperatures.
+        options ([`RowTensors`]):
+            Options of the rows.
+        shape (`tuple[int, int]`):
+            B and S.
+
+    Returns:
+        [`Round`].
+    """
+    V = probs.size(-1)
+    drafts = drafts.long()
+    entropy = entropy_from_probs(probs)
+    weight = row_weights(entropy, row, options)
+    coin = draw_coin(weight)
+    logp = probs.gather(1, drafts.unsqueeze(1)).squeeze(1).log()
+    logs = torch.full_like(logp, torch.nan)
+    tokens, replaced = drafts.clone(), torch.zeros_like(coin)
+
+    asked = (coin | (options.score[row] & (weight > 0.0))).nonzero().squeeze(1)
+    if asked.numel():
+        expert = (expert_logits[logit_index[asked], :V].float() / temperature[asked].unsqueeze(1)).log_softmax(-1)
+        logs[asked] = expert.gather(1, drafts[asked].unsqueeze(1)).squeeze(1)
+        accept = acceptance_probability(logp[asked], logs[asked])
+        lost = coin[asked] & (torch.rand_like(accept) >= accept)
+        first = _first_of_each_row(lost.nonzero().squeeze(1), asked, row)
+        mass = (expert[first].exp() - probs[asked[first]]).clamp(min=0.0)
+        # p = s up to rounding leaves nothing to draw from: the draft already is a sample of s
+        some = mass.sum(-1) > 0.0
+        first, mass = first[some], mass[some]
+        at, new = asked[first], exponential_race(mass)
+        tokens[at], replaced[at] = new, True
+        logs[at] = expert[first].gather(1, new.unsqueeze(1)).squeeze(1)
+        logp[at] = probs[at].gather(1, new.unsqueeze(1)).squeeze(1).log()
+
+    values = torch.stack([entropy, weight, logp, logs, coin.float(), replaced.float()], dim=-1)
+    return _cut(tokens, values, replaced, row, step, shape)
+
+
+def entropy_from_probs(probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of each row of `probs (N, V)`: `(N,)`."""
+    return torch.special.entr(probs).sum(dim=-1)
+
+
+def _first_of_each_row(lost: torch.Tensor, asked: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Of the lost drafts (positions in `asked`, ascending), those that come first in their row."""
+    if lost.numel() == 0:
+        return lost
+    owner = row[asked[lost]]
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    return lost[first]
+
+
+def _cut(tokens, values, replaced, row, step, shape: tuple[int, int]) -> Round:
+    """Lay N drafts out as `(B, S)` and drop what lies behind a replaced one."""
+    dense = torch.full(shape, -1, dtype=torch.long, device=tokens.device)
+    lost = torch.zeros(shape, dtype=torch.long, device=tokens.device)
+    laid = torch.full((*shape, values.size(-1)), torch.nan, device=tokens.device)
+    dense[row, step], lost[row, step], laid[row, step] = tokens, replaced.long(), values
+    behind = lost.cumsum(1) - lost > 0
+    return Round(dense.masked_fill(behind, -1), laid)

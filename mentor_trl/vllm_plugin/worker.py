@@ -1,0 +1,99 @@
+"""
+What the workers of a mixed-policy engine answer to `collective_rpc`. Importing this module hooks the worker's process,
+so that an engine which names the extension has the plugin wherever its workers run.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+import mentor_trl
+
+from .hooks import asked_for, install_worker
+
+
+install_worker()
+
+
+class MentorWorkerExtension:
+    """Mixed into vLLM's worker class. All methods take and return what JSON can carry."""
+
+    def mentor_info(self) -> dict | None:
+        """What this engine is, from its first worker."""
+        import vllm
+
+        runner = self.model_runner
+        mentor = getattr(runner, "mentor", None)
+        if mentor is None:
+            asked = "asked for" if asked_for(self.vllm_config) else "not asked for in `additional_config`"
+            raise RuntimeError(f"This engine does not sample mixed rollouts (they were {asked}).")
+        if self.rank != 0:
+            return None
+        config = self.vllm_config
+        return {
+            "mentor_trl": mentor_trl.__version__,
+            "vllm": vllm.__version__,
+            "policy": config.speculative_config.draft_model_config.model,
+            "expert": config.model_config.model,
+            "vocab_sizes": mentor.vocab_sizes,
+            "num_tokens": mentor.num_tokens,
+            "draft_length": runner.num_spec_tokens,
+            "max_model_len": config.model_config.max_model_len,
+            "weights_version": mentor.weights_version,
+            "counts": dict(mentor.counts),
+        }
+
+    def mentor_take_records(self, keys: list[str]) -> dict | None:
+        """Records of rows, see [`~mentor_trl.vllm_plugin.records.RecordStore.take`], from the first worker."""
+        mentor = self.model_runner.mentor
+        rows = mentor.records.take(keys)
+        return {"rows": rows, "weights_version": mentor.weights_version} if self.rank == 0 else None
+
+    def mentor_load_policy(self, folder: str, version: str) -> dict:
+        """
+        Load the policy's weights from the safetensors files of a folder that all workers see.
+
+        Args:
+            folder (`str`):
+                Folder, complete when this is called.
+            version (`str`):
+                What `mentor_info` calls these weights from now on.
+        """
+        from safetensors import safe_open
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"No *.safetensors in {folder!r}. Is the folder shared with this worker?")
+
+        def tensors():
+            for file in files:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():
+                        yield name, opened.get_tensor(name)
+
+        runner = self.model_runner
+        model = runner.get_draft_model()
+        # Until all is loaded the policy is neither the old nor the new one, and says so
+        runner.mentor.weights_version = "incomplete"
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+            model.load_weights(tensors())
+            finalize_layerwise_reload(model, runner.speculative_config.draft_model_config)
+        runner.mentor.weights_version = version
+        return {"weights_version": version}
+
+    def mentor_digest(self, model: str) -> str:
+        """SHA-256 over all parameters of this worker's share of the `"policy"` or the `"expert"`."""
+        runner = self.model_runner
+        digest = hashlib.sha256()
+        module = {"policy": runner.get_draft_model, "expert": runner.get_model}[model]()
+        for name, value in sorted(module.named_parameters(), key=lambda item: item[0]):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
