@@ -1,0 +1,32 @@
+"""Engines of tiny models, one for each set of options, shared by the tests."""
+
+import os
+
+import pytest
+
+
+try:
+    import vllm  # noqa: F401
+except ImportError:
+    collect_ignore_glob = ["test_*.py"]
+
+# The engine lives in the test's process; its models and caches are tiny
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of saved models, by what they are called."""
+    from vllm_helpers import Folders
+
+    return Folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def engines(folders):
+    """`engines(policy, expert, **options)`: a sampler, made at its first use."""
+    from vllm_helpers import Engines
+
+    return Engines(folders)
