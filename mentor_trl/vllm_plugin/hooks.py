@@ -129,8 +129,11 @@ def _create_engine_config(self, original, *args, **kwargs):
 
 
 def _verify_vocabularies(self, original):
-    # The engine masks what one of the models does not know (see sampler.py)
-    if not _vocabularies_may_differ.get():
+    # The engine masks what one of the models does not know (see sampler.py). The mark stays with the configuration,
+    # which vLLM verifies again in each process that copies it.
+    if _vocabularies_may_differ.get():
+        self.__dict__[CONFIG_KEY] = True
+    if CONFIG_KEY not in self.__dict__:
         original(self)
 
 

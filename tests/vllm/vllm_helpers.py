@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mentor_trl.rollout import MixedRequest, MixedRollout
 from mentor_trl.rollout.colocate import ColocateSampler
-from statistics_helpers import make_peaked_model
+from statistics_helpers import forward_logps, make_peaked_model
 
 
 ENGINE_OPTIONS = {
@@ -52,3 +55,30 @@ class Engines:
         if key not in self.made:
             self.made[key] = ColocateSampler(*paths, **{**ENGINE_OPTIONS, **options})
         return self.made[key]
+
+
+@torch.no_grad()
+def check_records(policy, expert, request: MixedRequest, rollout: MixedRollout, tolerance: float = 2e-4) -> None:
+    """
+    Entropies and log-probabilities of every token against plain forward passes over the finished rows: what is stale or
+    missing in a key-value cache shows here.
+    """
+    assert request.score_all
+    for row, (prompt, ids) in enumerate(zip(request.prompt_ids, rollout.completion_ids)):
+        tokens = torch.tensor([[*prompt, *ids]])
+        where = slice(len(prompt) - 1, tokens.size(1) - 1)
+        p = forward_logps(policy, tokens, request.temperature)[0, where]
+        s = forward_logps(expert, tokens, request.temperature)[0, where]
+        index, count = torch.tensor(ids).unsqueeze(1), len(ids)
+        expected = {
+            "entropies": torch.special.entr(p.exp()).sum(-1),
+            "logps": p.gather(1, index)[:, 0],
+            "expert_logps": s.gather(1, index)[:, 0],
+        }
+        for name, values in expected.items():
+            found = getattr(rollout, name)[row, :count].double()
+            asked = ~found.isnan()
+            assert asked.all() or name == "expert_logps"
+            torch.testing.assert_close(found[asked], values[asked], atol=tolerance, rtol=0, msg=lambda m: f"{name} {m}")
+        mixed = rollout.weights[row, :count] > 0.0
+        assert torch.equal(mixed, ~rollout.expert_logps[row, :count].isnan())
