@@ -117,6 +117,14 @@ def test_near_the_length_limit(policy, expert, engines):
     assert misfit([(rows, tree.expert())]) > 3.0
 
 
+def test_prompts_in_chunks_beside_rows_near_the_length_limit(policy, expert, engines):
+    """The drafter is skipped while a prompt is being read: the policy's cache must not have holes there."""
+    sampler = engines(policy, expert, **SMALL, max_num_batched_tokens=24, max_num_seqs=4)
+    prompts = random_prompts(60, [50, 40, 6, 49], seed=3)
+    request = MixedRequest(prompts, [1.5, INF, 2.0, INF, INF] * 12, 14, (0,), score_all=True)
+    check_records(policy, expert, request, sampler.sample(request))
+
+
 def test_padded_drafts(policy, expert, engines):
     """A prompt that is cached but for its last token begins with drafts of -1, which are nobody's."""
     sampler = engines(policy, expert, **SMALL)
