@@ -78,8 +78,24 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     return 0
 
 
+def serve(args: list[str]) -> int:
+    """Serve mixed rollouts with vLLM."""
+    from mentor_trl.serving import serve
+
+    return serve(args)
+
+
+def health(args: list[str]) -> int:
+    """Say what a server is."""
+    from mentor_trl.serving import health
+
+    return health(args)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model with mixed-policy GRPO (MENTOR)", train),
+    "serve": Command("serve mixed rollouts of a policy and its expert with vLLM", serve),
+    "health": Command("say whether a server is a MENTOR server, of which models and versions", health),
 }
 
 

@@ -211,6 +211,33 @@ def _adapter_base(name: str, revision: str | None) -> str | None:
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
 
 
+def check_tokenizers(tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase") -> int:
+    """
+    Check that the tokenizers of policy and expert define the same tokens.
+
+    Args:
+        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizers of policy and expert.
+
+    Returns:
+        `int`: number of ids that they define, counted up to the largest.
+
+    Raises:
+        `ValueError`: naming the first tokens that differ.
+    """
+    ours = {index: token for token, index in tokenizer.get_vocab().items()}
+    theirs = {index: token for token, index in expert_tokenizer.get_vocab().items()}
+    different = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    if different:
+        shown = "; ".join(f"id {i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in different[:5])
+        raise ValueError(
+            f"Policy and expert have different vocabularies: {len(different)} of {len(ours.keys() | theirs.keys())} "
+            f"ids differ (policy / expert): {shown}. Mixed rollouts need the same tokens: choose an expert of the "
+            "policy's family, or train one from the policy."
+        )
+    return max(ours) + 1
+
+
 def check_vocabulary(
     policy, expert, tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase"
 ):
@@ -226,17 +253,7 @@ def check_vocabulary(
     Raises:
         `ValueError`: naming the first tokens that differ, or the model with too few rows.
     """
-    ours = {index: token for token, index in tokenizer.get_vocab().items()}
-    theirs = {index: token for token, index in expert_tokenizer.get_vocab().items()}
-    different = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
-    if different:
-        shown = "; ".join(f"id {i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in different[:5])
-        raise ValueError(
-            f"Policy and expert have different vocabularies: {len(different)} of {len(ours.keys() | theirs.keys())} "
-            f"ids differ (policy / expert): {shown}. Mixed rollouts need the same tokens: choose an expert of the "
-            "policy's family, or train one from the policy."
-        )
-    needed = max(ours) + 1
+    needed = check_tokenizers(tokenizer, expert_tokenizer)
     for name, model in (("policy", policy), ("expert", expert)):
         weight = text_model(model).get_output_embeddings().weight
         rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor in place of its shards

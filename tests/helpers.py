@@ -68,3 +68,12 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config).eval()
+
+
+def make_letter_tokenizer(letters: str) -> PreTrainedTokenizerFast:
+    """One token a letter; the first is the end of a text."""
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token=letters[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=letters[0], unk_token=letters[0], pad_token=letters[0]
+    )

@@ -71,7 +71,9 @@ class ColocateSampler:
             version (`str`):
                 Name of these weights.
         """
-        self.llm.collective_rpc("mentor_load_policy", args=(str(folder), version))
+        for answer in self.llm.collective_rpc("mentor_load_policy", args=(str(folder), version)):
+            if "error" in answer:
+                raise ValueError(f"The policy's weights could not be replaced: {answer['error']}.")
         self.llm.reset_prefix_cache()
 
     def sample(self, request: MixedRequest) -> MixedRollout:

@@ -12,6 +12,7 @@ OLDEST, NEWEST = "0.31.0", "0.31.99"
 SYMBOLS = (
     ("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
     ("vllm.config.speculative", "SpeculativeConfig.verify_equal_vocab_size_if_draft_model", ("self",)),
+    ("vllm.exceptions", "VLLMValidationError", ("message",)),
     ("vllm.v1.engine.input_processor", "InputProcessor._validate_params", ("self", "params", "supported_tasks")),
 )
 WORKER_SYMBOLS = (

@@ -141,11 +141,15 @@ def _validate_params(self, original, params, *args, **kwargs):
     original(self, params, *args, **kwargs)
     if asked_for(self.vllm_config):
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         from .requests import check_params
 
         if isinstance(params, SamplingParams):
-            check_params(params)
+            try:
+                check_params(params)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
 
 
 def _make_runner(self, original, vllm_config, *args, **kwargs):

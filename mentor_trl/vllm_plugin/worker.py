@@ -17,7 +17,10 @@ install_worker()
 
 
 class MentorWorkerExtension:
-    """Mixed into vLLM's worker class. All methods take and return what JSON can carry."""
+    """
+    Mixed into vLLM's worker class. All methods take and return what JSON can carry; a mistake of the caller is returned
+    as `"error"`.
+    """
 
     def mentor_info(self) -> dict | None:
         """What this engine is, from its first worker."""
@@ -27,7 +30,7 @@ class MentorWorkerExtension:
         mentor = getattr(runner, "mentor", None)
         if mentor is None:
             asked = "asked for" if asked_for(self.vllm_config) else "not asked for in `additional_config`"
-            raise RuntimeError(f"This engine does not sample mixed rollouts (they were {asked}).")
+            return {"error": f"this engine does not sample mixed rollouts (they were {asked})"}
         if self.rank != 0:
             return None
         config = self.vllm_config
@@ -69,7 +72,8 @@ class MentorWorkerExtension:
 
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"No *.safetensors in {folder!r}. Is the folder shared with this worker?")
+            # Told rather than raised, since an error that a worker raises loses its text on the way
+            return {"error": f"the server sees no *.safetensors in {folder!r}: both sides need one shared folder"}
 
         def tensors():
             for file in files:

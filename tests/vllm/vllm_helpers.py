@@ -43,11 +43,12 @@ class Folders:
 
 
 class Engines:
-    """Makes each engine once."""
+    """Makes each engine once, and keeps all: an engine that is collected takes down the process groups of the others."""
 
     def __init__(self, folders: Folders):
         self.folders = folders
         self.made: dict[tuple, ColocateSampler] = {}
+        self.keep: list[Any] = []
 
     def __call__(self, policy, expert, **options: Any) -> ColocateSampler:
         paths = self.folders(policy), self.folders(expert)
