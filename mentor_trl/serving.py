@@ -35,8 +35,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--policy", help="model id or folder of the policy, whose weights a trainer replaces")
     parser.add_argument("--expert", help="model id or folder of the expert, of the same tokens as the policy")
-    parser.add_argument("--draft-length", type=int, default=8, help="tokens drafted between two passes of the expert (8)")
-    parser.add_argument("--num-tokens", type=int, help="token ids that may be sampled (default: those of the tokenizer)")
+    parser.add_argument(
+        "--draft-length", type=int, default=8, help="tokens drafted between two passes of the expert (8)"
+    )
+    parser.add_argument(
+        "--num-tokens", type=int, help="token ids that may be sampled (default: those of the tokenizer)"
+    )
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="devices that share each model (1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")

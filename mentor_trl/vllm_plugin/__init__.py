@@ -1,6 +1,6 @@
 r"""
-Turns a stock vLLM engine with speculative decoding (target = expert, draft = policy) into one that samples exactly from
-the mixed policy m = (1 - w) p + w s.
+Turns a stock vLLM engine with speculative decoding (target = expert, draft = policy) into one that samples exactly
+from the mixed policy m = (1 - w) p + w s.
 
 vLLM loads [`register`] through the entry point `vllm.general_plugins` in each of its processes. Nothing changes in an
 engine whose `additional_config` has no entry `"mentor_trl"`; [`engine_options`] makes the options of one that has.

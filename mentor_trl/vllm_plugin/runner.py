@@ -1,10 +1,10 @@
 """
 The mixed policy inside vLLM's model runner.
 
-After the expert's pass over the scheduled tokens the runner asks [`MixedRunner.sample`] for the next tokens. Rows come in
-two kinds. A *drafted* row brings tokens that the policy drafted in the step before, with their full distributions: they
-are coupled with the expert, and behind them no bonus token is drawn, since the policy has no distribution there. Any
-other row (first token, after a preemption, near the length limit, drafts that were padded or lost) has no
+After the expert's pass over the scheduled tokens the runner asks [`MixedRunner.sample`] for the next tokens. Rows come
+in two kinds. A *drafted* row brings tokens that the policy drafted in the step before, with their full distributions:
+they are coupled with the expert, and behind them no bonus token is drawn, since the policy has no distribution there.
+Any other row (first token, after a preemption, near the length limit, drafts that were padded or lost) has no
 distribution of the policy: there the policy reads the scheduled tokens itself, and one token is drafted on the spot.
 Both kinds are exact.
 """
@@ -31,6 +31,13 @@ class _Plan:
     @property
     def undrafted(self) -> list[int]:
         return [row for row, live in enumerate(self.live) if live and not self.drafted[row]]
+
+
+def _pick(values: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """`values[index]`, without a copy where that is all of them."""
+    if index == list(range(len(values))):
+        return values
+    return values[torch.tensor(index).to(values.device)]
 
 
 class MixedRunner:
@@ -62,6 +69,8 @@ class MixedRunner:
         self.weights_version = "initial"
         self.counts = dict.fromkeys(("rounds", "drafted", "undrafted", "policy_passes"), 0)
         self._options: dict[str, RowOptions] = {}
+        self._names: list[str] = []
+        self._tensors: RowTensors | None = None
         self._state = None
         self._sample_tokens = runner.sample_tokens
         runner.sample_tokens, runner._sample = self.sample_tokens, self.sample
@@ -125,43 +134,32 @@ class MixedRunner:
     def _drafts(self, plan: _Plan, metadata, hidden, logit_positions, first):
         """Drafts of the step with their distributions, request-major: ids, probs, row and step of each."""
         runner, device = self.runner, first.device
-        index, row, step = [], [], []
         where = {name: at for at, name in enumerate(runner._draft_prob_req_ids or ())}
-        offset = 0
-        for at, name in enumerate(runner.input_batch.req_ids):
+        length = 0 if runner._draft_probs is None else runner._draft_probs.size(1)
+        row, step, flat, cached, offset = [], [], [], [], 0
+        for at, (name, count) in enumerate(zip(runner.input_batch.req_ids, plan.counts)):
             if plan.drafted[at]:
-                span = range(plan.counts[at])
-                row += [at] * len(span)
-                step += span
-                index += [(where[name], k, offset + k) for k in span]
-            offset += plan.counts[at]
-        row, step = torch.tensor(row, dtype=torch.long), torch.tensor(step, dtype=torch.long)
-        row, step = row.to(device), step.to(device)
-        ids, probs = [], []
-        if index:
-            source, place, flat = torch.tensor(index).to(device).unbind(1)
-            ids.append(metadata.draft_token_ids[flat].long())
-            probs.append(self._cached_probs(source, place))
-        new = torch.tensor(plan.undrafted, dtype=torch.long).to(device)
-        if len(new):
-            policy = runner.drafter.model.compute_logits(hidden[logit_positions[first[new]]])
-            probs.append(policy_probs(policy, runner.input_batch.sampling_metadata.temperature[new], self.num_tokens))
-            ids.append(exponential_race(probs[-1]))
-        row, step = torch.cat([row, new]), torch.cat([step, torch.zeros_like(new)])
-        self.counts["drafted"] += len(index)
+                row += [at] * count
+                step += range(count)
+                flat += range(offset, offset + count)
+                cached += range(where[name] * length, where[name] * length + count)
+            offset += count
+        new = plan.undrafted
+        self.counts["drafted"] += len(row)
         self.counts["undrafted"] += len(new)
-        if not ids:
-            empty = torch.empty(0, dtype=torch.long, device=device)
-            return empty, torch.empty(0, self.num_tokens, device=device), row, step
+        ids, probs = [torch.empty(0, dtype=torch.long, device=device)], []
+        if row:
+            ids.append(_pick(metadata.draft_token_ids, flat).long())
+            probs.append(_pick(runner._draft_probs.flatten(0, 1), cached))
+        if new:
+            at = torch.tensor(new).to(device)
+            policy = runner.drafter.model.compute_logits(hidden[logit_positions[first[at]]])
+            probs.append(policy_probs(policy, runner.input_batch.sampling_metadata.temperature[at], self.num_tokens))
+            ids.append(exponential_race(probs[-1]))
+        if not probs:
+            probs.append(torch.empty(0, self.num_tokens, device=device))
+        row, step = torch.tensor([row + new, step + [0] * len(new)], dtype=torch.long).to(device).unbind(0)
         return torch.cat(ids), probs[0] if len(probs) == 1 else torch.cat(probs), row, step
-
-    def _cached_probs(self, source: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        cached = self.runner._draft_probs
-        flat = cached.view(-1, cached.size(-1))
-        at = source * cached.size(1) + place
-        if len(at) == len(flat) and bool((at == torch.arange(len(at), device=at.device)).all()):
-            return flat
-        return flat[at]
 
     def _policy_pass(self) -> torch.Tensor:
         """Let the policy read the scheduled tokens, as the expert just did: its hidden states `(T, D)`."""
@@ -188,15 +186,18 @@ class MixedRunner:
         return hidden
 
     def _row_tensors(self, names: list[str], device) -> RowTensors:
+        if names == self._names:
+            return self._tensors
         rows = [self._row(name) for name in names]
-        self._options = dict(zip(names, rows))
+        self._names, self._options = list(names), dict(zip(names, rows))
         kinds = {rule: [row.rule == rule for row in rows] for rule in RULES if any(row.rule == rule for row in rows)}
-        return RowTensors(
+        self._tensors = RowTensors(
             torch.tensor([row.gamma for row in rows]).to(device),
             torch.tensor([row.share for row in rows]).to(device),
             torch.tensor([row.score for row in rows]).to(device),
             {rule: torch.tensor(mask).to(device) for rule, mask in kinds.items()},
         )
+        return self._tensors
 
     def _row(self, name: str) -> RowOptions:
         if name in self._options:
@@ -209,13 +210,14 @@ class MixedRunner:
     def _output(self, plan: _Plan, committed: Round, batch, wide: bool) -> SamplerOutput:
         rows = [self._options[name] for name in batch.req_ids]
         keys = [row.record if live else None for row, live in zip(rows, plan.live)]
-        self.records.append(keys, batch.num_tokens_no_spec[: batch.num_reqs].tolist(), committed.tokens, committed.values)
+        self.records.append(
+            keys, batch.num_tokens_no_spec[: batch.num_reqs].tolist(), committed.tokens, committed.values
+        )
         self.counts["rounds"] += 1
-        # Rows still reading their prompt are discarded by vLLM, which takes any valid id
-        live = torch.tensor(plan.live).to(committed.tokens.device).unsqueeze(1)
-        dead = torch.zeros_like(committed.tokens[:, :1])
-        first = torch.where(live, committed.tokens[:, :1], dead)
-        tokens = torch.cat([first, committed.tokens[:, 1:]], dim=1).to(torch.int32) if wide else first.to(torch.int32)
+        tokens = committed.tokens.to(torch.int32)
+        if not wide:
+            # Rows still reading their prompt are discarded by vLLM, which takes any valid id
+            tokens = tokens[:, :1].clamp(min=0)
         logprobs = None
         if batch.sampling_metadata.max_num_logprobs is not None:
             logprobs = self._logprobs(tokens, committed)

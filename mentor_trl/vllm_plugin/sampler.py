@@ -1,8 +1,8 @@
 """
 One round of the mixed policy over the drafts of a batch, in plain tensor operations.
 
-N drafts of B rows, request-major; V token ids that both models know. Only at branch points is the expert's distribution
-computed, and only for rows that lose a draft the residual.
+N drafts of B rows, request-major; V token ids that both models know. Only at branch points is the expert's
+distribution computed, and only for rows that lose a draft the residual.
 """
 
 from dataclasses import dataclass

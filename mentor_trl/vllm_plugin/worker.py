@@ -18,8 +18,8 @@ install_worker()
 
 class MentorWorkerExtension:
     """
-    Mixed into vLLM's worker class. All methods take and return what JSON can carry; a mistake of the caller is returned
-    as `"error"`.
+    Mixed into vLLM's worker class. All methods take and return what JSON can carry; a mistake of the caller is
+    returned as `"error"`.
     """
 
     def mentor_info(self) -> dict | None:

@@ -198,15 +198,17 @@ def test_requests_that_cannot_be_honoured_are_refused(options, policy, expert, e
         check_params(params)
     if "bad_words" not in options:  # which need a tokenizer
         with pytest.raises(VLLMValidationError):
-            engines(policy, expert, draft_length=4).llm.generate(
-                [{"prompt_token_ids": [1]}], params, use_tqdm=False
-            )
+            engines(policy, expert, draft_length=4).llm.generate([{"prompt_token_ids": [1]}], params, use_tqdm=False)
 
 
 def test_a_request_without_entries_is_the_plain_policy(policy, expert, engines):
     from vllm import SamplingParams
 
-    assert not parse_row(None).mixed and not parse_row({"other": 1}).mixed and not parse_row({"mentor_gamma": "inf"}).mixed
+    assert (
+        not parse_row(None).mixed
+        and not parse_row({"other": 1}).mixed
+        and not parse_row({"mentor_gamma": "inf"}).mixed
+    )
     params = SamplingParams(max_tokens=3, stop_token_ids=[0], ignore_eos=True, detokenize=False)
     llm = engines(policy, expert, draft_length=4).llm
     outputs = llm.generate([{"prompt_token_ids": [3, 1, 2]}] * 2000, params, use_tqdm=False)

@@ -31,9 +31,7 @@ def expert():
 
 def random_prompts(count: int, lengths: list[int], seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(1, 4, (lengths[row % len(lengths)],), generator=generator).tolist() for row in range(count)
-    ]
+    return [torch.randint(1, 4, (lengths[row % len(lengths)],), generator=generator).tolist() for row in range(count)]
 
 
 def plans_of(sampler) -> list:

@@ -18,7 +18,7 @@ from helpers import make_letter_tokenizer
 from mentor_trl.rollout import MixedRequest
 from mentor_trl.rollout.server import Patience, ServerError, ServerSampler, WrongServer
 from mentor_trl.rollout.weights import write_weights
-from statistics_helpers import Tree, labelled, misfit, project, sequences
+from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model
 
 
@@ -85,7 +85,16 @@ def server(policy, expert, folders, tmp_path_factory):
         tokenizer.save_pretrained(folder)
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     options = [word for option in OPTIONS.items() for word in option]
-    command = [sys.executable, "-m", "mentor_trl.cli", "serve", "--policy", folders(policy), "--expert", folders(expert)]
+    command = [
+        sys.executable,
+        "-m",
+        "mentor_trl.cli",
+        "serve",
+        "--policy",
+        folders(policy),
+        "--expert",
+        folders(expert),
+    ]
     with serving([*command, "--port", str(port), "--draft-length", "4", "--enforce-eager", *options], log) as started:
         started.url = f"http://127.0.0.1:{port}"
         yield started

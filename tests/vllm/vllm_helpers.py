@@ -43,7 +43,7 @@ class Folders:
 
 
 class Engines:
-    """Makes each engine once, and keeps all: an engine that is collected takes down the process groups of the others."""
+    """Makes each engine once, and keeps all: one that is collected takes down the process groups of the others."""
 
     def __init__(self, folders: Folders):
         self.folders = folders
@@ -61,8 +61,8 @@ class Engines:
 @torch.no_grad()
 def check_records(policy, expert, request: MixedRequest, rollout: MixedRollout, tolerance: float = 2e-4) -> None:
     """
-    Entropies and log-probabilities of every token against plain forward passes over the finished rows: what is stale or
-    missing in a key-value cache shows here.
+    Entropies and log-probabilities of every token against plain forward passes over the finished rows: what is stale
+    or missing in a key-value cache shows here.
     """
     assert request.score_all
     for row, (prompt, ids) in enumerate(zip(request.prompt_ids, rollout.completion_ids)):
@@ -80,6 +80,6 @@ def check_records(policy, expert, request: MixedRequest, rollout: MixedRollout, 
             found = getattr(rollout, name)[row, :count].double()
             asked = ~found.isnan()
             assert asked.all() or name == "expert_logps"
-            torch.testing.assert_close(found[asked], values[asked], atol=tolerance, rtol=0, msg=lambda m: f"{name} {m}")
+            torch.testing.assert_close(found[asked], values[asked], atol=tolerance, rtol=0, msg=f"{name} of row {row}")
         mixed = rollout.weights[row, :count] > 0.0
         assert torch.equal(mixed, ~rollout.expert_logps[row, :count].isnan())
