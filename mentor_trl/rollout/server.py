@@ -340,5 +340,5 @@ def _check_info(info: dict[str, Any], url: str, num_tokens: int | None) -> None:
     if num_tokens is not None and info["num_tokens"] != num_tokens:
         raise WrongServer(
             f"{url} samples {info['num_tokens']} token ids, and the policy's tokenizer defines {num_tokens}. Serve "
-            f"the same policy ({info['policy']!r} is served), or pass `--num-tokens {num_tokens}` to `mentor-trl serve`."
+            f"that policy ({info['policy']!r} is served), or pass `--num-tokens {num_tokens}` to `mentor-trl serve`."
         )
