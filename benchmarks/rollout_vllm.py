@@ -3,7 +3,7 @@ Tokens per second of the vLLM engine, side by side in one run: a plain vLLM engi
 mixed engine at gamma = infinity and at mean weights E[w], over draft lengths.
 
     python benchmarks/rollout_vllm.py                       # CPU, about ten minutes
-    python benchmarks/rollout_vllm.py --hidden 1536 --layers 28 --vocab 151936 --dtype bfloat16 --batch 256         --tokens 512
+    python benchmarks/rollout_vllm.py --hidden 1536 --layers 28 --vocab 151936 --dtype bfloat16 --batch 256
 
 The policy has random weights. The expert is the policy with noise on its LM head: more noise, less acceptance. The
 expert's weight at a token is that of the branch rule "random", which does not depend on the random weights. Each
