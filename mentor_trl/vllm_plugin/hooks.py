@@ -47,6 +47,11 @@ def check_config(vllm_config) -> None:
         "multimodal": (vllm_config.model_config.supports_multimodal_inputs, False),
     }
     wrong = [f"{name} is {value!r} and must be {right!r}" for name, (value, right) in found.items() if value != right]
+    models = {"expert": vllm_config.model_config, "policy": getattr(speculative, "draft_model_config", None)}
+    for name, model in models.items():
+        # The policy reads some tokens twice, which a recurrent state does not survive
+        if model is not None and (model.is_hybrid or model.is_attention_free):
+            wrong.append(f"the {name} has recurrent layers")
     if speculative is not None and speculative.draft_model_config is not None:
         policy, expert = speculative.draft_model_config.max_model_len, vllm_config.model_config.max_model_len
         if policy < expert:

@@ -2,6 +2,7 @@
 
 import base64
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 
@@ -9,6 +10,15 @@ import torch
 VALUES = ("entropies", "weights", "logps", "expert_logps", "branch", "replaced")
 # About half a gigabyte: far more than a batch of rollouts, so that only rows which nobody fetches are dropped
 CAPACITY = 1 << 24
+
+
+@dataclass
+class _Block:
+    """A round of all rows: `tokens (B, S)` and `values (B, S, 6)`, shared by the rows that are recorded."""
+
+    tokens: torch.Tensor
+    values: torch.Tensor
+    rows: int = 0
 
 
 class RecordStore:
@@ -24,7 +34,7 @@ class RecordStore:
     def __init__(self, capacity: int = CAPACITY):
         self.capacity = capacity
         self.size = 0
-        self.rows: OrderedDict[str, list[tuple[int, torch.Tensor, torch.Tensor, int]]] = OrderedDict()
+        self.rows: OrderedDict[str, list[tuple[int, int, _Block]]] = OrderedDict()
 
     def append(self, keys: list[str | None], starts: list[int], tokens: torch.Tensor, values: torch.Tensor) -> None:
         """
@@ -40,14 +50,16 @@ class RecordStore:
             values (`torch.Tensor` of shape `(B, S, 6)`):
                 [`VALUES`] of each.
         """
+        block = _Block(tokens, values)
         for index, (key, start) in enumerate(zip(keys, starts)):
             if key is not None:
-                self.rows.setdefault(key, []).append((start, tokens, values, index))
-                self.size += tokens.size(1)
+                self.rows.setdefault(key, []).append((start, index, block))
+                block.rows += 1
+        self.size += tokens.numel() if block.rows else 0
         while self.size > self.capacity and len(self.rows) > 1:
             self._forget(next(iter(self.rows)))
 
-    def take(self, keys: list[str]) -> list[dict]:
+    def take(self, keys: list[str]) -> list[dict | None]:
         """
         Hand over the records of rows and forget them.
 
@@ -59,14 +71,14 @@ class RecordStore:
             `list[dict]`, one a key: `start` (position of the first token) and base64 of `tokens` (int32) and of
             `values` (float32, 6 a token), or `None` where the key is unknown.
         """
-        blocks = {id(piece[1]): piece[1:3] for key in keys for piece in self.rows.get(key, ())}
-        on_host = {name: (tokens.to("cpu"), values.to("cpu")) for name, (tokens, values) in blocks.items()}
+        blocks = {id(block): block for key in keys for _, _, block in self.rows.get(key, ())}
+        on_host = {name: (block.tokens.to("cpu"), block.values.to("cpu")) for name, block in blocks.items()}
         return [self._pack(key, on_host) if key in self.rows else None for key in keys]
 
     def _pack(self, key: str, blocks) -> dict:
         tokens: dict[int, int] = {}
         values: dict[int, torch.Tensor] = {}
-        for start, block, _, index in self.rows[key]:
+        for start, index, block in self.rows[key]:
             ids, numbers = blocks[id(block)]
             for offset, token in enumerate(ids[index].tolist()):
                 if token < 0:
@@ -75,18 +87,20 @@ class RecordStore:
                 tokens[start + offset], values[start + offset] = token, numbers[index, offset]
         self._forget(key)
         order = sorted(tokens)
-        packed = torch.stack([values[at] for at in order]).float() if order else torch.empty(0, len(VALUES))
-        ids = torch.tensor([tokens[at] for at in order], dtype=torch.int32)
-        if order and order[-1] - order[0] + 1 != len(order):
+        if order[-1] - order[0] + 1 != len(order):
             raise RuntimeError(f"The records of row {key!r} have gaps: positions {order}.")
+        ids = torch.tensor([tokens[at] for at in order], dtype=torch.int32)
+        packed = torch.stack([values[at] for at in order]).float()
         return {
-            "start": order[0] if order else 0,
+            "start": order[0],
             "tokens": base64.b64encode(ids.numpy().tobytes()).decode(),
             "values": base64.b64encode(packed.numpy().tobytes()).decode(),
         }
 
     def _forget(self, key: str) -> None:
-        self.size -= sum(piece[1].size(1) for piece in self.rows.pop(key))
+        for _, _, block in self.rows.pop(key):
+            block.rows -= 1
+            self.size -= 0 if block.rows else block.tokens.numel()
 
 
 def unpack(record: dict) -> tuple[int, list[int], torch.Tensor]:
@@ -96,8 +110,6 @@ def unpack(record: dict) -> tuple[int, list[int], torch.Tensor]:
     Returns:
         `tuple` of the position of the first token, the token ids and the `(T, 6)` values.
     """
-    ids = torch.frombuffer(bytearray(base64.b64decode(record["tokens"])) or bytearray(4), dtype=torch.int32)
-    data = bytearray(base64.b64decode(record["values"]))
-    if not data:
-        return record["start"], [], torch.empty(0, len(VALUES))
-    return record["start"], ids.tolist(), torch.frombuffer(data, dtype=torch.float32).view(-1, len(VALUES))
+    ids = torch.frombuffer(bytearray(base64.b64decode(record["tokens"])), dtype=torch.int32)
+    values = torch.frombuffer(bytearray(base64.b64decode(record["values"])), dtype=torch.float32)
+    return record["start"], ids.tolist(), values.view(-1, len(VALUES))

@@ -10,7 +10,7 @@ import pytest
 def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("vllm") is None:
         for item in items:
-            if Path(__file__).parent in item.path.parents:
+            if Path(__file__).parent in item.path.parents and item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
 
 
