@@ -28,6 +28,8 @@ def _run(name: str) -> tuple[int, int]:
 # The worker replaces the standard streams of its process when it is run, and is not meant to be imported by path
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("grading_worker")])
 def test_docstring_examples(name: str):
+    if name.endswith(("vllm_plugin.runner", "vllm_plugin.worker")):
+        pytest.importorskip("vllm")
     assert _run(name).failed == 0
 
 
