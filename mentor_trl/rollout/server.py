@@ -95,7 +95,11 @@ class ServerSampler:
 
     @contextmanager
     def session(self) -> Iterator["ServerSampler"]:
-        """Hold the policy's current weights, see [`load_policy`][ServerSampler.load_policy]."""
+        """
+        Hold the policy's current weights, see [`load_policy`][ServerSampler.load_policy]. Makes sure on entry that the
+        server answers, has them, and is not paused by a push that was cut off.
+        """
+        self._recover()
         yield self
 
     def check(self) -> dict[str, Any]:
@@ -203,7 +207,9 @@ class ServerSampler:
         """Wait until the server answers, and give it the current weights if it does not have them."""
         self.info = self.wait()
         if self._pushed is not None and self.info["weights_version"] != self._pushed[1]:
-            self._push()
+            self.load_policy(*self._pushed)
+        elif self.info["paused"]:
+            self._run(lambda client: self._retried(lambda: _post(client, "/resume")))
 
     async def _sample_rows(self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int]):
         """Rows that came through, as completions and records."""

@@ -164,6 +164,21 @@ def test_interrupted_pushes_are_finished(path, trouble, fake, url):
     assert fake.version == "v1" and not fake.paused
 
 
+def test_a_push_that_was_cut_off_does_not_leave_the_server_paused(fake, url):
+    fake.paused = True
+    with ServerSampler(url, patience=PATIENCE).session() as session:
+        assert not fake.paused
+        assert_whole(session.sample(REQUEST))
+
+
+def test_a_session_brings_the_weights_back(fake, url):
+    sampler = ServerSampler(url, patience=PATIENCE)
+    sampler.load_policy("/shared/v1", "v1")
+    fake.restart()
+    with sampler.session():
+        assert fake.version == "v1"
+
+
 def test_refused_rows_are_not_repeated(fake, url):
     sampler = ServerSampler(url, patience=PATIENCE)
     fake.script["/v1/completions"] = [400] * 12
