@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
@@ -79,7 +80,15 @@ def test_without_guidance_everything_is_trl(settings, tmp_path, tiny_model_dir, 
     assert any(entry.get("loss", 0.0) != 0.0 for entry in history(reference))
 
 
-def test_an_expert_leaves_every_random_state_alone(tmp_path, tiny_expert_dir):
+def test_an_expert_leaves_every_random_state_alone(tmp_path, tiny_expert_dir, monkeypatch):
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_and_draw(*args, **kwargs):
+        """As a model does that initializes weights which its checkpoint lacks."""
+        random.random(), np.random.rand(), torch.rand(1)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_and_draw)
     before = rng_states()
     load_expert(str(tiny_expert_dir))
     assert rng_states() == before

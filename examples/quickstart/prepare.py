@@ -132,7 +132,8 @@ def fit(
     )
     texts = sample_texts(phase.style, held_out, rng)
     model.train()
-    for _ in progress.track(range(phase.steps), description=name):
+    bar = progress.add_task(name, total=phase.steps, note="")
+    for _ in range(phase.steps):
         ids, labels = make_batch([next(texts) for _ in range(phase.batch_size)])
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
@@ -140,6 +141,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+        progress.update(bar, advance=1, note=f"loss {loss.item():.2f}")
     model.eval()
 
 

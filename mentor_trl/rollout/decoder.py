@@ -35,14 +35,16 @@ def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model.
         attention (`str`, *optional*):
-            Attention implementation, unless the model is set to `"eager"`.
+            Attention implementation. A model set to `"eager"` keeps it, and one whose kernels cap the attention logits
+            or add sinks gets it, as only `"eager"` does so too.
     """
-    config = text_model(model).config.get_text_config()
+    base = text_model(model)
+    config = base.config.get_text_config()
     former = config._attn_implementation
     training = [module for module in model.modules() if module.training]
     model.eval()
-    if former != "eager":
-        config._attn_implementation = attention
+    capped = getattr(config, "attn_logit_softcapping", None) is not None or not base._supports_sdpa
+    config._attn_implementation = "eager" if former == "eager" or (former != "sdpa" and capped) else attention
     try:
         yield
     finally:
@@ -191,14 +193,16 @@ class Decoder:
             rows = torch.tensor([slot for _, slot in chunk], device=self.device)
             self.forward(ids, torch.arange(length).expand_as(ids), rows, length)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot, and its prompt, onto another slot."""
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of slots, and their prompts, onto other slots."""
         if self.cache.capacity:
-            self.cache.copy_rows([source], [target], length)
-        if source in self.prompts:
-            self.prompts[target] = self.prompts[source]
-        else:
-            self.prompts.pop(target, None)
+            self.cache.copy_rows(sources, targets, length)
+        held = [self.prompts.get(source) for source in sources]
+        for target, prompt in zip(targets, held):
+            if prompt is None:
+                self.prompts.pop(target, None)
+            else:
+                self.prompts[target] = prompt
 
 
 @torch.no_grad()

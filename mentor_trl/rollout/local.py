@@ -364,22 +364,28 @@ class _Run:
             self.done[self.rows[slot]] = {"tokens": self.tokens[slot, first:last].to("cpu", copy=True), **stored}
         refilled = slots[: len(self.waiting)]
         self._admit(refilled)
-        for slot in reversed(slots[len(refilled) :]):
-            self._close(slot)
+        self._close(slots[len(refilled) :])
 
-    def _close(self, slot: int) -> None:
-        last = self.active - 1
-        if slot != last:
-            self.policy.move(last, slot, self.sizes[last])
-            # what an unread slot of the expert holds belongs to an earlier row
-            if self.expert is not None and not self.unread[last]:
-                self.expert.move(last, slot, self.sizes[last])
+    def _close(self, slots: list[int]) -> None:
+        """Fill the gaps that finished rows leave with the last rows, so that the active ones stay in front."""
+        if not slots:
+            return
+        left = self.active - len(slots)
+        targets = [slot for slot in slots if slot < left]
+        sources = [slot for slot in range(left, self.active) if slot not in slots]
+        if targets:
+            length = max(self.sizes[slot] for slot in sources)
+            self.policy.move(sources, targets, length)
+            # What an unread slot of the expert holds belongs to an earlier row
+            read = [(source, target) for source, target in zip(sources, targets) if not self.unread[source]]
+            if read:
+                self.expert.move(*map(list, zip(*read)), length)
             for state in (self.tokens, self.size, self.start, self.gamma, self.seen, *self.records.values()):
-                state[slot] = state[last]
+                state[targets] = state[sources]
             for state in (self.rows, self.sizes, self.unread):
-                state[slot] = state[last]
-        self.rows.pop()
-        self.sizes.pop()
+                for source, target in zip(sources, targets):
+                    state[target] = state[source]
+        del self.rows[left:], self.sizes[left:]
 
     def _collect(self, seconds: float) -> MixedRollout:
         rows = [self.done[row] for row in range(len(self.request.prompt_ids))]
