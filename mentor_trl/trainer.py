@@ -461,12 +461,11 @@ class MentorGRPOTrainer(GRPOTrainer):
         if self._guided and self.is_world_process_zero():
             path = os.path.join(self.args.output_dir, "README.md")
             card = ModelCard.load(path)
-            name = self.expert_name or "a model that names no origin"
-            expert = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else name
             mixed, group = self.args.num_mixed_generations, self.num_generations
             sentence = (
-                f"The expert was {expert}: it spoke at the high-entropy tokens of {mixed} of the {group} rollouts of "
-                "each prompt, and is not needed to use this model.\n\n"
+                f"The expert was {_link(self.expert_name)}. It chose some of the tokens in {mixed} of the {group} "
+                f"rollouts of each prompt (branch rule: {self.args.branch_rule}), and is not needed to use this "
+                "model.\n\n"
             )
             heading = "### Framework versions"
             card.text = card.text.replace(heading, sentence + heading, 1)
@@ -500,5 +499,10 @@ def _new_logs() -> dict[str, Any]:
     }
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/"))
+def _link(name: str | None) -> str:
+    """An expert as the model card names it; of a local folder only the name, not where it lies."""
+    if not name:
+        return "a model that names no origin"
+    if name.count("/") == 1 and not name.startswith(".") and not os.path.exists(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{Path(name).name}`, a local model"
