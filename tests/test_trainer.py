@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -716,3 +716,33 @@ def test_model_card_links_an_expert_of_the_hub(tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "[open-r1/OpenR1-Qwen-7B](https://huggingface.co/open-r1/OpenR1-Qwen-7B)" in card
+
+
+def test_plain_grpo_with_a_rollout_function(tmp_path):
+    """The method that samples is then not called; the rows are those that the rewards see."""
+
+    def rollout(prompts, trainer):
+        ids = [[9, 10, 2] for _ in prompts]
+        return {"prompt_ids": [[4, 5]] * len(prompts), "completion_ids": ids, "logprobs": [[-1.0] * 3] * len(prompts)}
+
+    trainer = make_trainer(
+        tmp_path, num_mixed_generations=0, max_steps=1, trainer_kwargs={"rollout_func": rollout}, log_completions=True
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["mentor/on_policy/length"] == 3.0
+    assert set(pd.read_parquet(tmp_path / "completions/completions_00001.parquet")["source"]) == {"on_policy"}
+
+
+def test_virtual_tokens_are_refused(tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before the prompt"):
+        make_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+
+
+def test_float32_head_samples_from_the_policy_that_is_trained(tmp_path):
+    """The head then runs outside of autocast, in the engine as in the loss."""
+    trainer = make_trainer(tmp_path, cls=RecordingTrainer, bf16=True, cast_lm_head_to_fp32=True)
+    start = weights(trainer)
+    trainer.train()
+    # Half of the error of a head under autocast, which rounds the logits
+    assert sampled_logp_gap(trainer, start) < 0.015
