@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path("outputs/quickstart")
-ARMS = {"grpo": "GRPO", "mentor": "MENTOR", "mentor_paper": "MENTOR, no correction"}
+ARMS = {"grpo": "GRPO", "mentor": "MENTOR", "mentor_paper": "MENTOR (paper)"}
 
 
 def main() -> int:
