@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from examples.quickstart.evaluate import Evaluation, Run, area_under_curve, paired_difference
 
 
-# Where the arms are compared. A setting like any other, not picked from the curves.
+# Where the arms are compared: fixed before a run has curves to pick it from.
 COMPARED_STEP = 100
 BASELINE, OURS = "grpo", "mentor"
 COLORS = {"grpo": "tab:blue", "mentor": "tab:orange", "mentor_paper": "tab:green"}
