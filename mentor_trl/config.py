@@ -305,6 +305,11 @@ class MentorGRPOConfig(GRPOConfig):
                 f"`generation_kwargs={self.generation_kwargs}` does not apply to mixed rollouts. Remove it (the "
                 "temperature has its own field), or set `num_mixed_generations` to 0."
             )
+        if self.cache_implementation is not None:
+            raise ValueError(
+                f"`cache_implementation={self.cache_implementation!r}` does not apply to mixed rollouts, which have "
+                "their own cache. Unset it, or set `num_mixed_generations` to 0."
+            )
         if self.temperature <= 0.0:
             raise ValueError(f"`temperature` is {self.temperature}; rollouts need a positive temperature.")
         if self.multi_objective_aggregation == "normalize_then_sum":

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ScriptArguments
 
+from mentor_trl.errors import SetupError
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
@@ -33,7 +35,7 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 _THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?%?")
 
 
-class DataError(ValueError):
+class DataError(SetupError):
     """A dataset or a data option cannot be used as it is; the message names the mend."""
 
 

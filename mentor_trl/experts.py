@@ -15,10 +15,11 @@ from huggingface_hub.utils import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import cached_file
 
+from .errors import SetupError
 from .rollout.decoder import text_model
 
 
@@ -90,9 +91,7 @@ def load_expert(
     """
     kwargs = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, **init_kwargs}
     if load_in_4bit or load_in_8bit:
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
-        # A quantized model cannot be moved to its device afterwards
-        kwargs.setdefault("device_map", {"": torch.accelerator.current_device_index()})
+        kwargs |= _quantization(dtype, load_in_4bit, load_in_8bit)
     with untouched_rng(), replicated_loading():
         try:
             if _is_adapter(model, revision):
@@ -100,11 +99,56 @@ def load_expert(
             else:
                 expert = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         except (OSError, HFValidationError, RepositoryNotFoundError) as error:
-            raise ValueError(
-                f"No expert could be loaded from `expert_model_name_or_path={model!r}`: {error}\nGive a model id of "
-                "the Hub, or a folder that holds a model (config.json) or a PEFT adapter (adapter_config.json)."
-            ) from error
+            raise _not_found(model, error) from error
     return freeze(expert)
+
+
+def _quantization(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> dict[str, Any]:
+    if not torch.accelerator.is_available():
+        raise SetupError(
+            "`expert_load_in_4bit` and `expert_load_in_8bit` need an accelerator, and there is none. Leave them "
+            "unset, or set `expert_dtype='bfloat16'` to save memory."
+        )
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=True,
+    )
+    # A quantized model cannot be moved to its device afterwards
+    return {"quantization_config": config, "device_map": {"": torch.accelerator.current_device_index()}}
+
+
+def _not_found(name: str, error: Exception) -> SetupError:
+    return SetupError(
+        f"No expert could be loaded from `expert_model_name_or_path={name!r}`: {error}\nGive a model id of the Hub, "
+        "or a folder that holds a model (config.json) or a PEFT adapter (adapter_config.json)."
+    )
+
+
+def check_expert_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """
+    Check that there is an expert to load, before anything large is.
+
+    Args:
+        name (`str`):
+            Model id, folder or adapter.
+        revision (`str`, *optional*):
+            Revision.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that the repository ships.
+
+    Raises:
+        `SetupError`: if there is none.
+    """
+    if _is_adapter(name, revision):
+        return
+    try:
+        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, HFValidationError, RepositoryNotFoundError) as error:
+        raise _not_found(name, error) from error
 
 
 def _is_adapter(model: str, revision: str | None) -> bool:
@@ -150,6 +194,11 @@ def resolve_expert(
         )
     else:
         name, revision = expert_name(source), None
+        if any(hasattr(parameter, "ds_id") for parameter in source.parameters()):
+            raise SetupError(
+                "The expert is sharded by ZeRO-3, and every process needs the whole of it. Pass its name, or load it "
+                "with `mentor_trl.load_expert`."
+            )
         expert = freeze(source)
     if tokenizer is None:
         tokenizer = load_expert_tokenizer(name, revision, args.trust_remote_code)
@@ -197,7 +246,7 @@ def load_expert_tokenizer(
                     )
             except (OSError, ValueError, KeyError) as error:
                 reason = f"none can be loaded from {source!r} ({error})"
-    raise ValueError(
+    raise SetupError(
         f"The expert's tokenizer is needed to check that its tokens are the policy's, but {reason}. Pass it as "
         "`expert_processing_class`, or save it in the expert's folder."
     )
@@ -230,7 +279,7 @@ def check_tokenizers(tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "Pr
     different = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
     if different:
         shown = "; ".join(f"id {i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in different[:5])
-        raise ValueError(
+        raise SetupError(
             f"Policy and expert have different vocabularies: {len(different)} of {len(ours.keys() | theirs.keys())} "
             f"ids differ (policy / expert): {shown}. Mixed rollouts need the same tokens: choose an expert of the "
             "policy's family, or train one from the policy."
@@ -258,7 +307,7 @@ def check_vocabulary(
         weight = text_model(model).get_output_embeddings().weight
         rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor in place of its shards
         if rows < needed:
-            raise ValueError(
+            raise SetupError(
                 f"The {name}'s output embedding has {rows} rows, and the tokenizer defines {needed} ids. Call "
                 f"`resize_token_embeddings({needed})` on the {name} and save it."
             )
@@ -303,7 +352,7 @@ def check_stop_tokens(
     own = [index for index in stop_token_ids(expert, expert_tokenizer) if index not in stop]
     if own and not extend:
         names = ", ".join(f"{index} ({expert_tokenizer.convert_ids_to_tokens(index)!r})" for index in own)
-        raise ValueError(
+        raise SetupError(
             f"The expert ends its completions with ids that do not end the policy's: {names}; the policy stops at "
             f"{stop}. Set `extend_stop_tokens=True` to stop both at either, or correct the `eos_token_id` of the "
             "expert's generation config."
@@ -330,7 +379,7 @@ def check_context_length(model, name: str, longest_prompt: int, max_completion_l
     """
     limit = getattr(text_model(model).config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest_prompt + max_completion_length > limit:
-        raise ValueError(
+        raise SetupError(
             f"A prompt of {longest_prompt} tokens and `max_completion_length={max_completion_length}` exceed the "
             f"{name}'s context of {limit} tokens. Lower `max_completion_length` to {max(limit - longest_prompt, 0)} "
             f"or less, drop the longest prompts, or choose another {name}."

@@ -17,7 +17,15 @@ from trl.models import unwrap_model_for_generation
 
 from .checkpoint import load_state, save_state
 from .config import MentorGRPOConfig
-from .experts import check_context_length, check_stop_tokens, check_vocabulary, resolve_expert, untouched_rng
+from .errors import SetupError
+from .experts import (
+    check_context_length,
+    check_expert_source,
+    check_stop_tokens,
+    check_vocabulary,
+    resolve_expert,
+    untouched_rng,
+)
 from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
 from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
@@ -121,6 +129,9 @@ class MentorGRPOTrainer(GRPOTrainer):
         if environment_factory is None:  # an environment may bring the prompts
             check_dataset(train_dataset, "train_dataset", self._guided)
             check_dataset(eval_dataset, "eval_dataset", self._guided)
+        source = expert if expert is not None else args.expert_model_name_or_path
+        if self._guided and isinstance(source, str):
+            check_expert_source(source, args.expert_model_revision, args.trust_remote_code)
 
         super().__init__(
             model=model,
@@ -166,7 +177,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         """Load the expert, check that it fits the policy, and build the engine."""
         args = self.args
         if self._is_vlm:
-            raise ValueError(
+            raise SetupError(
                 "The processing class is multimodal, and mixed rollouts are text only. Pass the tokenizer as "
                 "`processing_class`, or set `num_mixed_generations=0`."
             )
@@ -176,7 +187,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         check_vocabulary(policy, expert, self._tokenizer, tokenizer)
         self.eos_token_ids = check_stop_tokens(self.eos_token_ids, expert, tokenizer, args.extend_stop_tokens)
         self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
-        if not getattr(expert, "is_quantized", False) and getattr(expert, "hf_device_map", None) is None:
+        if getattr(expert, "hf_device_map", None) is None:
             expert.to(self.accelerator.device)
         longest = self._longest_prompt()
         for model, name in ((policy, "policy"), (expert, "expert")):
@@ -197,11 +208,11 @@ class MentorGRPOTrainer(GRPOTrainer):
             adaptive_draft_length=args.adaptive_draft_length,
         )
 
-    def _longest_prompt(self, candidates: int = 32) -> int:
-        """Tokens of the longest training prompt, among those with the most characters; 0 for a stream."""
+    def _longest_prompt(self, candidates: int = 256) -> int:
+        """Tokens of the longest training prompt, among those with the most bytes; 0 for a stream."""
         if not hasattr(self.train_dataset, "__len__"):
             return 0
-        prompts = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))[-candidates:]
+        prompts = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt).encode()))[-candidates:]
         return max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
 
     @property
@@ -238,15 +249,10 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self._mixed_B is None:
-            output = super()._generate_single_turn(
+            return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-            self._completion_ids = output[0]
-            self._log_completion_extra("source", ["eval" if self._mode == "eval" else "on_policy"] * len(prompt_ids))
-            return output
-        self._completion_ids = self._sample(prompt_ids)
-        self._log_completion_extra("source", ["mixed" if mixed else "on_policy" for mixed in self._mixed_B.tolist()])
-        return self._completion_ids, None
+        return self._sample(prompt_ids), None
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """On-policy rows, gamma from their entropies, then mixed rows."""
@@ -275,7 +281,7 @@ class MentorGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as policy,
-            self.sampler.session(policy, self.accelerator.autocast) as session,
+            self.sampler.session(policy, self.accelerator.autocast, self.args.cast_lm_head_to_fp32) as session,
         ):
             yield session
 
@@ -309,8 +315,16 @@ class MentorGRPOTrainer(GRPOTrainer):
     # Objective
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._completion_ids = completion_ids_list
+        self._log_completion_extra("source", self._sources(len(prompts)))
         self._rewards_N_F = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_N_F
+
+    def _sources(self, count: int) -> list[str]:
+        """Where this process's rows came from, as the completions table says it."""
+        if self._mixed_B is None:
+            return ["eval" if self._mode == "eval" else "on_policy"] * count
+        return ["mixed" if mixed else "on_policy" for mixed in self._mixed_B.tolist()]
 
     def _weighted_rewards(self) -> torch.Tensor:
         """Rewards of all processes' rows, NaN where every function returned `None`."""
@@ -461,12 +475,11 @@ class MentorGRPOTrainer(GRPOTrainer):
         if self._guided and self.is_world_process_zero():
             path = os.path.join(self.args.output_dir, "README.md")
             card = ModelCard.load(path)
-            name = self.expert_name or "a model that names no origin"
-            expert = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else name
             mixed, group = self.args.num_mixed_generations, self.num_generations
             sentence = (
-                f"The expert was {expert}: it spoke at the high-entropy tokens of {mixed} of the {group} rollouts of "
-                "each prompt, and is not needed to use this model.\n\n"
+                f"The expert was {_link(self.expert_name)}. It chose some of the tokens in {mixed} of the {group} "
+                f"rollouts of each prompt (branch rule: {self.args.branch_rule}), and is not needed to use this "
+                "model.\n\n"
             )
             heading = "### Framework versions"
             card.text = card.text.replace(heading, sentence + heading, 1)
@@ -500,5 +513,10 @@ def _new_logs() -> dict[str, Any]:
     }
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/"))
+def _link(name: str | None) -> str:
+    """An expert as the model card names it; of a local folder only the name, not where it lies."""
+    if not name:
+        return "a model that names no origin"
+    if name.count("/") == 1 and not name.startswith(".") and not os.path.exists(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{Path(name).name}`, a local model"

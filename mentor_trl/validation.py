@@ -3,6 +3,7 @@
 from accelerate.utils import parse_flag_from_env
 
 from .config import MentorGRPOConfig
+from .errors import SetupError
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
@@ -21,16 +22,16 @@ def check_supported(args: MentorGRPOConfig, tools, rollout_func, environment_fac
     given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
     for name, value in given.items():
         if value:
-            raise ValueError(f"`{name}` is not supported with mixed rollouts. Remove it, {_PLAIN}.")
+            raise SetupError(f"`{name}` is not supported with mixed rollouts. Remove it, {_PLAIN}.")
     # `args.distributed_state` does not know of FSDP; `accelerate launch` tells the Accelerator by this variable
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError(
+        raise SetupError(
             "FSDP is not supported with mixed rollouts: processes make different numbers of forward passes, which "
             f"deadlocks its collectives. Use DDP or DeepSpeed (`accelerate_config: zero3`), {_PLAIN}."
         )
     plugin = args.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3 and not args.ds3_gather_for_generation:
-        raise ValueError(
+        raise SetupError(
             "ZeRO-3 with `ds3_gather_for_generation=False` is not supported with mixed rollouts: processes make "
             f"different numbers of forward passes, which deadlocks. Set it to True, {_PLAIN}."
         )
@@ -39,9 +40,9 @@ def check_supported(args: MentorGRPOConfig, tools, rollout_func, environment_fac
 def check_expert_given(args: MentorGRPOConfig, expert) -> None:
     """Raise a `ValueError` unless there is exactly one expert."""
     if expert is None and args.expert_model_name_or_path is None:
-        raise ValueError(f"No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, {_PLAIN}.")
+        raise SetupError(f"No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, {_PLAIN}.")
     if expert is not None and args.expert_model_name_or_path is not None:
-        raise ValueError(
+        raise SetupError(
             "The expert is given twice, as `expert=` and as "
             f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
         )
@@ -67,17 +68,17 @@ def check_dataset(dataset, name: str, guided: bool) -> None:
             check_dataset(part, f"{name}[{key!r}]", guided)
         return
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty. Check the split and the filters that made it.")
+        raise SetupError(f"`{name}` is empty. Check the split and the filters that made it.")
     columns = getattr(dataset, "column_names", None)
     if columns is None:
         return
     if "prompt" not in columns:
-        raise ValueError(
+        raise SetupError(
             f"`{name}` has no column `prompt`; it has {', '.join(columns)}. Rename the column that holds the prompts: "
             "`dataset.rename_column(..., 'prompt')`."
         )
     images = {"image", "images"} & set(columns)
     if guided and images:
-        raise ValueError(
+        raise SetupError(
             f"`{name}` has the column `{images.pop()}`, and mixed rollouts are text only. Remove the column, {_PLAIN}."
         )

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from datasets import IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
@@ -79,7 +80,15 @@ def test_without_guidance_everything_is_trl(settings, tmp_path, tiny_model_dir, 
     assert any(entry.get("loss", 0.0) != 0.0 for entry in history(reference))
 
 
-def test_an_expert_leaves_every_random_state_alone(tmp_path, tiny_expert_dir):
+def test_an_expert_leaves_every_random_state_alone(tmp_path, tiny_expert_dir, monkeypatch):
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_and_draw(*args, **kwargs):
+        """As a model does that initializes weights which its checkpoint lacks."""
+        random.random(), np.random.rand(), torch.rand(1)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_and_draw)
     before = rng_states()
     load_expert(str(tiny_expert_dir))
     assert rng_states() == before
@@ -684,8 +693,8 @@ def test_model_card(tmp_path, tiny_expert_dir):
     assert "- mentor\n" in header and "- trl\n" in header and "- grpo\n" not in header
     assert "MENTOR" in body and "https://huggingface.co/papers/2510.04140" in body
     assert "jiang2026selective" in body and "2402.03300" not in body
-    assert "high-entropy tokens of 3 of the 8 rollouts" in body
-    assert tiny_expert_dir.name in body
+    assert "in 3 of the 8 rollouts of each prompt (branch rule: entropy)" in body
+    assert tiny_expert_dir.name in body and str(tiny_expert_dir.parent) not in body
     assert (tmp_path / "checkpoint-1").is_dir()
     assert "mentor" in trainer.model.model_tags
 
@@ -707,3 +716,34 @@ def test_model_card_links_an_expert_of_the_hub(tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "[open-r1/OpenR1-Qwen-7B](https://huggingface.co/open-r1/OpenR1-Qwen-7B)" in card
+
+
+def test_plain_grpo_with_a_rollout_function(tmp_path):
+    """The method that samples is then not called; the rows are those that the rewards see."""
+
+    def rollout(prompts, trainer):
+        ids = [[9, 10, 2] for _ in prompts]
+        return {"prompt_ids": [[4, 5]] * len(prompts), "completion_ids": ids, "logprobs": [[-1.0] * 3] * len(prompts)}
+
+    trainer = make_trainer(
+        tmp_path, num_mixed_generations=0, max_steps=1, trainer_kwargs={"rollout_func": rollout}, log_completions=True
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["mentor/on_policy/length"] == 3.0
+    assert set(pd.read_parquet(tmp_path / "completions/completions_00001.parquet")["source"]) == {"on_policy"}
+
+
+def test_virtual_tokens_are_refused(tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before the prompt"):
+        make_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+
+
+def test_float32_head_samples_from_the_policy_that_is_trained(tmp_path):
+    """The head then runs outside of autocast, in the engine as in the loss."""
+    trainer = make_trainer(tmp_path, cls=RecordingTrainer, bf16=True, cast_lm_head_to_fp32=True)
+    start, dtypes = weights(trainer), set()
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.float32}
+    assert sampled_logp_gap(trainer, start) < 0.03

@@ -236,7 +236,7 @@ def test_weights_that_are_not_numbers(who, tmp_path):
     with pytest.raises(ValueError, match=rf"The {who}'s logits are NaN.*check the {who}'s checkpoint"):
         trainer.train()
     assert trainer.state.global_step == 0
-    with pytest.raises(ValueError, match=rf"The {who} \(LlamaForCausalLM\) cannot sample mixed rollouts.*nan"):
+    with pytest.raises(ValueError, match=rf"The {who} \(LlamaForCausalLM\) cannot sample mixed rollouts.*NaN"):
         make_trainer(tmp_path, model=policy, trainer_kwargs=given(expert))
 
 

@@ -35,8 +35,9 @@ CASES = {
         {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "num_generations": 4}
         | {"num_mixed_generations": 2, "per_device_train_batch_size": 4},
     ),
-    # two prompts a batch and four prompts: an epoch has eight optimizer steps
-    "second_epoch": (11, {**OFF_POLICY, "max_steps": 14, "train_dataset": prompts(4), "expert_decay_steps": 9}),
+    # two prompts a batch and six prompts: an epoch has twelve optimizer steps
+    "second_epoch": (15, {**OFF_POLICY, "max_steps": 18, "train_dataset": prompts(6), "expert_decay_steps": 9}),
+    # four prompts: eight
     "third_epoch_begins": (16, {**OFF_POLICY, "max_steps": 19, "train_dataset": prompts(4), "expert_decay_steps": 9}),
     "after_the_decay": (6, {**OFF_POLICY, "max_steps": 8, "expert_decay_steps": 1}),
     "logging_window": (4, {**OFF_POLICY, "max_steps": 9, "logging_steps": 3, "log_completions": True}),

@@ -139,8 +139,8 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, floa
     """
     Return the mean of `ours - theirs` and the half-width of its 95% interval.
 
-    The interval is a normal one over prompts, on which both were evaluated; it says how well these two models (or means
-    over seeds) are told apart, not how much training varies from seed to seed.
+    The interval is a normal one over the prompts, on which both were evaluated. It says how well these models are told
+    apart, not how much training varies from seed to seed.
 
     Args:
         ours, theirs (`np.ndarray` of shape `(P,)`):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of supervised training: AdamW, a short warm-up, then a linear fall to a tenth of the learning rate."""
+    """A phase of supervised training: AdamW, a short warm-up, then a learning rate that falls linearly to 0."""
 
     style: Style
     steps: int
@@ -43,8 +43,8 @@ class Settings:
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     base: Phase = field(default_factory=lambda: Phase(Style(work=0.5), steps=1200, learning_rate=5e-3))
-    expert: Phase = field(default_factory=lambda: Phase(Style(work=1.0), steps=250, learning_rate=1e-3))
-    policy: Phase = field(default_factory=lambda: Phase(Style(work=0.01), steps=250, learning_rate=1e-3))
+    expert: Phase = field(default_factory=lambda: Phase(Style(work=1.0), steps=250, learning_rate=5e-4))
+    policy: Phase = field(default_factory=lambda: Phase(Style(work=0.01), steps=250, learning_rate=5e-4))
     seed: int = 0
 
 
@@ -63,15 +63,16 @@ def prepare(folder: Path, progress: "Progress", settings: Settings | None = None
     settings = settings or Settings()
     record = folder / "prepared.json"
     current = json.dumps({"settings": asdict(settings), "task": Path(task.__file__).read_text()}, indent=2)
-    if record.exists() and record.read_text() == current:
+    models = [folder / "models" / name for name in ("expert", "policy")]
+    if record.exists() and record.read_text() == current and all(map(Path.exists, models)):
         return
     record.unlink(missing_ok=True)
     train, test = make_splits(settings)
     for name, problems in (("train", train), ("test", test)):
         write_prompts(folder / "data" / f"{name}.jsonl", problems)
-    for name, model in pretrain(settings, set(test), progress).items():
-        model.save_pretrained(folder / "models" / name)
-        task.build_tokenizer().save_pretrained(folder / "models" / name)
+    for path, model in zip(models, pretrain(settings, set(test), progress)):
+        model.save_pretrained(path)
+        task.build_tokenizer().save_pretrained(path)
     record.write_text(current)
 
 
@@ -88,8 +89,8 @@ def write_prompts(path: Path, problems: list[Problem]) -> None:
     path.write_text("\n".join(rows) + "\n")
 
 
-def pretrain(settings: Settings, held_out: set[Problem], progress: "Progress") -> dict[str, "LlamaForCausalLM"]:
-    """Train the base, and tune the expert and the policy from it."""
+def pretrain(settings: Settings, held_out: set[Problem], progress: "Progress") -> list["LlamaForCausalLM"]:
+    """Train the base; tune the expert and the policy from it, and return these two."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,11 +110,10 @@ def pretrain(settings: Settings, held_out: set[Problem], progress: "Progress") -
     rng = random.Random(settings.seed)
     base = LlamaForCausalLM(config)
     fit(base, settings.base, held_out, rng, progress, "pretraining")
-    tuned = {}
-    for name, phase in (("expert", settings.expert), ("policy", settings.policy)):
-        tuned[name] = copy.deepcopy(base)
-        fit(tuned[name], phase, held_out, rng, progress, f"tuning the {name}")
-    return tuned
+    expert, policy = copy.deepcopy(base), base
+    fit(expert, settings.expert, held_out, rng, progress, "tuning the expert")
+    fit(policy, settings.policy, held_out, rng, progress, "tuning the policy")
+    return [expert, policy]
 
 
 def fit(
@@ -128,11 +128,12 @@ def fit(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / phase.warmup_steps) * (1 - 0.9 * step / phase.steps)
+        optimizer, lambda step: min(1, (step + 1) / phase.warmup_steps) * (1 - step / phase.steps)
     )
     texts = sample_texts(phase.style, held_out, rng)
     model.train()
-    for _ in progress.track(range(phase.steps), description=name):
+    bar = progress.add_task(name, total=phase.steps, note="")
+    for _ in range(phase.steps):
         ids, labels = make_batch([next(texts) for _ in range(phase.batch_size)])
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
@@ -140,6 +141,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+        progress.update(bar, advance=1, note=f"loss {loss.item():.2f}")
     model.eval()
 
 

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from examples.quickstart.evaluate import Evaluation, Run, area_under_curve, paired_difference
 
 
-# Where the arms are compared. A setting like any other, not picked from the curves.
+# Where the arms are compared: fixed before a run has curves to pick it from.
 COMPARED_STEP = 100
 BASELINE, OURS = "grpo", "mentor"
 COLORS = {"grpo": "tab:blue", "mentor": "tab:orange", "mentor_paper": "tab:green"}
@@ -93,7 +93,7 @@ def write_report(policy: Evaluation, runs: list[Run], arms: dict[str, str], fold
     measures = make_measures(policy, runs[0])
     tables = [compare(measures, by_arm, arms), compare_seeds(measures[0], by_arm, arms)]
     tables += [describe_guidance(by_arm[arm], name) for arm, name in arms.items() if arm != BASELINE]
-    conclusion = conclude(measures[0], by_arm)
+    conclusion = conclude(measures, by_arm)
     for table in tables:
         console.print()
         table.print(console)
@@ -125,8 +125,8 @@ def make_measures(policy: Evaluation, run: Run) -> list[Measure]:
         Measure(f"mean accuracy over steps 0 to {last}", area),
         Measure(f"entropy at step {at}, nats", lambda run: run.curve[at].entropy, policy.entropy),
         Measure(f"entropy at step {last}, nats", lambda run: run.curve[last].entropy, policy.entropy),
-        Measure(f"response length at step {at}, tokens", lambda run: run.curve[at].length, policy.length, 1),
-        Measure(f"response length at step {last}, tokens", lambda run: run.curve[last].length, policy.length, 1),
+        Measure(f"tokens a response at step {at}", lambda run: run.curve[at].length, policy.length, 1),
+        Measure(f"tokens a response at step {last}", lambda run: run.curve[last].length, policy.length, 1),
         Measure(f"steps worked out at step {at}", lambda run: run.curve[at].work, policy.work),
         Measure(f"habit words a step at step {last}", lambda run: run.curve[last].habits, policy.habits),
         Measure("seconds of training", lambda run: run.seconds, digits=0),
@@ -170,7 +170,7 @@ def describe_guidance(runs: list[Run], name: str, windows: int = 3) -> Table:
         "reward, mixed": "mentor/mixed/reward",
         "gamma": "mentor/gamma",
         "branch points": "mentor/branch_rate",
-        "acceptance": "mentor/acceptance",
+        "replaced tokens": "mentor/replaced_rate",
     }
     rows = []
     guided = [[entry for entry in run.history if "mentor/mixed/reward" in entry] for run in runs]
@@ -182,10 +182,11 @@ def describe_guidance(runs: list[Run], name: str, windows: int = 3) -> Table:
     return Table(f"Guidance in {name}, means over rollouts and seeds", ["steps", *columns], rows)
 
 
-def conclude(measure: Measure, by_arm: dict[str, list[Run]]) -> str:
-    """Say whether MENTOR is ahead of GRPO by more than the interval, in general and for every seed."""
+def conclude(measures: list[Measure], by_arm: dict[str, list[Run]]) -> str:
+    """Say whether MENTOR is ahead of GRPO by more than the interval in the first measure, and name the others."""
     if not (by_arm.get(BASELINE) and by_arm.get(OURS)):
         return "No comparison: it needs the arms grpo and mentor."
+    measure, *others = [measure for measure in measures if "accuracy" in measure.name]
     mean, half_width = paired_difference(measure.mean(by_arm[OURS]), measure.mean(by_arm[BASELINE]))
     pairs = zip(by_arm[OURS], by_arm[BASELINE])
     by_seed = [paired_difference(measure.of_run(ours), measure.of_run(theirs)) for ours, theirs in pairs]
@@ -196,8 +197,11 @@ def conclude(measure: Measure, by_arm: dict[str, list[Run]]) -> str:
         verdict = "MENTOR is behind GRPO by more than the interval"
     else:
         verdict = "MENTOR and GRPO are not told apart"
-    seeds = f"ahead beyond it in {ahead} of {len(by_seed)} seeds taken alone"
-    return f"{verdict} in {measure.name}: {format_difference(mean, half_width)}; {seeds}."
+    rest = ", ".join(f"{other.name} {other.difference(by_arm[OURS], by_arm[BASELINE])}" for other in others)
+    return (
+        f"{verdict} in {measure.name}: {format_difference(mean, half_width)}, and in {ahead} of {len(by_seed)} seeds "
+        f"taken alone. Differences elsewhere: {rest}."
+    )
 
 
 def format_difference(mean: float, half_width: float) -> str:
@@ -239,7 +243,7 @@ def plot(policy: Evaluation, by_arm: dict[str, list[Run]], arms: dict[str, str],
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
     panels = {
-        "accuracy": lambda evaluation: evaluation.accuracy.mean(),
+        "accuracy (compared at the dotted line)": lambda evaluation: evaluation.accuracy.mean(),
         "entropy (nats)": lambda evaluation: evaluation.entropy,
         "response length (tokens)": lambda evaluation: evaluation.length,
     }
@@ -251,7 +255,7 @@ def plot(policy: Evaluation, by_arm: dict[str, list[Run]], arms: dict[str, str],
         axis.set_title(title)
     axes[0, 0].axvline(COMPARED_STEP, color="0.6", linestyle=":", linewidth=1)
     axes[0, 0].set_ylim(-0.03, 1.03)
-    axes[0, 0].legend(frameon=False, loc="lower right")
+    axes[0, 0].legend(frameon=False, loc="upper left")
     guided = next((arm for arm in by_arm if arm != BASELINE), None)
     if guided:
         draw_guidance(axes[1, 1], by_arm[guided], arms[guided])

@@ -2,8 +2,8 @@
 Train a tiny model with GRPO and with MENTOR, from the same policy and with the same seeds, and compare them.
 
 What is special here: nothing is downloaded. The first run makes the data and pretrains an expert and a policy of 0.1M
-parameters (prepare.py). Every run then trains through the command line, with recipes/quickstart/{grpo,mentor}.yaml, and
-its checkpoints are evaluated, without the expert, on prompts that no training has seen.
+parameters (prepare.py). Every run then trains through the command line, with recipes/quickstart/{grpo,mentor}.yaml,
+and its checkpoints are evaluated, without the expert, on prompts that no training has seen.
 
 ```bash
 make quickstart
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path("outputs/quickstart")
-ARMS = {"grpo": "GRPO", "mentor": "MENTOR", "mentor_paper": "MENTOR, no correction"}
+ARMS = {"grpo": "GRPO", "mentor": "MENTOR", "mentor_paper": "MENTOR (paper)"}
 
 
 def main() -> int:
@@ -47,10 +47,11 @@ def main() -> int:
     with make_progress(console) as progress:
         prepare_models(progress)
     console.print(f"\nTraining {len(args.arms)} x {len(args.seeds)} runs, {args.jobs} at a time, like this:")
-    for arm in args.arms:
-        console.print(f"  mentor-trl {' '.join(TrainingRun(arm, args.seeds[0]).options)}", style="cyan", soft_wrap=True)
+    training = [TrainingRun(arm, seed) for seed in args.seeds for arm in args.arms]
+    for run in training[: len(args.arms)]:
+        console.print(f"  mentor-trl {' '.join(run.options)}", style="cyan", soft_wrap=True)
     with make_progress(console) as progress:
-        train_all([TrainingRun(arm, seed) for seed in args.seeds for arm in args.arms], args.jobs, progress)
+        train_all(training, args.jobs, progress)
     with make_progress(console) as progress:
         policy, runs = evaluate_all(args.arms, args.seeds, progress)
 
@@ -66,7 +67,7 @@ def set_up() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # Models this small gain nothing from a second thread, and one thread gives the same numbers on any machine's cores.
+    # Models this small gain little from a second thread, and the other cores have the other runs.
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1", CUDA_VISIBLE_DEVICES="")
 
     from transformers.utils import logging
@@ -153,12 +154,9 @@ def evaluate_all(arms: list[str], seeds: list[int], progress: Progress) -> tuple
     from examples.quickstart.evaluate import Run, evaluate, read_prompts
 
     rows = read_prompts(OUTPUT / "data" / "test.jsonl")
-    policy, runs = evaluate(OUTPUT / "models" / "policy", rows), []
-    bar = progress.add_task("evaluating checkpoints", total=None, note="")
-    for arm in arms:
-        for seed in seeds:
-            runs.append(Run.read(arm, seed, run_folder(arm, seed)))
-    progress.update(bar, total=sum(len(run.checkpoints) for run in runs))
+    policy = evaluate(OUTPUT / "models" / "policy", rows)
+    runs = [Run.read(arm, seed, run_folder(arm, seed)) for arm in arms for seed in seeds]
+    bar = progress.add_task("evaluating checkpoints", total=sum(len(run.checkpoints) for run in runs), note="")
     for run in runs:
         for step, path in run.checkpoints.items():
             run.curve[step] = evaluate(path, rows)

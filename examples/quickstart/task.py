@@ -1,15 +1,15 @@
 """
-The quickstart's task: three steps of single-digit arithmetic modulo 10, and the ways in which a response may do them.
+The quickstart's task: three steps of single-digit arithmetic modulo 10, and the ways to write them down.
 
-A prompt such as `4 +7 *3 -9 :` is a chain, read from left to right. Its answer is the list of the three running values,
-`1 3 4`. A response does one step after the other, then states the answer:
+A prompt such as `4 +7 *3 -9 :` is a chain, read from left to right. Its answer is the list of the three running
+values, `1 3 4`. A response does one step after the other, then states the answer:
 
     ok guess 1 work 1 *3 = 3 ok wait guess 8 answer 1 3 8
 
-There are two ways to do a step. `guess` writes a value at once and knows only whether it is even or odd, so it is right
-one time in five; `work` spells the step out first and is nearly always right. `ok` and `wait` are habits that may precede
-a step and change nothing. Pretraining teaches all of this. What it leaves to reinforcement learning is the choice: the
-policy can `work`, but hardly ever does.
+There are two ways to do a step. `guess` writes a value at once and knows only whether it is even or odd, so it is
+right one time in five; `work` spells the step out first and is nearly always right. `ok` and `wait` are habits that
+may precede a step and change nothing. Pretraining teaches all of this. What it leaves to reinforcement learning is the
+choice: the policy can `work`, but hardly ever does.
 """
 
 import random

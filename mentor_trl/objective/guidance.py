@@ -67,7 +67,7 @@ def entropy_threshold(
     if entropies.numel() == 0:
         raise ValueError("The entropy threshold needs at least one on-policy token, and the rollout batch has none.")
     # torch.quantile refuses inputs of more than 16M elements
-    ordered = entropies.double().sort().values
+    ordered = entropies.cpu().double().sort().values
     position = quantile * (ordered.numel() - 1)
     low = math.floor(position)
     high = min(low + 1, ordered.numel() - 1)
@@ -118,7 +118,7 @@ class Guidance:
     def update(self, entropies: torch.Tensor) -> None:
         """Set gamma and the share from the on-policy token entropies, `(N,)` in nats, of all processes."""
         self.gamma = entropy_threshold(entropies, self.quantile, self.minimum, self.fixed)
-        self.share = branch_weight(entropies.double(), self.gamma).mean().item() if entropies.numel() else 0.0
+        self.share = branch_weight(entropies.cpu().double(), self.gamma).mean().item() if entropies.numel() else 0.0
 
     def state_dict(self) -> dict:
         return {"batches": self.batches, "gamma": self.gamma, "share": self.share}

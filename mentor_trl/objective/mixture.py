@@ -109,7 +109,7 @@ def draw_coin(weight: torch.Tensor, generator: torch.Generator | None = None) ->
     Returns:
         `torch.Tensor` of shape `(...)`, `bool`.
     """
-    return torch.rand(weight.shape, generator=generator, device=weight.device, dtype=torch.float64) < weight
+    return torch.rand(weight.shape, generator=generator, device=weight.device) < weight
 
 
 def acceptance_probability(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 NAME = "mentor_ragged"
@@ -12,7 +13,7 @@ def ragged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs,
@@ -26,12 +27,14 @@ def ragged_attention(
     Args:
         query (`torch.Tensor` of shape `(B, H, Q, D)`), key, value (`torch.Tensor` of shape `(B, H_kv, L, D)`):
             Heads; H is a multiple of H_kv.
-        attention_mask (`torch.Tensor` of shape `(B, 1, Q, L)`, `bool`):
-            What each query may attend to.
+        attention_mask (`torch.Tensor` of shape `(B, 1, Q, L)`, `bool`, *optional*):
+            What each query may attend to. Without it this is transformers' own `"sdpa"`.
 
     Returns:
         `torch.Tensor` of shape `(B, Q, H, D)`, and `None` for the attention weights.
     """
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
     batch, heads, queries, _ = query.shape
     shared = heads // key.size(1)
     grouped = query.reshape(batch, key.size(1), shared * queries, -1)

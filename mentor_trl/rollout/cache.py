@@ -20,19 +20,32 @@ class RaggedCache(Cache):
         super().__init__(layers=[])
         self.slots = slots
         self.capacity = 0
+        self.bound: int | None = None
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self._rows: torch.Tensor | int = 0
         self._flat_positions: torch.Tensor | None = None
         self._length = 0
 
-    def reserve(self, length: int, slots: int = 0) -> None:
-        """Make room for rows of `length` tokens, and for at least `slots` rows."""
+    def reserve(self, length: int, slots: int = 0, bound: int | None = None) -> None:
+        """
+        Make room.
+
+        Args:
+            length (`int`):
+                Number of positions that a row needs now.
+            slots (`int`, *optional*, defaults to `0`):
+                Number of rows.
+            bound (`int`, *optional*):
+                Number of positions that a row may ever need; room for more is not made ahead of need.
+        """
+        self.bound = bound or self.bound
         if length <= self.capacity and slots <= self.slots:
             return
         self.slots = max(slots, self.slots)
         if length > self.capacity:
-            self.capacity = max(length, self.capacity + self.capacity // 2)
+            grown = self.capacity + self.capacity // 2
+            self.capacity = max(length, grown if self.bound is None else min(grown, self.bound))
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
                 buffers[layer] = old.new_zeros((self.slots, self.capacity, *old.shape[2:]))
@@ -63,7 +76,7 @@ class RaggedCache(Cache):
 
     def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         rows = states.transpose(1, 2).flatten(0, 1).to(buffer.dtype)
-        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self._flat_positions, rows)
+        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self._flat_positions.to(buffer.device), rows)
         read = buffer[: self._rows] if isinstance(self._rows, int) else buffer[self._rows]
         return read[:, : self._length].transpose(1, 2)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..objective.mixture import branch_weight, couple, draw_coin, entropy_from_logps, match_vocabulary, mixture_logps
-from .decoder import FIRST_RESERVE, MAX_CATCH_UP, Decoder, inference
+from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_PREFILL_TOKENS, Decoder, inference
 from .types import BOOL_RECORDS, FLOAT_RECORDS, RECORDS, MixedRequest, MixedRollout
 
 
@@ -63,7 +63,10 @@ class LocalSampler:
 
     @contextmanager
     def session(
-        self, policy, autocast: Callable[[], AbstractContextManager] | None = None
+        self,
+        policy,
+        autocast: Callable[[], AbstractContextManager] | None = None,
+        float32_head: bool = False,
     ) -> Iterator["LocalSession"]:
         """
         Hold the policy's current weights. Requests inside share the key-value caches of their prompts, which are freed
@@ -74,21 +77,23 @@ class LocalSampler:
                 Policy, not wrapped for distribution.
             autocast (`Callable[[], AbstractContextManager]`, *optional*):
                 Makes the mixed-precision context of the trainer's forward passes.
+            float32_head (`bool`, *optional*, defaults to `False`):
+                Whether the policy's LM head runs in float32 (TRL's `cast_lm_head_to_fp32`).
         """
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(inference(policy))
             if self.expert is not None:
                 stack.enter_context(inference(self.expert))
-            yield LocalSession(self, policy, autocast)
+            yield LocalSession(self, policy, autocast, float32_head)
 
 
 class LocalSession:
     """What [`LocalSampler.session`] yields."""
 
-    def __init__(self, sampler: LocalSampler, policy, autocast):
+    def __init__(self, sampler: LocalSampler, policy, autocast, float32_head: bool):
         self.sampler = sampler
-        self.policy = Decoder(policy, autocast=autocast)
+        self.policy = Decoder(policy, autocast=autocast, float32_head=float32_head)
         self.expert = None if sampler.expert is None else Decoder(sampler.expert, autocast=autocast)
 
     def sample(self, request: MixedRequest) -> MixedRollout:
@@ -186,7 +191,8 @@ class _Run:
     def run(self) -> MixedRollout:
         started = time.perf_counter()
         for decoder in filter(None, (self.policy, self.expert)):
-            decoder.cache.reserve(min(self.tokens.size(1), FIRST_RESERVE), len(self.unread))
+            width = self.tokens.size(1)
+            decoder.cache.reserve(min(width, FIRST_RESERVE), len(self.unread), bound=width)
         self._admit(range(min(len(self.waiting), len(self.unread))))
         while self.active:
             draft = self._draft(self._draft_length())
@@ -225,7 +231,7 @@ class _Run:
             for row, size in zip(self.rows, self.sizes, strict=True)
         )
         if self.sampler.adaptive_draft_length and self.expert is not None and tokens >= 64:
-            cost = self.expert.model.num_parameters() / self.policy.model.num_parameters()
+            cost = self.expert.num_parameters / self.policy.num_parameters
             length = best_draft_length(1.0 - self.stats["replaced"] / tokens, length, cost)
         return min(length, left)
 
@@ -307,11 +313,12 @@ class _Run:
                 self.unread[slot] = False
         steps = torch.arange(draft.tokens.size(1), device=self.device)
         self.tokens[:B].scatter_(1, self.size[:B].unsqueeze(1) + steps, draft.tokens)
+        most = max(1, min(MAX_CATCH_UP, MAX_PREFILL_TOKENS // B))
         while True:
             missing = self.size[:B] - 1 - self.seen[:B]
-            if int(missing.max()) <= MAX_CATCH_UP:
+            if int(missing.max()) <= most:
                 break
-            self._expert_pass(missing.clamp(max=MAX_CATCH_UP))
+            self._expert_pass(missing.clamp(max=most))
         return self._expert_pass(missing + draft.length, keep=missing)
 
     def _expert_pass(self, count: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -364,22 +371,28 @@ class _Run:
             self.done[self.rows[slot]] = {"tokens": self.tokens[slot, first:last].to("cpu", copy=True), **stored}
         refilled = slots[: len(self.waiting)]
         self._admit(refilled)
-        for slot in reversed(slots[len(refilled) :]):
-            self._close(slot)
+        self._close(slots[len(refilled) :])
 
-    def _close(self, slot: int) -> None:
-        last = self.active - 1
-        if slot != last:
-            self.policy.move(last, slot, self.sizes[last])
-            # what an unread slot of the expert holds belongs to an earlier row
-            if self.expert is not None and not self.unread[last]:
-                self.expert.move(last, slot, self.sizes[last])
+    def _close(self, slots: list[int]) -> None:
+        """Fill the gaps that finished rows leave with the last rows, so that the active ones stay in front."""
+        if not slots:
+            return
+        left = self.active - len(slots)
+        targets = [slot for slot in slots if slot < left]
+        sources = [slot for slot in range(left, self.active) if slot not in slots]
+        if targets:
+            length = max(self.sizes[slot] for slot in sources)
+            self.policy.move(sources, targets, length)
+            # What an unread slot of the expert holds belongs to an earlier row
+            read = [(source, target) for source, target in zip(sources, targets) if not self.unread[source]]
+            if read:
+                self.expert.move(*map(list, zip(*read)), length)
             for state in (self.tokens, self.size, self.start, self.gamma, self.seen, *self.records.values()):
-                state[slot] = state[last]
+                state[targets] = state[sources]
             for state in (self.rows, self.sizes, self.unread):
-                state[slot] = state[last]
-        self.rows.pop()
-        self.sizes.pop()
+                for source, target in zip(sources, targets):
+                    state[target] = state[source]
+        del self.rows[left:], self.sizes[left:]
 
     def _collect(self, seconds: float) -> MixedRollout:
         rows = [self.done[row] for row in range(len(self.request.prompt_ids))]

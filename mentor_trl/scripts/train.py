@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mentor_trl.errors import SetupError
+
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -36,7 +38,7 @@ TRACKERS = {
 }
 
 
-class UsageError(ValueError):
+class UsageError(SetupError):
     """An option of the command line or the config file cannot be used; the message names the mend."""
 
 
@@ -238,21 +240,23 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return MentorGRPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        return MentorGRPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except OSError as error:  # what transformers raises for a model or file that is not there
+        name = model_args.model_name_or_path
+        raise UsageError(f"The models could not be loaded (`model_name_or_path` is {name!r}): {error}") from error
 
 
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and train; a mistake of the user ends in one line on stderr and exit code 2."""
-    from mentor_trl.data import DataError
-
     parser = make_parser(prog="mentor-trl train")
     try:
         parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
@@ -260,7 +264,7 @@ def run(args: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         main(*parsed)
-    except (DataError, UsageError) as error:
+    except SetupError as error:
         parser.error(str(error))
     return 0
 

@@ -201,7 +201,7 @@ def test_unknown_logits_are_refused():
             return output
 
     odd = Odd(make_model("llama").config).eval()
-    with pytest.raises(ValueError, match="its log-probabilities differ by .* nats"):
+    with pytest.raises(ValueError, match="makes its logits .* in a way that is not known"):
         check_decoding(odd, "policy")
 
 
@@ -265,10 +265,10 @@ def test_moved_slots_carry_their_prompt(peaked):
     decoder = Decoder(peaked, slots=3)
     a, b = (1, 2, 3, 4), (4, 3, 2, 1)
     decoder.prefill([0, 1], [a, b])
-    decoder.move(1, 0, 4)
+    decoder.move([1], [0], 4)
     decoder.prefill([0, 2], [b, a])
     assert shapes == [(2, 3), (1, 3)]  # a is held no more
-    decoder.move(1, 2, 4)
+    decoder.move([1], [2], 4)
     decoder.prefill([2], [b])
     assert shapes == [(2, 3), (1, 3)]
 
