@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from .errors import SetupError
+from .experts import rng_state, set_rng_state
 
 
 if TYPE_CHECKING:
@@ -20,6 +22,71 @@ _LOG_COLUMNS = ("rewards", "extra")
 
 def _path(folder: str, rank: int) -> Path:
     return Path(folder, f"mentor_state_{rank}.pt")
+
+
+class StepStart(TrainerCallback):
+    """
+    Remembers what [`save_state`] saves as it was when the optimizer step under way began. If that step dies, the
+    weights are still those of its beginning, and so must be the rest of a checkpoint.
+
+    Args:
+        trainer ([`MentorGRPOTrainer`]):
+            Trainer.
+    """
+
+    def __init__(self, trainer: "MentorGRPOTrainer"):
+        self.trainer = trainer
+        self.state: dict[str, Any] | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        logs = trainer.logs_by_mode["train"]
+        self.state = {
+            "guidance": trainer.guidance.state_dict(),
+            "step": trainer._step,
+            "buffered_inputs": trainer._buffered_inputs,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "rng": rng_state(),
+            "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
+            "logs": {name: list(logs[name]) for name in _LOGS}
+            | {name: {key: list(values) for key, values in logs[name].items()} for name in _LOG_COLUMNS},
+        }
+
+    def restore(self) -> None:
+        """Go back to the beginning of the step."""
+        trainer, state = self.trainer, self.state
+        trainer.guidance.load_state_dict(state["guidance"])
+        trainer._step, trainer._buffered_inputs = state["step"], state["buffered_inputs"]
+        trainer.state.num_input_tokens_seen = state["tokens"]
+        trainer._metrics["train"] = defaultdict(list, state["metrics"])
+        set_rng_state(state["rng"])
+        logs = trainer.logs_by_mode["train"]
+        for name in _LOGS:
+            logs[name].clear()
+        for name in _LOG_COLUMNS:
+            for values in logs[name].values():
+                values.clear()
+        _restore_logs(logs, state["logs"])
+
+
+def save_last_step(trainer: "MentorGRPOTrainer", step_start: StepStart | None) -> None:
+    """
+    Save a checkpoint of the last finished optimizer step, for a run that is about to end with an error.
+
+    Args:
+        trainer ([`MentorGRPOTrainer`]):
+            Trainer.
+        step_start ([`StepStart`], *optional*):
+            State to go back to, if a step was under way.
+    """
+    step = trainer.state.global_step
+    if step == 0:
+        return
+    if step_start is not None and step_start.state is not None:
+        step_start.restore()
+    trainer._save_checkpoint(trainer.model, trial=None)
+    folder = Path(trainer._get_output_dir(trial=None), f"checkpoint-{step}")
+    warnings.warn(f"The run ends here. Resume it from {folder}.", stacklevel=2)
 
 
 def save_state(trainer: "MentorGRPOTrainer", folder: str) -> None:

@@ -10,6 +10,7 @@ BRANCH_RULES = ("entropy", "threshold", "random", "always")
 ALPHA_SCHEDULES = ("cosine", "linear", "constant")
 CORRECTIONS = ("temper", "clip", "mask", "saturate")
 CORRECTION_LEVELS = ("conditional", "mixture")
+WEIGHT_SYNCS = ("auto", "nccl", "folder")
 
 
 @dataclass
@@ -58,11 +59,24 @@ class MentorGRPOConfig(GRPOConfig):
             Fixed gamma, in nats, instead of the quantile.
         draft_length (`int`, *optional*, defaults to `8`):
             Number of tokens that the policy drafts between two consultations of the expert. It changes the speed, not
-            the distribution.
+            the distribution. A server has its own (`mentor-trl serve --draft-length`).
         adaptive_draft_length (`bool`, *optional*, defaults to `False`):
             Whether to adapt the draft length, up to `draft_length`, to the measured acceptance.
         rollout_batch_size (`int`, *optional*, defaults to `64`):
-            Number of rows that a process samples at once. Finished rows are replaced by waiting ones.
+            Number of rows that a process samples at once without vLLM. Finished rows are replaced by waiting ones.
+
+        > Parameters that control rollouts with vLLM (`use_vllm=True`)
+
+        vllm_weight_sync (`str`, *optional*, defaults to `"auto"`):
+            How the policy's weights reach a server: `"nccl"`; `"folder"`, safetensors files in `vllm_weight_sync_dir`;
+            or `"auto"`, NCCL from a CUDA device and else the folder.
+        vllm_weight_sync_dir (`str`, *optional*):
+            Folder that trainer and server see under the same name, for `vllm_weight_sync="folder"`. If not set,
+            `vllm_weights` in `output_dir`. On one machine a folder in memory, such as `/dev/shm/NAME`, is fastest.
+        vllm_read_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds to wait for the server's answer to one request, which comes when its completion is finished. What
+            fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Keep `ddp_timeout`
+            above both, since other processes wait meanwhile.
 
         > Parameters that control the objective
 
@@ -166,7 +180,7 @@ class MentorGRPOConfig(GRPOConfig):
         default=8,
         metadata={
             "help": "Number of tokens that the policy drafts between two consultations of the expert. It changes the "
-            "speed, not the distribution."
+            "speed, not the distribution. A server has its own (`mentor-trl serve --draft-length`)."
         },
     )
     adaptive_draft_length: bool = field(
@@ -176,7 +190,32 @@ class MentorGRPOConfig(GRPOConfig):
     rollout_batch_size: int = field(
         default=64,
         metadata={
-            "help": "Number of rows that a process samples at once. Finished rows are replaced by waiting ones."
+            "help": "Number of rows that a process samples at once without vLLM. Finished rows are replaced by "
+            "waiting ones."
+        },
+    )
+
+    # Parameters that control rollouts with vLLM
+    vllm_weight_sync: str = field(
+        default="auto",
+        metadata={
+            "help": "How the policy's weights reach a server: 'nccl'; 'folder', safetensors files in "
+            "`vllm_weight_sync_dir`; or 'auto', NCCL from a CUDA device and else the folder.",
+            "choices": list(WEIGHT_SYNCS),
+        },
+    )
+    vllm_weight_sync_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that trainer and server see under the same name, for `vllm_weight_sync='folder'`. If not "
+            "set, `vllm_weights` in `output_dir`."
+        },
+    )
+    vllm_read_timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds to wait for the server's answer to one request, which comes when its completion is "
+            "finished. Keep `ddp_timeout` above it."
         },
     )
 
@@ -244,6 +283,7 @@ class MentorGRPOConfig(GRPOConfig):
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
+            ("vllm_weight_sync", WEIGHT_SYNCS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -273,6 +313,7 @@ class MentorGRPOConfig(GRPOConfig):
             "entropy_threshold",
             "a positive number of nats, or unset to use `entropy_quantile`",
         )
+        require(self.vllm_read_timeout > 0.0, "vllm_read_timeout", "a positive number of seconds")
         require(self.draft_length >= 1, "draft_length", "at least 1")
         require(self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1")
         require(self.alpha >= 0.0, "alpha", "0 or more")
@@ -317,11 +358,10 @@ class MentorGRPOConfig(GRPOConfig):
                 "`multi_objective_aggregation='normalize_then_sum'` has no definition for mixed rollouts, whose "
                 "baseline is the group's mean reward. Use 'sum_then_normalize', or set `num_mixed_generations` to 0."
             )
-        for name, mend in (
-            ("use_vllm", "Set it to False: mixed rollouts are sampled in process."),
-            ("use_transformers_continuous_batching", "Set it to False: mixed rollouts have their own engine."),
-        ):
-            if getattr(self, name):
-                raise ValueError(f"`{name}` is not supported with mixed rollouts. {mend}")
+        if self.use_transformers_continuous_batching:
+            raise ValueError(
+                "`use_transformers_continuous_batching` is not supported with mixed rollouts. Set it to False: they "
+                "have their own engine."
+            )
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is unset; mixed rollouts need a limit, e.g. 512.")

@@ -32,16 +32,27 @@ if TYPE_CHECKING:
 @contextmanager
 def untouched_rng() -> Iterator[None]:
     """Leave every random state as it was found: loading an expert must not change what the policy samples."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    state = rng_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_rng_state(state)
+
+
+def rng_state() -> tuple:
+    """Random states of Python, NumPy, and torch on the CPU and on CUDA."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_rng_state(state: tuple) -> None:
+    """Set what [`rng_state`] returned."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager
@@ -94,7 +105,7 @@ def load_expert(
         kwargs |= _quantization(dtype, load_in_4bit, load_in_8bit)
     with untouched_rng(), replicated_loading():
         try:
-            if _is_adapter(model, revision):
+            if is_adapter(model, revision):
                 expert = _load_adapter(model, kwargs)
             else:
                 expert = AutoModelForCausalLM.from_pretrained(model, **kwargs)
@@ -143,7 +154,7 @@ def check_expert_source(name: str, revision: str | None = None, trust_remote_cod
     Raises:
         `SetupError`: if there is none.
     """
-    if _is_adapter(name, revision):
+    if is_adapter(name, revision):
         return
     try:
         AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -151,7 +162,7 @@ def check_expert_source(name: str, revision: str | None = None, trust_remote_cod
         raise _not_found(name, error) from error
 
 
-def _is_adapter(model: str, revision: str | None) -> bool:
+def is_adapter(model: str, revision: str | None) -> bool:
     if os.path.isdir(model):
         return os.path.exists(os.path.join(model, "adapter_config.json"))
     try:
@@ -253,7 +264,7 @@ def load_expert_tokenizer(
 
 
 def _adapter_base(name: str, revision: str | None) -> str | None:
-    if not _is_adapter(name, revision):
+    if not is_adapter(name, revision):
         return None
     from peft import PeftConfig
 
@@ -349,9 +360,16 @@ def check_stop_tokens(
     Raises:
         `ValueError`: if the expert has other stop ids and `extend` is `False`.
     """
-    own = [index for index in stop_token_ids(expert, expert_tokenizer) if index not in stop]
+    return check_stop_ids(stop, stop_token_ids(expert, expert_tokenizer), expert_tokenizer, extend)
+
+
+def check_stop_ids(
+    stop: list[int], expert_stop: list[int], tokenizer: "PreTrainedTokenizerBase", extend: bool = False
+) -> list[int]:
+    """[`check_stop_tokens`] for an expert that is known by its stop ids alone."""
+    own = [index for index in expert_stop if index not in stop]
     if own and not extend:
-        names = ", ".join(f"{index} ({expert_tokenizer.convert_ids_to_tokens(index)!r})" for index in own)
+        names = ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)!r})" for index in own)
         raise SetupError(
             f"The expert ends its completions with ids that do not end the policy's: {names}; the policy stops at "
             f"{stop}. Set `extend_stop_tokens=True` to stop both at either, or correct the `eos_token_id` of the "

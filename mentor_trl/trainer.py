@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import defaultdict, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from .checkpoint import load_state, save_state
+from .checkpoint import StepStart, load_state, save_last_step, save_state
 from .config import MentorGRPOConfig
 from .errors import SetupError
 from .experts import (
     check_context_length,
     check_expert_source,
+    check_stop_ids,
     check_stop_tokens,
     check_vocabulary,
     resolve_expert,
@@ -30,7 +31,9 @@ from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread
 from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
 from .rollout.decoder import check_decoding
-from .validation import check_dataset, check_expert_given, check_supported
+from .rollout.generation import EngineSettings, mixed_generation, policy_logps
+from .rollout.server import ServerError
+from .validation import check_dataset, check_engine, check_expert_given, check_supported
 
 
 if TYPE_CHECKING:
@@ -60,8 +63,10 @@ class MentorGRPOTrainer(GRPOTrainer):
     from an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for
     Effective and Diverse Exploration in Reinforcement Learning of LLMs](https://huggingface.co/papers/2510.04140).
 
-    Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func`, images, vLLM, FSDP and
-    ZeRO-3 without gathered parameters are refused while rollouts are mixed. Evaluation never uses the expert.
+    Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func` and images are refused
+    while rollouts are mixed, and so are, without vLLM, FSDP and ZeRO-3 without gathered parameters. Evaluation never
+    uses the expert. With `use_vllm` one vLLM engine speaks for policy and expert, in a server
+    (`mentor-trl serve`) or in this process, and the expert is a name, not a model.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
@@ -130,25 +135,30 @@ class MentorGRPOTrainer(GRPOTrainer):
             check_dataset(train_dataset, "train_dataset", self._guided)
             check_dataset(eval_dataset, "eval_dataset", self._guided)
         source = expert if expert is not None else args.expert_model_name_or_path
-        if self._guided and isinstance(source, str):
+        served = self._guided and args.use_vllm
+        if served:
+            check_engine(args, source, model, quantization_config)
+        # A server's expert may lie on the server's disk alone
+        if self._guided and isinstance(source, str) and not (served and args.vllm_mode == "server"):
             check_expert_source(source, args.expert_model_revision, args.trust_remote_code)
 
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        with mixed_generation(EngineSettings.of(args, source)) if served else nullcontext():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
 
         self.guidance = Guidance(
             schedule=args.alpha_schedule,
@@ -169,19 +179,41 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._loss_pass: tuple[torch.Tensor, torch.Tensor] | None = None
         self._completion_ids: list[list[int]] = []
         self._range_warned = False
-        if self._guided:
-            with untouched_rng():
-                self._prepare_expert(expert, expert_processing_class)
-
-    def _prepare_expert(self, expert, tokenizer) -> None:
-        """Load the expert, check that it fits the policy, and build the engine."""
-        args = self.args
+        self.step_start = StepStart(self)
+        if not self._guided:
+            return
         if self._is_vlm:
             raise SetupError(
                 "The processing class is multimodal, and mixed rollouts are text only. Pass the tokenizer as "
                 "`processing_class`, or set `num_mixed_generations=0`."
             )
-        source = expert if expert is not None else args.expert_model_name_or_path
+        if args.beta != 0.0:
+            warnings.warn(
+                f"`beta={args.beta}`: the KL estimator assumes samples of the policy, so it is biased on mixed "
+                "rollouts. Compare `mentor/on_policy/kl` with `mentor/mixed/kl`.",
+                stacklevel=2,
+            )
+        with untouched_rng():
+            if served:
+                self._prepare_engine(source, expert_processing_class)
+            else:
+                self._prepare_expert(source, expert_processing_class)
+
+    def _prepare_engine(self, expert: str | None, tokenizer) -> None:
+        """Check that the vLLM engine, which is running by now, fits the policy."""
+        engine = self.vllm_generation
+        policy = self.accelerator.unwrap_model(self.model)
+        engine.check(policy, expert, tokenizer, self._longest_prompt())
+        self.expert_name = engine.info["expert"]
+        stop = check_stop_ids(
+            self.eos_token_ids, engine.info["expert_stop_ids"], self._tokenizer, self.args.extend_stop_tokens
+        )
+        self.eos_token_ids, engine.stop_token_ids = stop, tuple(stop)
+        self.add_callback(self.step_start)
+
+    def _prepare_expert(self, source, tokenizer) -> None:
+        """Load the expert, check that it fits the policy, and build the engine."""
+        args = self.args
         expert, tokenizer, self.expert_name = resolve_expert(source, tokenizer, args)
         policy = self.accelerator.unwrap_model(self.model)
         check_vocabulary(policy, expert, self._tokenizer, tokenizer)
@@ -194,12 +226,6 @@ class MentorGRPOTrainer(GRPOTrainer):
             check_context_length(model, name, longest, args.max_completion_length)
             if name == "expert" or not self._dist.is_zero3:
                 check_decoding(model, name)
-        if args.beta != 0.0:
-            warnings.warn(
-                f"`beta={args.beta}`: the KL estimator assumes samples of the policy, so it is biased on mixed "
-                "rollouts. Compare `mentor/on_policy/kl` with `mentor/mixed/kl`.",
-                stacklevel=2,
-            )
         self.sampler = LocalSampler(
             expert,
             num_tokens=max(self._tokenizer.get_vocab().values()) + 1,
@@ -222,6 +248,14 @@ class MentorGRPOTrainer(GRPOTrainer):
     # Rollouts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return self._guided_batch(inputs)
+        except ServerError:
+            if self.is_in_train:
+                save_last_step(self, self.step_start if self._mode == "train" else None)
+            raise
+
+    def _guided_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._logs = self.logs_by_mode[self._mode]
         self._mixed_B = self._rollout = None
         if self._mode == "eval":
@@ -252,10 +286,13 @@ class MentorGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-        return self._sample(prompt_ids), None
+        return self._sample(prompt_ids)
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """On-policy rows, gamma from their entropies, then mixed rows."""
+    def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float | None]] | None]:
+        """
+        On-policy rows, gamma from their entropies, then mixed rows. Returns completions, and log-probabilities where
+        the engine's p is not quite that of the training model.
+        """
         with self._sampling_session() as session:
             indices = [(self._mixed_B == mixed).nonzero().flatten().tolist() for mixed in (False, True)]
             with profiling_context(self, "mentor.on_policy"):
@@ -266,14 +303,22 @@ class MentorGRPOTrainer(GRPOTrainer):
                 self._rollout = session.sample(request)
         for source, rollout in (("on_policy", on_policy), ("mixed", self._rollout)):
             self._log_speed(source, rollout.stats)
-        completion_ids: list[list[int]] = [[]] * len(prompt_ids)
-        for part, rollout in zip(indices, (on_policy, self._rollout), strict=True):
-            for i, ids in zip(part, rollout.completion_ids, strict=True):
-                completion_ids[i] = ids
-        return completion_ids
+        parts = list(zip(indices, (on_policy, self._rollout), strict=True))
+        completion_ids = scatter([(rows, rollout.completion_ids) for rows, rollout in parts], len(prompt_ids))
+        if not self.use_vllm:
+            return completion_ids, None
+        return completion_ids, scatter([(rows, policy_logps(rollout)) for rows, rollout in parts], len(prompt_ids))
 
     @contextmanager
     def _sampling_session(self):
+        if self.use_vllm:
+            if self.state.global_step != self._last_loaded_step:
+                with profiling_context(self, "sync_weights"):
+                    self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            with self.vllm_generation.session() as session:
+                yield session
+            return
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -340,7 +385,8 @@ class MentorGRPOTrainer(GRPOTrainer):
         )
         count, length = output["completion_ids"].shape
         rollout = self._rollout.padded(length)
-        ratio_B_T, rho_B_T, where_B_T = self._correction(rollout)
+        trainer_logps = output["old_per_token_logps"][self._mixed_B] if self._corrects_engine else None
+        ratio_B_T, rho_B_T, where_B_T = self._correction(rollout, trainer_logps)
         rho = torch.ones((count, length), device=device)
         rho[self._mixed_B.to(device)] = rho_B_T.to(device)
         local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
@@ -357,13 +403,28 @@ class MentorGRPOTrainer(GRPOTrainer):
         logged.extend(advantages_N.tolist())
         return advantages_N
 
-    def _correction(self, rollout: MixedRollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ratios r, weights rho and corrected tokens of the mixed rows, `(rows, T)` each."""
-        args = self.args
+    @property
+    def _corrects_engine(self) -> bool:
+        """Whether TRL corrects the difference between the training model and the engine that sampled."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    def _correction(
+        self, rollout: MixedRollout, trainer_logps: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Ratios r, weights rho and corrected tokens of the mixed rows, `(rows, T)` each.
+
+        At a branch point p is that of the training model, `trainer_logps` of shape `(rows, T)`, where TRL's
+        engine-mismatch correction is on: it leaves these tokens to us. Elsewhere, or where it is off, p is the
+        engine's.
+        """
+        args, logps = self.args, rollout.logps
+        if trainer_logps is not None:
+            logps = torch.where(rollout.branch, trainer_logps.to(logps), logps)
         if args.correction_level == "mixture":
-            log_ratio, where = rollout.logps - rollout.mixed_logps, rollout.mask
+            log_ratio, where = logps - rollout.mixed_logps, rollout.mask
         else:
-            log_ratio, where = rollout.logps - rollout.expert_logps, rollout.branch
+            log_ratio, where = logps - rollout.expert_logps, rollout.branch
         rho = correction_weights(
             log_ratio,
             where,
@@ -500,6 +561,20 @@ class MentorGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_state(self, checkpoint)
+
+
+def scatter(parts: list[tuple[list[int], list[Any]]], count: int) -> list[Any]:
+    """
+    Put values back to the rows they belong to.
+
+    >>> scatter([([0, 2], ["a", "c"]), ([1], ["b"])], 3)
+    ['a', 'b', 'c']
+    """
+    values = [None] * count
+    for rows, part in parts:
+        for row, value in zip(rows, part, strict=True):
+            values[row] = value
+    return values
 
 
 def _new_logs() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .config import MentorGRPOConfig
 from .errors import SetupError
+from .experts import is_adapter
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
@@ -23,29 +24,83 @@ def check_supported(args: MentorGRPOConfig, tools, rollout_func, environment_fac
     for name, value in given.items():
         if value:
             raise SetupError(f"`{name}` is not supported with mixed rollouts. Remove it, {_PLAIN}.")
+    if args.use_vllm:
+        return
     # `args.distributed_state` does not know of FSDP; `accelerate launch` tells the Accelerator by this variable
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise SetupError(
-            "FSDP is not supported with mixed rollouts: processes make different numbers of forward passes, which "
-            f"deadlocks its collectives. Use DDP or DeepSpeed (`accelerate_config: zero3`), {_PLAIN}."
+            "FSDP is not supported with mixed rollouts in process: processes make different numbers of forward "
+            "passes, which deadlocks its collectives. Set `use_vllm=True`, use DDP or DeepSpeed "
+            f"(`accelerate_config: zero3`), {_PLAIN}."
         )
     plugin = args.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3 and not args.ds3_gather_for_generation:
         raise SetupError(
-            "ZeRO-3 with `ds3_gather_for_generation=False` is not supported with mixed rollouts: processes make "
-            f"different numbers of forward passes, which deadlocks. Set it to True, {_PLAIN}."
+            "ZeRO-3 with `ds3_gather_for_generation=False` is not supported with mixed rollouts in process: "
+            "processes make different numbers of forward passes, which deadlocks. Set it to True, set "
+            f"`use_vllm=True`, {_PLAIN}."
         )
 
 
 def check_expert_given(args: MentorGRPOConfig, expert) -> None:
-    """Raise a `ValueError` unless there is exactly one expert."""
-    if expert is None and args.expert_model_name_or_path is None:
+    """Raise a `ValueError` unless there is exactly one expert. A vLLM server brings its own."""
+    served = args.use_vllm and args.vllm_mode == "server"
+    if expert is None and args.expert_model_name_or_path is None and not served:
         raise SetupError(f"No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, {_PLAIN}.")
     if expert is not None and args.expert_model_name_or_path is not None:
         raise SetupError(
             "The expert is given twice, as `expert=` and as "
             f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
         )
+
+
+def check_engine(args: MentorGRPOConfig, expert, model, quantization_config) -> None:
+    """
+    Raise a `ValueError` for what mixed rollouts with vLLM do not support.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration, with `use_vllm`.
+        expert, model, quantization_config:
+            Arguments of the trainer.
+    """
+    if expert is not None and not isinstance(expert, str):
+        raise SetupError(
+            f"The expert is a {type(expert).__name__}, and vLLM loads models by name. Pass the expert's id or folder "
+            "(`save_pretrained` it first), or set `use_vllm=False`."
+        )
+    unused = {
+        "expert_model_init_kwargs": None,
+        "expert_model_revision": None,
+        "expert_dtype": "auto",
+        "expert_load_in_4bit": False,
+        "expert_load_in_8bit": False,
+    }
+    for name, default in unused.items():
+        if getattr(args, name) != default:
+            raise SetupError(
+                f"`{name}={getattr(args, name)!r}` applies to an expert that this process loads, and with `use_vllm` "
+                f"vLLM does. Unset it; `mentor-trl serve` takes vLLM's own options, such as --dtype."
+            )
+    if quantization_config is not None or getattr(model, "is_quantized", False):
+        raise SetupError(
+            "A quantized policy cannot be handed to the vLLM engine of mixed rollouts. Train in bfloat16 with LoRA, "
+            f"set `use_vllm=False`, {_PLAIN}."
+        )
+    if args.vllm_structured_outputs_regex is not None:
+        raise SetupError(f"`vllm_structured_outputs_regex` is not supported with mixed rollouts. Unset it, {_PLAIN}.")
+    if args.vllm_mode == "colocate":
+        if args.vllm_tensor_parallel_size > 1:
+            raise SetupError(
+                f"`vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` is not supported with mixed rollouts "
+                "in colocate mode. Set it to 1, or start `mentor-trl serve --tensor-parallel-size` and set "
+                "`vllm_mode='server'`."
+            )
+        if is_adapter(expert, None):
+            raise SetupError(
+                f"The expert {expert!r} is a PEFT adapter, which vLLM cannot load as a model of its own. Merge it "
+                "(`merge_and_unload`), save it, and name that folder."
+            )
 
 
 def check_dataset(dataset, name: str, guided: bool) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from helpers import make_tiny_model
+from mentor_trl.rollout.server import ServerError
+from served_helpers import make_served_trainer, stand_in
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
 
 
@@ -24,6 +26,8 @@ CASES = {
         "expert_decay_steps": 2,
     },
 }
+# The same splits with a server, to which the main process alone speaks
+SERVED = {f"served_{name}": CASES[name] for name in ("split_4_4", "split_3_5", "across")}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -75,6 +79,23 @@ def main(folder: Path) -> None:
         trainer._log_metrics = lambda metrics, kept=kept, log=log_metrics: (kept.append(metrics), log(metrics))
         trainer.train()
         reports[name] = {**report(trainer), "metrics": kept}
+    for name, settings in SERVED.items():
+        settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
+        with stand_in() as servers:
+            trainer = make_served_trainer(folder / name, **settings)
+            trainer.train()
+        reports[name] = {**report(trainer), "servers": len(servers)}
+        reports[name]["off"] = [
+            (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[batch["completion_mask"].bool()]
+            for batch in trainer.batches
+        ]
+        reports[name]["branch"] = [batch["rollout"].branch.sum().item() for batch in trainer.batches]
+    with stand_in({5: ServerError}):  # in the third batch, on the main process
+        trainer = make_served_trainer(folder / "broken", max_steps=3, model=str(folder / "policy"))
+        try:
+            trainer.train()
+        except ServerError as error:
+            reports["broken"] = str(error)
     whole = make_trainer(folder / "whole", cls=RecordingTrainer, **RESUME)
     whole.train()
     reports["whole"] = report(whole)

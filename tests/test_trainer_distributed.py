@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import CASES, RESUME
+from distributed_run import CASES, RESUME, SERVED
 
 from trainer_helpers import advantages_by_hand, make_trainer, same_weights
 
@@ -40,9 +40,9 @@ def ranks(folder) -> list[dict]:
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SERVED])
 def test_rows_have_the_advantages_of_the_whole_batch(case, ranks):
-    settings = {"num_generations": 8, "num_mixed_generations": 4, "scale_rewards": "group", **CASES[case]}
+    settings = {"num_generations": 8, "num_mixed_generations": 4, "scale_rewards": "group", **(CASES | SERVED)[case]}
     size, mixed = settings["num_generations"], settings["num_mixed_generations"]
     count = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
     for first, second in zip(ranks[0][case]["batches"], ranks[1][case]["batches"], strict=True):
@@ -113,3 +113,22 @@ def test_another_number_of_processes_in_the_middle_of_a_batch(folder, tmp_path):
     trainer = make_trainer(tmp_path, **settings)
     with pytest.raises(ValueError, match=r"saved by 2 processes in the middle of a rollout batch.*there are 1 now"):
         trainer.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_rows_of_a_server_come_back_to_the_process_that_they_belong_to(case, ranks):
+    """A row on the wrong process, behind another prompt, would not have the policy's log-probabilities there."""
+    assert [rank[case]["servers"] for rank in ranks] == [1, 0]
+    for rank in ranks:
+        for off in rank[case]["off"]:
+            found = off[~off.isnan()]
+            assert found.abs().max() < 1e-4 if found.numel() else off.numel() > 0
+    assert sum(sum(rank[case]["branch"]) for rank in ranks) > 0
+    assert same_weights(ranks[0][case]["weights"], ranks[1][case]["weights"])
+
+
+def test_a_failing_server_ends_all_processes_with_a_checkpoint(ranks, folder):
+    assert ranks[0]["broken"] == "the server is gone"
+    assert ranks[1]["broken"] == "On the main process: the server is gone"
+    states = [folder / "broken" / "checkpoint-2" / f"mentor_state_{rank}.pt" for rank in (0, 1)]
+    assert all(state.exists() for state in states)

@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,12 +54,37 @@ class ColocateSampler:
         options = engine_options(policy, expert, num_tokens, draft_length, tensor_parallel)
         options["speculative_config"] |= engine_kwargs.pop("speculative_config", {})
         self.llm = LLM(**options, **engine_kwargs)
-        self.info = self.llm.collective_rpc("mentor_info")[0]
+        self.info = next(info for info in self.llm.collective_rpc("mentor_info") if info is not None)
+        if "error" in self.info:
+            raise RuntimeError(f"The engine does not sample mixed rollouts: {self.info['error']}.")
+        self.sleeps = bool(engine_kwargs.get("enable_sleep_mode"))
+        self._asleep: set[str] = set()
+        self._sleep()
 
     @contextmanager
     def session(self) -> Iterator["ColocateSampler"]:
-        """Hold the policy's current weights, see [`load_policy`][ColocateSampler.load_policy]."""
-        yield self
+        """
+        Hold the policy's current weights, see [`load_policy`][ColocateSampler.load_policy]. With `enable_sleep_mode`
+        the engine is awake inside, and its memory is free outside.
+        """
+        self._wake("weights", "kv_cache")
+        try:
+            yield self
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        if self.sleeps:
+            # Level 1 keeps the weights in the host's memory: level 2 drops them, and nobody would bring the expert's
+            self.llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *tags: str) -> None:
+        tags = [tag for tag in tags if tag in self._asleep]
+        if tags:
+            torch.accelerator.memory.empty_cache()
+            self.llm.wake_up(tags=tags)
+            self._asleep -= set(tags)
 
     def load_policy(self, folder: str, version: str) -> None:
         """
@@ -71,9 +96,28 @@ class ColocateSampler:
             version (`str`):
                 Name of these weights.
         """
+        self._wake("weights")
         for answer in self.llm.collective_rpc("mentor_load_policy", args=(str(folder), version)):
             if "error" in answer:
                 raise ValueError(f"The policy's weights could not be replaced: {answer['error']}.")
+        self.llm.reset_prefix_cache()
+
+    def load_tensors(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
+        """
+        [`load_policy`][ColocateSampler.load_policy] from memory. Only where the engine runs in this very process, as
+        with `distributed_executor_backend="external_launcher"`.
+
+        Args:
+            weights (`Iterable[tuple[str, torch.Tensor]]`):
+                Names, as in a transformers checkpoint, and tensors.
+            version (`str`):
+                Name of these weights.
+        """
+        self._wake("weights")
+        weights = iter(weights)
+        self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
+        for _ in weights:  # an adapter is merged as long as these last
+            pass
         self.llm.reset_prefix_cache()
 
     def sample(self, request: MixedRequest) -> MixedRollout:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import torch
 
+from ..vllm_plugin.options import INCOMPLETE
 from .colocate import check_context, extra_args, match_record, record_keys, sampling_params
 from .records import assemble
 from .types import MixedRequest, MixedRollout
@@ -25,6 +26,10 @@ class ServerError(RuntimeError):
 
 class WrongServer(ServerError):
     """Something answers, but it is not the server that the rollouts need."""
+
+
+class WeightsLost(ServerError):
+    """The server does not have the policy's current weights, and only the trainer can send them again."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class ServerSampler:
         self.num_tokens = num_tokens
         self.patience = patience or Patience()
         self.concurrency = concurrency
-        self._pushed: tuple[str, str] | None = None
+        self._pushed: tuple[str | None, str] | None = None
         self.info = self.wait()
         self.served_name = self._run(lambda client: _get(client, "/v1/models"))["data"][0]["id"]
 
@@ -154,19 +159,43 @@ class ServerSampler:
                     raise
             self.info = self.wait()
 
+    def receive_policy(self, send: Callable[[], None], version: str) -> None:
+        """
+        Replace the policy's weights by a transfer that does not go through a folder. A server that is restarted
+        afterwards raises [`WeightsLost`] until this is called again.
+
+        Args:
+            send (`Callable`):
+                Makes the transfer, between the server's pause and its going on.
+            version (`str`):
+                Name of these weights, another one than before.
+        """
+        self._pushed = None, version
+        self.info = self.wait()
+
+        def receive() -> None:
+            self._call("mentor_name_weights", INCOMPLETE)
+            send()
+            self._call("mentor_name_weights", version)
+
+        self._replace(receive)
+
     def _push(self) -> None:
-        folder, version = self._pushed
+        self._replace(lambda: self._call("mentor_load_policy", *self._pushed))
 
-        async def push(client: httpx.AsyncClient) -> None:
-            await self._retried(lambda: _post(client, "/pause", params={"mode": "wait"}))
-            try:
-                await self._retried(lambda: _rpc(client, "mentor_load_policy", folder, version))
-                await self._retried(lambda: _post(client, "/reset_prefix_cache"))
-            finally:
-                await self._retried(lambda: _post(client, "/resume"))
+    def _replace(self, load: Callable[[], None]) -> None:
+        """Change weights while no request runs, and leave nothing of the old ones in the prefix cache."""
+        post = lambda path, **kwargs: self._run(lambda client: self._retried(lambda: _post(client, path, **kwargs)))
+        post("/pause", params={"mode": "wait"})
+        try:
+            load()
+            post("/reset_prefix_cache")
+        finally:
+            post("/resume")
+        self.info = {**self.info, "weights_version": self._pushed[1]}
 
-        self._run(push)
-        self.info = {**self.info, "weights_version": version}
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._run(lambda client: self._retried(lambda: _rpc(client, method, *args)))
 
     def sample(self, request: MixedRequest) -> MixedRollout:
         """
@@ -207,6 +236,11 @@ class ServerSampler:
         """Wait until the server answers, and give it the current weights if it does not have them."""
         self.info = self.wait()
         if self._pushed is not None and self.info["weights_version"] != self._pushed[1]:
+            if self._pushed[0] is None:
+                raise WeightsLost(
+                    f"{self.url} has the weights {self.info['weights_version']!r} and not {self._pushed[1]!r}: it was "
+                    "restarted, or a transfer was cut off."
+                )
             self.load_policy(*self._pushed)
         elif self.info["paused"]:
             self._run(lambda client: self._retried(lambda: _post(client, "/resume")))

@@ -116,6 +116,18 @@ class MixedRollout:
             records[name] = torch.nn.functional.pad(values, (0, extra), value=fill)
         return replace(self, **records)
 
+    def split(self, counts: list[int]) -> list["MixedRollout"]:
+        """Rollouts of `counts` rows each. Every part has the `seconds` of the whole, and its own tokens."""
+        parts, first = [], 0
+        for count in counts:
+            rows = slice(first, first + count)
+            records = {name: getattr(self, name)[rows] for name in RECORDS}
+            ids = self.completion_ids[rows]
+            stats = {"tokens": sum(map(len, ids)), "replaced": int(records["replaced"].sum())}
+            parts.append(MixedRollout(ids, **records, stats=stats | {"seconds": self.stats["seconds"]}))
+            first += count
+        return parts
+
 
 class MixedSampler(Protocol):
     """An engine. All engines draw from the same distribution; they differ in where the models live."""

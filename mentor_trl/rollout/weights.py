@@ -10,7 +10,9 @@ import torch
 SHARD_BYTES = 4 << 30
 
 
-def write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path) -> None:
+def write_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path, dtype: torch.dtype | None = None
+) -> None:
     """
     Write weights as safetensors files. The folder appears under its name only when it is complete.
 
@@ -19,6 +21,8 @@ def write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | Pat
             Names, as in a transformers checkpoint, and tensors.
         folder (`str` or `Path`):
             Folder to make; replaced if it exists.
+        dtype (`torch.dtype`, *optional*):
+            Data type to write floating-point weights in.
     """
     from safetensors.torch import save_file
 
@@ -35,6 +39,8 @@ def write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | Pat
 
     for name, tensor in weights:
         tensor = tensor.detach()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         if shard and size + tensor.nbytes > SHARD_BYTES:
             flush()
         # A copy, since safetensors refuses names that share storage (tied embeddings)

@@ -4,6 +4,7 @@ from typing import Any
 
 
 CONFIG_KEY = "mentor_trl"
+INCOMPLETE = "incomplete"  # name of weights that are under way
 WORKER_EXTENSION = "mentor_trl.vllm_plugin.worker.MentorWorkerExtension"
 
 # Keys of a request's `SamplingParams.extra_args` (`vllm_xargs` over HTTP)
@@ -68,3 +69,9 @@ def engine_environment(cpu: bool = False) -> dict[str, str]:
     if cpu:
         environment["VLLM_TARGET_DEVICE"] = "cpu"
     return environment
+
+
+def model_shape(config) -> dict[str, Any]:
+    """What must agree of two models for the one's weights to fit the other, from a transformers (text) config."""
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return {name: getattr(config, name, None) for name in names}

@@ -4,6 +4,7 @@ so that an engine which names the extension has the plugin wherever its workers 
 """
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 import mentor_trl
 
 from .hooks import asked_for, install_worker
+from .options import INCOMPLETE, model_shape
 
 
 install_worker()
@@ -31,14 +33,18 @@ class MentorWorkerExtension:
         if mentor is None:
             asked = "asked for" if asked_for(self.vllm_config) else "not asked for in `additional_config`"
             return {"error": f"this engine does not sample mixed rollouts (they were {asked})"}
-        if self.rank != 0:
+        if not _is_first():
             return None
         config = self.vllm_config
+        draft = config.speculative_config.draft_model_config
         return {
             "mentor_trl": mentor_trl.__version__,
             "vllm": vllm.__version__,
-            "policy": config.speculative_config.draft_model_config.model,
+            "policy": draft.model,
             "expert": config.model_config.model,
+            "policy_shape": model_shape(draft.hf_text_config),
+            "dtype": str(draft.dtype).removeprefix("torch."),
+            "expert_stop_ids": _stop_ids(config.model_config),
             "vocab_sizes": mentor.vocab_sizes,
             "num_tokens": mentor.num_tokens,
             "draft_length": runner.num_spec_tokens,
@@ -51,7 +57,12 @@ class MentorWorkerExtension:
         """Records of rows, see [`~mentor_trl.vllm_plugin.records.RecordStore.take`], from the first worker."""
         mentor = self.model_runner.mentor
         rows = mentor.records.take(keys)
-        return {"rows": rows, "weights_version": mentor.weights_version} if self.rank == 0 else None
+        return {"rows": rows, "weights_version": mentor.weights_version} if _is_first() else None
+
+    def mentor_name_weights(self, version: str) -> dict:
+        """Set what `mentor_info` calls the policy's weights, around a transfer that vLLM itself makes."""
+        self.model_runner.mentor.weights_version = version
+        return {"weights_version": version}
 
     def mentor_load_policy(self, folder: str, version: str) -> dict:
         """
@@ -64,11 +75,6 @@ class MentorWorkerExtension:
                 What `mentor_info` calls these weights from now on.
         """
         from safetensors import safe_open
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
 
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
@@ -81,13 +87,23 @@ class MentorWorkerExtension:
                     for name in opened.keys():
                         yield name, opened.get_tensor(name)
 
+        return self.mentor_load_tensors(tensors(), version)
+
+    def mentor_load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], version: str) -> dict:
+        """Load the policy's weights from the caller's memory; for an engine in the caller's process."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
         runner = self.model_runner
         model = runner.get_draft_model()
         # Until all is loaded the policy is neither the old nor the new one, and says so
-        runner.mentor.weights_version = "incomplete"
+        runner.mentor.weights_version = INCOMPLETE
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
-            model.load_weights(tensors())
+            model.load_weights(tensors)
             finalize_layerwise_reload(model, runner.speculative_config.draft_model_config)
         runner.mentor.weights_version = version
         return {"weights_version": version}
@@ -101,3 +117,20 @@ class MentorWorkerExtension:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _is_first() -> bool:
+    """Whether this is the worker that answers. Ranks of the process do not tell: a trainer counts its own."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
+
+
+def _stop_ids(config) -> list[int]:
+    """Ids with which a model ends a completion, by its generation config and its config."""
+    generation = config.try_get_generation_config()
+    found = []
+    for value in (generation.get("eos_token_id"), getattr(config.hf_text_config, "eos_token_id", None)):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found += [index for index in values if index is not None and index not in found]
+    return found

@@ -1,0 +1,437 @@
+"""TRL's vLLM backend for an engine that speaks for policy and expert."""
+
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import ensure_master_addr_port
+
+from ..errors import SetupError
+from ..experts import check_tokenizers, load_expert_tokenizer
+from ..vllm_plugin.options import model_shape
+from .colocate import ColocateSampler
+from .decoder import text_model
+from .server import Patience, ServerError, ServerSampler, WeightsLost
+from .types import MixedRequest, MixedRollout
+from .weights import write_weights
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config import MentorGRPOConfig
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """
+    What TRL's backend is not told by [`~trl.GRPOTrainer`].
+
+    Args:
+        expert (`str`, *optional*):
+            Model id or folder of the expert, for the colocated engine.
+        draft_length (`int`, *optional*, defaults to `8`):
+            Tokens that the policy drafts between two passes of the expert, in the colocated engine.
+        weight_sync (`str`, *optional*, defaults to `"auto"`):
+            How weights reach the server: `"nccl"`, `"folder"`, or `"auto"`, NCCL from a CUDA device and else a folder.
+        weight_sync_dir (`str`, *optional*):
+            Folder, shared with the server, for `"folder"`.
+        read_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds to wait for the server's answer to one request.
+    """
+
+    expert: str | None = None
+    draft_length: int = 8
+    weight_sync: str = "auto"
+    weight_sync_dir: str | None = None
+    read_timeout: float = 1800.0
+
+    @classmethod
+    def of(cls, args: "MentorGRPOConfig", expert: str | None) -> "EngineSettings":
+        """Settings of a configuration."""
+        return cls(
+            expert=expert,
+            draft_length=args.draft_length,
+            weight_sync=args.vllm_weight_sync,
+            weight_sync_dir=args.vllm_weight_sync_dir or os.path.join(args.output_dir, "vllm_weights"),
+            read_timeout=args.vllm_read_timeout,
+        )
+
+
+@contextmanager
+def mixed_generation(settings: EngineSettings) -> Iterator[None]:
+    """Inside, [`~trl.GRPOTrainer`] builds its vLLM backend as a [`MixedVLLMGeneration`]."""
+    original = grpo_trainer.VLLMGeneration
+    grpo_trainer.VLLMGeneration = partial(MixedVLLMGeneration, settings=settings)
+    try:
+        yield
+    finally:
+        grpo_trainer.VLLMGeneration = original
+
+
+class MixedVLLMGeneration(VLLMGeneration):
+    """
+    Generation for the trainer with a mixed-policy vLLM engine. Its weights are those of the draft model: nothing that
+    happens here changes the expert.
+
+    `generate` samples the plain policy, as TRL asks for evaluation and once guidance is over; `sample` samples
+    what a [`MixedRequest`] asks for. In server mode both are collective: the rows of all processes go to the server
+    together, and each process gets its own back.
+
+    Args:
+        *args, **kwargs:
+            See [`~trl.generation.vllm_generation.VLLMGeneration`].
+        settings ([`EngineSettings`]):
+            The rest.
+    """
+
+    def __init__(self, *args: Any, settings: EngineSettings, **kwargs: Any):
+        self.settings = settings
+        self.sampler: ColocateSampler | ServerSampler | None = None
+        self.info: dict[str, Any] = {}
+        self.stop_token_ids: tuple[int, ...] = ()
+        self._updates = 0
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        self._run_id = uuid.uuid4().hex[:8]
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self.num_tokens = max(tokenizer.get_vocab().values()) + 1
+        if self.mode == "server":
+            self.info = self._on_main(self._connect)
+            self.vllm_client = _Described()
+        else:
+            self.sampler = self._build()
+            self.info = self.sampler.info
+        self.accelerator.wait_for_everyone()
+
+    def _connect(self) -> dict[str, Any]:
+        url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+        patience = Patience(read=self.settings.read_timeout, recovery=self.server_timeout)
+        self.sampler = ServerSampler(url, num_tokens=self.num_tokens, patience=patience)
+        if self.weight_sync == "nccl":
+            self._nccl = DraftWeightClient(self.sampler, self.group_port, self.accelerator.device)
+        return self.sampler.info
+
+    @property
+    def weight_sync(self) -> str:
+        """`"nccl"` or `"folder"`."""
+        if self.settings.weight_sync != "auto":
+            return self.settings.weight_sync
+        return "nccl" if self.accelerator.device.type == "cuda" else "folder"
+
+    def _build(self) -> ColocateSampler:
+        os.environ["RANK"] = str(self.accelerator.process_index)
+        os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
+        os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
+        ensure_master_addr_port()
+        return ColocateSampler(
+            self.model.name_or_path,
+            self.settings.expert,
+            num_tokens=self.num_tokens,
+            draft_length=self.settings.draft_length,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_model_len=self.max_model_length,
+            max_num_seqs=self.max_num_seqs,
+            enable_sleep_mode=self.enable_sleep_mode,
+            model_impl=self.model_impl,
+            trust_remote_code=self.trust_remote_code,
+            skip_tokenizer_init=True,
+            # In this process, where the weights are
+            distributed_executor_backend="external_launcher",
+            seed=self.accelerator.process_index,
+        )
+
+    def check(
+        self,
+        policy: "PreTrainedModel",
+        expert: str | None,
+        expert_tokenizer: "PreTrainedTokenizerBase | None",
+        longest_prompt: int,
+    ) -> None:
+        """
+        Check that the engine speaks for this policy and this expert.
+
+        Args:
+            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Policy.
+            expert (`str`, *optional*):
+                Expert that the configuration names.
+            expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Its tokenizer. A server has checked its own when it was started.
+            longest_prompt (`int`):
+                Tokens of the longest prompt.
+
+        Raises:
+            `SetupError`: naming what differs.
+        """
+        info, where = self.info, "The server" if self.mode == "server" else "The engine"
+        ours, theirs = model_shape(text_model(policy).config.get_text_config()), info["policy_shape"]
+        if ours != theirs:
+            raise SetupError(
+                f"{where} serves a policy ({info['policy']!r}) of another shape than the one that is trained: "
+                f"{theirs}, and not {ours}. Start it with `--policy {policy.name_or_path}`."
+            )
+        if expert is not None and Path(expert).name != Path(info["expert"]).name:
+            raise SetupError(
+                f"{where} speaks for the expert {info['expert']!r}, and the configuration names {expert!r}. Serve "
+                "that expert, or leave `expert_model_name_or_path` unset to take the server's."
+            )
+        if self.mode == "colocate" and expert_tokenizer is None:
+            expert_tokenizer = load_expert_tokenizer(expert, None, self.trust_remote_code)
+        if expert_tokenizer is not None:
+            check_tokenizers(self.processing_class, expert_tokenizer)
+        if longest_prompt + self.max_completion_length > info["max_model_len"]:
+            option = "--max-model-len of `mentor-trl serve`" if self.mode == "server" else "`vllm_max_model_length`"
+            raise SetupError(
+                f"A prompt of {longest_prompt} tokens and `max_completion_length={self.max_completion_length}` exceed "
+                f"the engine's context of {info['max_model_len']} tokens. Raise {option}, lower "
+                "`max_completion_length`, or drop the longest prompts."
+            )
+
+    # Weights
+
+    def sync_weights(self) -> None:
+        """
+        Give the engine the policy's current weights. Collective.
+
+        Raises:
+            [`ServerError`]: on every process, if the server cannot be given them.
+        """
+        self._updates += 1
+        version = f"{self._run_id}-{self._updates}"
+        if self.mode == "colocate":
+            self.sampler.load_tensors(self._iter_named_params(), version)
+        elif self.weight_sync == "folder":
+            self._sync_by_folder(version)
+        else:
+            self._sync_by_nccl(version)
+
+    def _sync_by_folder(self, version: str) -> None:
+        root = Path(self.settings.weight_sync_dir).absolute()
+
+        def push() -> None:
+            write_weights(self._iter_named_params(), root / version, getattr(torch, self.info["dtype"]))
+            self.sampler.load_policy(str(root / version), version)
+            for old in root.glob(f"{self._run_id}-*"):
+                if old.name != version:
+                    shutil.rmtree(old)
+
+        self._on_main(push, others=self._drain)
+
+    def _sync_by_nccl(self, version: str) -> None:
+        if self._weight_metadata is None:
+            self._weight_metadata = [
+                (name, str(param.dtype).removeprefix("torch."), list(param.shape))
+                for name, param in self._iter_named_params()
+            ]
+        push = lambda: self._nccl.push(self._weight_metadata, self._iter_named_params(), version)
+        self._on_main(push, others=self._drain)
+
+    def _drain(self) -> None:
+        """Take part in the collectives that bring sharded parameters together."""
+        for _ in self._iter_named_params():
+            pass
+
+    # Rows
+
+    @contextmanager
+    def session(self) -> Iterator["MixedVLLMGeneration"]:
+        """Hold the current weights: a colocated engine is awake inside."""
+        with self.sampler.session() if self.mode == "colocate" else nullcontext():
+            yield self
+
+    def generate(self, prompts, images, num_generations, profiler=None) -> tuple:
+        """
+        Sample the plain policy.
+
+        Returns:
+            `tuple` of prompts, completions, `(rows, tokens, 1)` log-probabilities and `None`, as
+            [`~trl.generation.vllm_generation.VLLMGeneration.generate`].
+        """
+        request = MixedRequest(
+            prompt_ids=prompts,
+            gamma=[float("inf")] * len(prompts),
+            max_new_tokens=self.max_completion_length,
+            stop_token_ids=self.stop_token_ids,
+            temperature=self.temperature,
+        )
+        with self.session(), profiler or nullcontext():
+            rollout = self.sample(request)
+        logps = [[[logp] for logp in row] for row in policy_logps(rollout)]
+        return prompts, rollout.completion_ids, logps, None
+
+    def sample(self, request: MixedRequest) -> MixedRollout:
+        """
+        Sample the rows of this process. In server mode all processes call this together, with any number of rows.
+
+        Args:
+            request ([`MixedRequest`]):
+                Rows of this process. What is not per row must be the same on all.
+
+        Returns:
+            [`MixedRollout`] of these rows.
+
+        Raises:
+            [`ServerError`]: on every process, if the server fails longer than it may.
+        """
+        if self.mode == "colocate":
+            return self.sampler.sample(request)
+        requests = gather_object([request])
+        counts = [len(part.prompt_ids) for part in requests]
+        for _ in range(Patience.attempts):
+            try:
+                return self._on_main(lambda: self._sample_all(merge(requests)).split(counts))[
+                    self.accelerator.process_index
+                ]
+            except WeightsLost as error:
+                lost = error
+            self.sync_weights()
+        raise lost
+
+    def _sample_all(self, request: MixedRequest) -> MixedRollout:
+        with self.sampler.session() as session:
+            return session.sample(request)
+
+    def _on_main(self, call: Callable[[], T], others: Callable[[], None] | None = None) -> T:
+        """What `call` returns on the main process, on every process. If it fails, it fails on every process."""
+        outcome: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = call()
+            except Exception as error:
+                failure = error
+                kind = type(error) if isinstance(error, ServerError) else RuntimeError
+                outcome[1] = kind(f"On the main process: {error}")
+        elif others is not None:
+            others()
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome, from_process=0)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+class _Described:
+    """What TRL asks its client about the server."""
+
+    def get_server_info(self) -> dict[str, Any]:
+        # Log-probabilities come from the plugin's records, which are those of the tempered distribution
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+
+class DraftWeightClient(VLLMClient):
+    """
+    Sends weights over NCCL, by vLLM's own endpoints for a draft model: TRL's client would overwrite the expert.
+
+    Args:
+        sampler ([`ServerSampler`]):
+            Server.
+        group_port (`int`):
+            Port of the rendezvous.
+        device (`torch.device`):
+            Device of the policy.
+    """
+
+    def __init__(self, sampler: ServerSampler, group_port: int, device: torch.device):
+        super().__init__(base_url=sampler.url, group_port=group_port, connection_timeout=sampler.patience.connect)
+        self.sampler = sampler
+        self.device = device
+        self._sent: str | None = None
+
+    def _post(self, url: str, **kwargs: Any) -> dict:
+        return super()._post(url, timeout=self.sampler.patience.read, **kwargs)
+
+    def _start_weight_update(self) -> None:
+        self._post(f"{self.base_url}/start_draft_weight_update", json={})
+
+    def push(
+        self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str
+    ) -> None:
+        """
+        Replace the policy's weights on the server.
+
+        Args:
+            metadata (`list[tuple[str, str, list[int]]]`):
+                Name, data type and shape of each tensor.
+            params (`Iterator[tuple[str, torch.Tensor]]`):
+                The tensors.
+            version (`str`):
+                Name of these weights.
+
+        Raises:
+            [`ServerError`]: if the transfer fails, or does not end within the read time-out.
+        """
+        if self.sampler.wait()["weights_version"] != self._sent:
+            self.close_communicator()  # the server was started anew, and nobody is at the other end
+
+        def transfer() -> None:
+            if self.communicator is None:
+                self.init_communicator(self.device)
+            self.update_named_params(metadata, params)
+
+        self._sent = None
+        self.sampler.receive_policy(lambda: bounded(transfer, self.sampler.patience.read), version)
+        self._sent = version
+
+
+def bounded(call: Callable[[], None], seconds: float) -> None:
+    """
+    Run a call that may never return, such as an NCCL transfer whose other end has died.
+
+    Raises:
+        [`ServerError`]: if it fails, or is not done after `seconds`.
+    """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ServerError(f"The policy's weights did not get through in {seconds:.0f} s. Look at the server's log.")
+    if failures:
+        raise ServerError(f"The policy's weights could not be transferred: {failures[0]}") from failures[0]
+
+
+def merge(requests: list[MixedRequest]) -> MixedRequest:
+    """One request for the rows of several, in their order."""
+    return replace(
+        requests[0],
+        prompt_ids=[ids for request in requests for ids in request.prompt_ids],
+        gamma=[gamma for request in requests for gamma in request.gamma],
+    )
+
+
+def policy_logps(rollout: MixedRollout) -> list[list[float | None]]:
+    """
+    Log-probabilities of the sampling engine as TRL's engine-mismatch correction takes them: log p of tokens that the
+    policy sampled, and `None` (no correction) at branch points, whose ratio is MENTOR's own.
+    """
+    return [
+        [None if expert else logp for logp, expert in zip(logps[: len(ids)], branch)]
+        for ids, logps, branch in zip(rollout.completion_ids, rollout.logps.tolist(), rollout.branch.tolist())
+    ]

@@ -1,0 +1,74 @@
+"""A stand-in for a mixed-policy server: the in-process engine with models of its own, fed through files."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from helpers import make_tiny_model
+from mentor_trl.rollout import LocalSampler, generation
+from mentor_trl.rollout.server import Patience, ServerError
+from mentor_trl.vllm_plugin.options import model_shape
+from trainer_helpers import RecordingTrainer, make_trainer
+
+
+class StandIn:
+    """What [`~mentor_trl.rollout.ServerSampler`] does for the trainer; `fails_at` names requests that fail."""
+
+    fails_at: dict[int, type[ServerError]] = {}
+    made: "list[StandIn]" = []
+
+    def __init__(self, url, num_tokens, patience: Patience):
+        self.url, self.num_tokens, self.patience = url, num_tokens, patience
+        self.policy, self.expert = make_tiny_model(seed=5), make_tiny_model(seed=1)
+        self.local = LocalSampler(self.expert, num_tokens=num_tokens)
+        self.info = {
+            "policy": "tiny-policy",
+            "expert": "hub/tiny-expert",
+            "policy_shape": model_shape(self.policy.config),
+            "dtype": "float32",
+            "expert_stop_ids": [2],
+            "max_model_len": 2048,
+            "weights_version": "initial",
+        }
+        self.requests, self.versions = [], []
+        StandIn.made.append(self)
+
+    @contextmanager
+    def session(self):
+        with self.local.session(self.policy) as session:
+            self.inner = session
+            yield self
+
+    def sample(self, request):
+        self.requests.append(request)
+        failure = self.fails_at.pop(len(self.requests), None)
+        if failure is not None:
+            raise failure("the server is gone")
+        return self.inner.sample(request)
+
+    def load_policy(self, folder, version):
+        weights = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+        missing = self.policy.load_state_dict(weights, strict=False)
+        assert not missing.unexpected_keys and not missing.missing_keys
+        self.versions.append(version)
+        self.info = {**self.info, "weights_version": version}
+
+
+@contextmanager
+def stand_in(fails_at: dict[int, type[ServerError]] | None = None):
+    """Inside, the trainer's server is a [`StandIn`]."""
+    original, StandIn.made, StandIn.fails_at = generation.ServerSampler, [], dict(fails_at or {})
+    generation.ServerSampler = StandIn
+    try:
+        yield StandIn.made
+    finally:
+        generation.ServerSampler = original
+
+
+def make_served_trainer(folder, cls=RecordingTrainer, **settings):
+    return make_trainer(
+        folder,
+        cls=cls,
+        **{"use_vllm": True, "vllm_mode": "server", "trainer_kwargs": {"expert": None}, **settings},
+    )
