@@ -26,8 +26,8 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-vllm
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin -m "not slow"
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin -m slow  # servers, once that memory is free
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow"
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and slow"  # servers, once that memory is free
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .

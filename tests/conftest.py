@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 
@@ -5,6 +6,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# vLLM: nothing is reported, and engines live in the test's process, with the caches that their options name
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, which would replace the option
 
 from pathlib import Path
 
@@ -12,6 +18,23 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from helpers import make_tiny_model, make_tiny_tokenizer
+from server_process import RUNNING
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows what the servers said."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"End of the log of {server.url}", server.tail()) for server in RUNNING]
+    return report
 
 
 @pytest.fixture

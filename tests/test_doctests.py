@@ -25,11 +25,19 @@ def _run(name: str) -> tuple[int, int]:
     return runner.summarize(verbose=False)
 
 
+NEED_VLLM = ("mentor_trl.vllm_plugin.runner", "mentor_trl.vllm_plugin.worker")
+
+
 # The worker replaces the standard streams of its process when it is run, and is not meant to be imported by path
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("grading_worker")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.vllm] * (name in NEED_VLLM))
+        for name in MODULES
+        if not name.endswith("grading_worker")
+    ],
+)
 def test_docstring_examples(name: str):
-    if name.endswith(("vllm_plugin.runner", "vllm_plugin.worker")):
-        pytest.importorskip("vllm")
     assert _run(name).failed == 0
 
 

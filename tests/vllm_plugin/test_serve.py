@@ -2,14 +2,9 @@
 
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -18,18 +13,13 @@ from helpers import make_letter_tokenizer
 from mentor_trl.rollout import MixedRequest
 from mentor_trl.rollout.server import Patience, ServerError, ServerSampler, WrongServer
 from mentor_trl.rollout.weights import write_weights
+from server_process import SERVER_OPTIONS, free_port, serving, serving_models
 from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model
 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-OPTIONS = {
-    "--dtype": "float32",
-    "--max-model-len": "64",
-    "--kv-cache-memory-bytes": str(2**24),
-    "--gpu-memory-utilization": "0.05",
-}
 PATIENCE = Patience(connect=5.0, read=120.0, attempts=5, back_off=0.5, recovery=240.0)
 PROMPT = [3, 1, 2]
 
@@ -44,68 +34,19 @@ def expert():
     return make_model(seed=13)
 
 
-class Server:
-    """A command that serves on a port of this machine, in a process group of its own."""
-
-    def __init__(self, command: list[str], log):
-        self.command, self.log = command, log
-        self.start()
-
-    def start(self):
-        environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@contextmanager
-def serving(command: list[str], log):
-    server = Server(command, log)
-    try:
-        yield server
-    finally:
-        server.kill()
-
-
 @pytest.fixture(scope="module")
 def server(policy, expert, folders, tmp_path_factory):
     tokenizer = make_letter_tokenizer("abcd")
     for folder in (folders(policy), folders(expert)):
         tokenizer.save_pretrained(folder)
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    options = [word for option in OPTIONS.items() for word in option]
-    command = [
-        sys.executable,
-        "-m",
-        "mentor_trl.cli",
-        "serve",
-        "--policy",
-        folders(policy),
-        "--expert",
-        folders(expert),
-    ]
-    with serving([*command, "--port", str(port), "--draft-length", "4", "--enforce-eager", *options], log) as started:
-        started.url = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with serving_models(folders(policy), folders(expert), log, "--draft-length", "4") as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def sampler(server):
-    try:
-        return ServerSampler(server.url, num_tokens=4, patience=PATIENCE)
-    except ServerError as error:
-        raise AssertionError(server.log.read_text()[-4000:]) from error
+    return ServerSampler(server.url, num_tokens=4, patience=PATIENCE)
 
 
 def test_health(server, sampler, folders, policy, expert, capsys):
@@ -176,8 +117,10 @@ def test_killed_and_restarted_in_the_middle(server, sampler, expert, tmp_path):
 
     striker = threading.Thread(target=strike)
     striker.start()
-    rollout = sampler.sample(request)
-    striker.join()
+    try:
+        rollout = sampler.sample(request)
+    finally:
+        striker.join()
     assert len(rollout.completion_ids) == 1500 and rollout.mask.any(1).all()
     assert misfit([(sequences(rollout), Tree(newer, expert, request).mixed())]) <= 1.0
     check_records(newer, expert, request, rollout)
@@ -187,8 +130,10 @@ def test_killed_and_restarted_in_the_middle(server, sampler, expert, tmp_path):
 
 def test_a_plain_server_is_named(expert, folders, tmp_path):
     port = free_port()
-    options = [word for option in OPTIONS.items() for word in option]
+    options = [word for option in SERVER_OPTIONS.items() for word in option]
     command = [sys.executable, "-m", "mentor_trl.scripts.serve", folders(expert), "--host", "127.0.0.1"]
-    with serving([*command, "--port", str(port), "--enforce-eager", *options], tmp_path / "log.txt"):
+    command += ["--port", str(port), "--enforce-eager", *options]
+    with serving(command, tmp_path / "log.txt", port) as server:
+        server.wait_until_ready()
         with pytest.raises(WrongServer, match="not a MENTOR server"):
-            ServerSampler(f"http://127.0.0.1:{port}", patience=PATIENCE)
+            ServerSampler(server.url, patience=PATIENCE)

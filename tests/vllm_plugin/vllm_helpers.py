@@ -14,7 +14,7 @@ ENGINE_OPTIONS = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
     "gpu_memory_utilization": 0.05,
-    "kv_cache_memory_bytes": 2**24,
+    "kv_cache_memory_bytes": 2**26,
     "max_model_len": 64,
     "max_num_seqs": 256,
     "enforce_eager": True,
