@@ -55,7 +55,7 @@ GUIDANCE = (
         "share of the tokens",
         {
             "branch points": ("mentor/branch_rate",),
-            "of them replaced": ("mentor/replaced_rate",),
+            "replaced tokens": ("mentor/replaced_rate",),
         },
     ),
     Panel("drafted tokens that stand", "acceptance", {"": ("mentor/acceptance",)}),
@@ -188,10 +188,10 @@ def plot_words(rates: "pd.DataFrame") -> "Figure":
         axis.errorbar(x, rows["rate"], yerr=error, fmt="none", ecolor="0.25", elinewidth=0.8)
     axis.set_xticks(range(len(words)), words, rotation=30, ha="right", rotation_mode="anchor")
     axis.set_xlim(-0.6, len(words) - 0.4)
-    axis.set_ylim(0.0, min(1.0, rates["high"].max() * 1.08))
+    axis.set_ylim(0.0, min(1.02, max(rates["high"].max() * 1.08, 0.01)))
     axis.set_ylabel("share of responses with the word")
     quiet(axis, grid="y")
-    shared_legend(figure, axis)
+    shared_legend(figure, axis, "thin lines: 95% intervals")
     return figure
 
 
@@ -227,7 +227,7 @@ def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
         axis.set_ylabel("pass@k")
     for label in labels:
         axes[0].plot([], [], "o-", color=colors[label], markersize=3.5, linewidth=1.8, label=label)
-    shared_legend(figure, axes[0])
+    shared_legend(figure, axes[0], "bands: 95% intervals over the prompts")
     return figure
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import resources
 from string import Template
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -76,7 +77,7 @@ def to_terminal(record: RolloutRecord, plain: bool = False) -> RenderableType:
     legend.rstrip()
     header = Text("\n".join(summary(record)))
     return Group(
-        Panel(header, title="rollout", title_align="left"),
+        header if plain else Panel(header),
         Text(),
         Text("Prompt", style="bold"),
         Text(visible(record.prompt)),
@@ -90,10 +91,10 @@ def to_terminal(record: RolloutRecord, plain: bool = False) -> RenderableType:
 
 def to_list(records: Sequence[RolloutRecord]) -> Table:
     """A line a rollout, to choose from."""
-    table = Table(title=f"Rollouts of step {records[0].step}", title_justify="left")
-    for name in ("row", "source", "reward", "advantage", "tokens", "branch points", "replaced"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    table.add_column("completion", no_wrap=True, overflow="ellipsis")
+    table = Table(title=f"Rollouts of step {records[0].step}", title_justify="left", box=box.SIMPLE)
+    for name in ("row", "source", "reward", "advantage", "tokens", "branch", "replaced"):
+        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+    table.add_column("completion", min_width=12)  # gives way where there is no room
     for record in records:
         numbers = [len(record.tokens), sum(record.branch), sum(record.replaced)]
         table.add_row(
@@ -102,7 +103,7 @@ def to_list(records: Sequence[RolloutRecord]) -> Table:
             _reward(record),
             f"{record.advantage:+.3f}",
             *map(str, numbers),
-            Text(visible("".join(record.tokens)[:200].replace("\n", " "))),
+            Text(visible("".join(record.tokens)[:200].replace("\n", " ")), no_wrap=True, overflow="ellipsis"),
         )
     return table
 

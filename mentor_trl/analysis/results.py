@@ -29,12 +29,15 @@ class Result:
         label (`str`):
             Its row in the table. Evaluations of one label are seeds of one setting.
         tasks (`dict[str, dict[str, tuple[float, float | None]]]`):
-            For each task, its metrics: value and standard error.
+            For each task, its metrics (the headline's name is `None`): value and standard error.
+        headlines (`dict[str, str]`):
+            For each task, what its headline is: `"pass@1"`, or `"avg@n"` of n samples a prompt.
     """
 
     path: Path
     label: str
-    tasks: dict[str, dict[str, tuple[float, float | None]]]
+    tasks: dict[str, dict[str | None, tuple[float, float | None]]]
+    headlines: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class ResultsTable:
 
     Args:
         metric (`str`):
-            What the cells are.
+            What the cells are, where that is the same in all columns; else `"accuracy"`.
         columns (`list[str]`):
             Tasks, and their average if there are several.
         rows (`dict[str, list[Cell | None]]`):
@@ -136,25 +139,27 @@ def read_results(paths: Sequence[str | Path], labels: Sequence[str] | None = Non
     """
     files = [_result_file(Path(path)) for path in paths]
     named = [file.resolve().parent if file.name == "results.json" else file.with_suffix("") for file in files]
-    return [Result(file, label, _tasks(file)) for file, label in zip(files, resolve_labels(named, labels))]
+    return [Result(file, label, *_tasks(file)) for file, label in zip(files, resolve_labels(named, labels))]
 
 
-def make_table(results: Sequence[Result], metric: str = "pass@1") -> ResultsTable:
+def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsTable:
     """
     Put results together: a row a label, a column a task, and the average of the tasks.
 
     Args:
         results (`Sequence[Result]`):
             Evaluations.
-        metric (`str`, *optional*, defaults to `"pass@1"`):
-            Metric of every cell. A label has no average if it lacks a task.
+        metric (`str`, *optional*):
+            Metric of every cell, as `"pass@32"`. Without it each task has its own headline, pass@1 or avg@n, as in the
+            paper. A label has no average if it lacks a task.
 
     Raises:
-        [`SetupError`]: if no evaluation has the metric, or evaluations of one label have different tasks.
+        [`SetupError`]: if no evaluation has the metric, evaluations of one label have different tasks, or a task's
+            headlines differ.
     """
     tasks = list(dict.fromkeys(task for one in results for task, values in one.tasks.items() if metric in values))
     if not tasks:
-        known = sorted({name for one in results for values in one.tasks.values() for name in values})
+        known = sorted({name for one in results for values in one.tasks.values() for name in values if name})
         raise SetupError(f"No evaluation has the metric {metric!r}; there are {', '.join(known) or 'none at all'}.")
     rows, seeds = {}, {}
     for label, group in group_by_label(results).items():
@@ -166,8 +171,18 @@ def make_table(results: Sequence[Result], metric: str = "pass@1") -> ResultsTabl
         if len(tasks) > 1:
             cells.append(_average(per_task))
         rows[label], seeds[label] = cells, len(group)
-    columns = tasks + [AVERAGE] * (len(tasks) > 1)
-    return ResultsTable(metric, columns, _mark_best(rows), seeds)
+    names = [_column(task, results) for task in tasks] if metric is None else tasks
+    return ResultsTable(metric or "accuracy", names + [AVERAGE] * (len(tasks) > 1), _mark_best(rows), seeds)
+
+
+def _column(task: str, results: Sequence[Result]) -> str:
+    headlines = sorted({one.headlines[task] for one in results if task in one.headlines})
+    if len(headlines) > 1:
+        raise SetupError(
+            f"Evaluations of {task!r} have different headlines: {', '.join(headlines)}. Choose a metric that all have "
+            "(--metric pass@1), or evaluate them alike."
+        )
+    return f"{task} {headlines[0]}"
 
 
 def _cell(values: list[tuple[float, float | None]]) -> Cell:
@@ -211,7 +226,8 @@ def _result_file(path: Path) -> Path:
     return path / "results.json"
 
 
-def _tasks(file: Path) -> dict[str, dict[str, tuple[float, float | None]]]:
+def _tasks(file: Path) -> tuple[dict[str, dict[str | None, tuple[float, float | None]]], dict[str, str]]:
+    """Metrics of each task, and the names of their headlines."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -220,16 +236,18 @@ def _tasks(file: Path) -> dict[str, dict[str, tuple[float, float | None]]]:
     if not isinstance(tasks, dict) or not tasks:
         raise SetupError(f"{file} has no `tasks`; it is not the result of an evaluation by `mentor-trl eval`.")
     try:
-        return {
-            task: {name: _value(number) for name, number in values["metrics"].items()}
-            for task, values in tasks.items()
+        metrics = {
+            task: {None: _value(one), **{f"pass@{k}": _value(number) for k, number in one["pass_at_k"].items()}}
+            for task, one in tasks.items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        return metrics, {task: str(one["metric"]) for task, one in tasks.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SetupError(
-            f"{file} is not as `mentor-trl eval` writes it (tasks, then metrics, then value and stderr): {error!r}."
+            f"{file} is not as `mentor-trl eval` writes it (a task has `metric`, `value`, `stderr` and `pass_at_k`): "
+            f"{error!r}."
         ) from error
 
 
-def _value(number: Any) -> tuple[float, float | None]:
+def _value(number: dict[str, Any]) -> tuple[float, float | None]:
     error = number.get("stderr")
     return float(number["value"]), None if error is None else float(error)

@@ -57,7 +57,9 @@ def shared_legend(figure: "Figure", axis: "Axes", note: str = "") -> None:
     """One legend for all panels, above them, from the named lines of one, with a note below."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        place = {"loc": "outside upper center", "frameon": False, "ncols": min(len(labels), 4)}
+        # As many columns as fit: inches of a character and of what stands beside the text
+        columns = int(figure.get_figwidth() / (0.085 * max(map(len, labels)) + 0.75))
+        place = {"loc": "outside upper center", "frameon": False, "ncols": max(1, min(len(labels), columns))}
         figure.legend(handles, labels, title=note or None, title_fontsize=8.5, **place)
 
 

@@ -116,7 +116,7 @@ def _add_pass_at_k(kinds) -> None:
 def _add_table(kinds) -> None:
     results = "results of `mentor-trl eval`: results.json or its folder"
     parser = _add(kinds, "table", table, "models against evaluation sets", results, "RESULTS")
-    parser.add_argument("--metric", default="pass@1", help="metric of the table (pass@1)")
+    parser.add_argument("--metric", help="metric of the table, as pass@32 (default: pass@1 or avg@n, as evaluated)")
     parser.add_argument("--output", "-o", metavar="FILE", help="also write the table: .md or .csv")
 
 
