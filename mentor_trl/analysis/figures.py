@@ -177,7 +177,7 @@ def plot_words(rates: "pd.DataFrame") -> "Figure":
     """
     labels, words = list(dict.fromkeys(rates["label"])), list(dict.fromkeys(rates["word"]))
     colors, width = color_of(labels), 0.8 / len(labels)
-    figure = new_figure(max(1.6 + len(words) * (0.35 + 0.16 * len(labels)), 5.0), 3.8)
+    figure = new_figure(min(max(1.6 + len(words) * (0.3 + 0.13 * len(labels)), 5.5), 11.0), 3.8)
     axis = figure.subplots()
     for position, label in enumerate(labels):
         rows = rates[rates["label"] == label].set_index("word").loc[words]

@@ -87,8 +87,8 @@ class ResultsTable:
 
     @property
     def caption(self) -> str:
-        many = sorted({count for count in self.seeds.values() if count > 1})
-        over = f"; of {' or '.join(map(str, many))} runs where a row has several" if many else ""
+        several = any(count > 1 for count in self.seeds.values())
+        over = ", or over the runs where a row has several" if several else ""
         return f"{self.metric} in %, ± one standard error over the prompts{over}"
 
     def name(self, label: str) -> str:

@@ -64,7 +64,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
     ```python
     >>> [round(number, 3) for number in mean_interval([0.0, 0.0, 1.0, 1.0] * 25)]
-    [0.5, 0.404, 0.596]
+    [0.5, 0.403, 0.597]
     >>> [round(number, 3) for number in mean_interval([0.0] * 30)]
     [0.0, 0.0, 0.114]
 

@@ -208,6 +208,12 @@ def pass_at_k(options: argparse.Namespace, console: "Console") -> None:
     for task, rows in curves.groupby("task", sort=False):
         frame = rows.pivot_table(index="k", columns="label", values="value", sort=False).sort_index()
         _print_frame(console, frame, f"pass@k, {task}")
+    points = curves.groupby("task")["k"].transform("nunique")
+    if points.max() > 1:  # a task with one sample a prompt has no curve
+        alone = dict.fromkeys(curves.loc[points == 1, "task"])
+        curves = curves[points > 1]
+        if alone:
+            print(f"Note: not drawn, for there is one k only: {', '.join(alone)}.", file=sys.stderr)
     _tell_saved(console, save_figure(plot_pass_at_k(curves), options.output))
 
 

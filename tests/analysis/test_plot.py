@@ -84,6 +84,15 @@ def test_words_and_pass_at_k_write_files(tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("w.png", "k.png"))
 
 
+def test_tasks_without_a_curve_are_named(tmp_path, capsys):
+    rows = [{"doc_id": 0, "task": "many", "completions": ["x", "x"], "correct": [1, 0]}]
+    rows += [{"doc_id": 0, "task": "one", "completions": ["x"], "correct": [1]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_plot("pass-at-k", tmp_path / "a.jsonl", "-o", tmp_path / "k.png") == 0
+    captured = capsys.readouterr()
+    assert "pass@k, one" in captured.out and captured.err == "Note: not drawn, for there is one k only: one.\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
