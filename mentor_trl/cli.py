@@ -92,10 +92,18 @@ def health(args: list[str]) -> int:
     return health(args)
 
 
+def plot(args: list[str]) -> int:
+    """Draw what training and evaluation left on disk."""
+    from mentor_trl.scripts.plot import main
+
+    return main(args)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model with mixed-policy GRPO (MENTOR)", train),
     "serve": Command("serve mixed rollouts of a policy and its expert with vLLM", serve),
     "health": Command("say whether a server is a MENTOR server, of which models and versions", health),
+    "plot": Command("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", plot),
 }
 
 

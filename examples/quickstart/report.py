@@ -1,5 +1,6 @@
 """What the quickstart prints and saves: tables, a verdict, and a figure of the training dynamics."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from examples.quickstart.evaluate import Evaluation, Run, area_under_curve, paired_difference
+from mentor_trl.analysis import style
 
 
 # Where the arms are compared: fixed before a run has curves to pick it from.
 COMPARED_STEP = 100
 BASELINE, OURS = "grpo", "mentor"
-COLORS = {"grpo": "tab:blue", "mentor": "tab:orange", "mentor_paper": "tab:green"}
+COLORS = dict(zip(("grpo", "mentor", "mentor_paper"), style.COLORS))
 
 
 @dataclass(frozen=True)
@@ -234,14 +236,10 @@ def to_json(policy: Evaluation, runs: list[Run]) -> dict:
 
 def plot(policy: Evaluation, by_arm: dict[str, list[Run]], arms: dict[str, str], path: Path) -> bool:
     """Draw the dynamics; returns whether matplotlib is there to do it."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("matplotlib") is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
+    figure = style.new_figure(10, 6.4)
+    axes = figure.subplots(2, 2, sharex=True)
     panels = {
         "accuracy (compared at the dotted line)": lambda evaluation: evaluation.accuracy.mean(),
         "entropy (nats)": lambda evaluation: evaluation.entropy,
@@ -260,12 +258,10 @@ def plot(policy: Evaluation, by_arm: dict[str, list[Run]], arms: dict[str, str],
     if guided:
         draw_guidance(axes[1, 1], by_arm[guided], arms[guided])
     for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        style.quiet(axis)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    style.save_figure(figure, path)
     return True
 
 
@@ -279,13 +275,13 @@ def draw(axis, steps: list[int], curves: list[list[float]], color: str, label: s
 def draw_guidance(axis, runs: list[Run], name: str) -> None:
     """Rewards of the two sources during training, and the weight of the mixed one."""
     series = {
-        "reward, on-policy rollouts": ("mentor/on_policy/reward", "tab:orange", "-"),
-        "reward, mixed rollouts": ("mentor/mixed/reward", "tab:purple", "-"),
+        "reward, on-policy rollouts": ("mentor/on_policy/reward", COLORS[OURS], "-"),
+        "reward, mixed rollouts": ("mentor/mixed/reward", style.COLORS[3], "-"),
         "alpha": ("mentor/alpha", "0.4", "--"),
     }
-    for label, (key, color, style) in series.items():
+    for label, (key, color, line) in series.items():
         entries = [[entry for entry in run.history if key in entry] for run in runs]
         values = np.mean([[entry[key] for entry in run] for run in entries], axis=0)
-        axis.plot([entry["step"] for entry in entries[0]], values, style, color=color, linewidth=1.6, label=label)
+        axis.plot([entry["step"] for entry in entries[0]], values, line, color=color, linewidth=1.6, label=label)
     axis.set_title(f"{name} during training")
     axis.legend(frameon=False)

@@ -1,0 +1,273 @@
+"""The figures: training dynamics, guidance, reasoning words, pass@k."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import SetupError
+from .runs import Curve, Run, group_by_label, make_curve
+from .style import color_of, new_figure, quiet, shared_legend
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """
+    A panel of lines over the steps.
+
+    Args:
+        title (`str`):
+            Title.
+        unit (`str`):
+            Label of the vertical axis.
+        lines (`dict[str, tuple[str, ...]]`):
+            Name of each line and its metrics, the preferred one first. A single line has no name.
+    """
+
+    title: str
+    unit: str
+    lines: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class PanelCurves:
+    """The curves of a panel: for each label, for each line."""
+
+    panel: Panel
+    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
+
+
+LINE_STYLES = ("-", "--")
+TRAINING = ("accuracy", "entropy", "length")
+GUIDANCE = (
+    Panel("weight of the mixed advantages", "alpha", {"": ("mentor/alpha",)}),
+    Panel("entropy threshold", "gamma (nats)", {"": ("mentor/gamma",)}),
+    Panel(
+        "where the expert speaks",
+        "share of the tokens",
+        {
+            "branch points": ("mentor/branch_rate",),
+            "replaced tokens": ("mentor/replaced_rate",),
+        },
+    ),
+    Panel("drafted tokens that stand", "acceptance", {"": ("mentor/acceptance",)}),
+    Panel(
+        "reward by source",
+        "mean reward",
+        {"on-policy": ("mentor/on_policy/reward",), "mixed": ("mentor/mixed/reward",)},
+    ),
+    Panel(
+        "advantage by source",
+        "mean advantage",
+        {"on-policy": ("mentor/on_policy/advantage",), "mixed": ("mentor/mixed/advantage",)},
+    ),
+)
+
+
+def training_panel(name: str, accuracy: str = "accuracy_reward", evaluation: bool = False) -> Panel:
+    """
+    Panel of the training dynamics. On-policy rows are preferred: with mixed rows in it, a metric of TRL is not about
+    the policy. Runs without an expert have TRL's metrics, all of whose rows are on-policy.
+
+    Args:
+        name (`str`):
+            `"accuracy"`, `"reward"`, `"entropy"` or `"length"`.
+        accuracy (`str`, *optional*, defaults to `"accuracy_reward"`):
+            Reward function that is the accuracy.
+        evaluation (`bool`, *optional*, defaults to `False`):
+            Whether the metrics are those of evaluations.
+    """
+    titles = {
+        "accuracy": ("accuracy", "mean of " + accuracy, f"rewards/{accuracy}", f"rewards/{accuracy}/mean"),
+        "reward": ("reward", "mean reward", "reward", "reward"),
+        "entropy": ("entropy", "nats", "entropy", "entropy"),
+        "length": ("response length", "tokens", "length", "completions/mean_length"),
+    }
+    if name not in titles:
+        raise SetupError(f"There is no panel {name!r}; choose from {', '.join(titles)}.")
+    title, unit, ours, trl = titles[name]
+    metrics = (f"eval_{trl}",) if evaluation else (f"mentor/on_policy/{ours}", trl)
+    return Panel(title, unit, {"": metrics})
+
+
+def panel_curves(runs: Sequence[Run], panel: Panel, smooth: int = 1) -> PanelCurves:
+    """
+    Curves of a panel, one for each label and line.
+
+    Raises:
+        [`SetupError`]: if a run lacks a metric.
+    """
+    curves = {
+        label: {
+            line: make_curve([run.first_series(names, line or panel.title) for run in group], smooth)
+            for line, names in panel.lines.items()
+        }
+        for label, group in group_by_label(runs).items()
+    }
+    return PanelCurves(panel, curves)
+
+
+def plot_training(
+    runs: Sequence[Run],
+    panels: Sequence[str] = TRAINING,
+    accuracy: str = "accuracy_reward",
+    smooth: int = 1,
+    evaluation: bool = False,
+) -> tuple["Figure", list[PanelCurves]]:
+    """
+    Accuracy, entropy and response length against the step, for several runs (Figure 2 of the paper).
+
+    Args:
+        runs (`Sequence[Run]`):
+            Runs. Those of one label are drawn as their mean, with a band of one standard error on each side.
+        panels (`Sequence[str]`, *optional*):
+            Names of [`training_panel`].
+        accuracy (`str`, *optional*, defaults to `"accuracy_reward"`):
+            Reward function that is the accuracy.
+        smooth (`int`, *optional*, defaults to `1`):
+            Number of logged values in the moving mean.
+        evaluation (`bool`, *optional*, defaults to `False`):
+            Whether to draw the evaluations instead of the training rollouts.
+
+    Returns:
+        The figure, and what it shows.
+    """
+    shown = [panel_curves(runs, training_panel(name, accuracy, evaluation), smooth) for name in panels]
+    figure = new_figure(max(3.7 * len(shown), 5.0), 3.5)
+    axes = figure.subplots(1, len(shown), squeeze=False, sharex=True).flat
+    _draw_panels(figure, list(axes), shown, smooth)
+    return figure, shown
+
+
+def plot_guidance(runs: Sequence[Run], smooth: int = 1) -> tuple["Figure", list[PanelCurves]]:
+    """
+    What the expert did: alpha, gamma, branch rate, acceptance, and rewards and advantages by source.
+
+    Args:
+        runs (`Sequence[Run]`):
+            Runs with mixed rollouts.
+        smooth (`int`, *optional*, defaults to `1`):
+            Number of logged values in the moving mean.
+
+    Returns:
+        The figure, and what it shows.
+    """
+    shown = [panel_curves(runs, panel, smooth) for panel in GUIDANCE]
+    figure = new_figure(11.0, 6.2)
+    axes = list(figure.subplots(2, 3, sharex=True).flat)
+    _draw_panels(figure, axes, shown, smooth)
+    return figure, shown
+
+
+def plot_words(rates: "pd.DataFrame") -> "Figure":
+    """
+    Rates of reasoning words, with 95% intervals (Figure 3 of the paper).
+
+    Args:
+        rates (`pd.DataFrame`):
+            Result of [`~mentor_trl.analysis.words.word_rates`].
+    """
+    labels, words = list(dict.fromkeys(rates["label"])), list(dict.fromkeys(rates["word"]))
+    colors, width = color_of(labels), 0.8 / len(labels)
+    figure = new_figure(min(max(1.6 + len(words) * (0.3 + 0.13 * len(labels)), 5.5), 11.0), 3.8)
+    axis = figure.subplots()
+    for position, label in enumerate(labels):
+        rows = rates[rates["label"] == label].set_index("word").loc[words]
+        x = np.arange(len(words)) + (position - (len(labels) - 1) / 2) * width
+        error = np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]]).clip(min=0.0)
+        name = f"{label} ({rows['responses'].iloc[0]:,} responses)"
+        axis.bar(x, rows["rate"], width * 0.92, color=colors[label], label=name)
+        axis.errorbar(x, rows["rate"], yerr=error, fmt="none", ecolor="0.25", elinewidth=0.8)
+    axis.set_xticks(range(len(words)), words, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_xlim(-0.6, len(words) - 0.4)
+    axis.set_ylim(0.0, min(1.02, max(rates["high"].max() * 1.08, 0.01)))
+    axis.set_ylabel("share of responses with the word")
+    quiet(axis, grid="y")
+    shared_legend(figure, axis, "thin lines: 95% intervals")
+    return figure
+
+
+def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
+    """
+    pass@k against k, a panel for each task, with 95% bands over the prompts (Figure 4 of the paper).
+
+    Args:
+        curves (`pd.DataFrame`):
+            Result of [`~mentor_trl.analysis.pass_at_k.pass_at_k_curves`].
+    """
+    tasks, labels = list(dict.fromkeys(curves["task"])), list(dict.fromkeys(curves["label"]))
+    colors, columns = color_of(labels), min(len(tasks), 3)
+    rows = math.ceil(len(tasks) / columns)
+    figure = new_figure(max(3.8 * columns, 5.0), 3.1 * rows + 0.4)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, task in zip(axes, tasks):
+        of_task = curves[curves["task"] == task]
+        for label, line in of_task.groupby("label", sort=False):
+            axis.plot(line["k"], line["value"], "o-", color=colors[label], markersize=3.5, linewidth=1.8)
+            axis.fill_between(line["k"], line["low"], line["high"], color=colors[label], alpha=0.15, linewidth=0)
+        ticks = sorted(set(of_task["k"]))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
+        prompts = sorted(set(of_task["prompts"]))
+        axis.set_title(f"{task} ({' or '.join(map(str, prompts))} prompts)", fontsize=11)
+        axis.set_xlabel("k")
+        quiet(axis)
+    for axis in axes[len(tasks) :]:
+        axis.set_visible(False)
+    for axis in axes[::columns]:
+        axis.set_ylabel("pass@k")
+    for label in labels:
+        axes[0].plot([], [], "o-", color=colors[label], markersize=3.5, linewidth=1.8, label=label)
+    shared_legend(figure, axes[0], "bands: 95% intervals over the prompts")
+    return figure
+
+
+def _draw_panels(figure: "Figure", axes: list["Axes"], shown: list[PanelCurves], smooth: int) -> None:
+    colors = color_of(list(shown[0].curves))
+    for axis, panel in zip(axes, shown):
+        for label, lines in panel.curves.items():
+            for style, curve in zip(LINE_STYLES, lines.values()):
+                name = _run_name(label, curve) if style == "-" else None
+                _draw_curve(axis, curve, colors[label], style, name)
+        if len(panel.panel.lines) > 1:
+            _line_legend(axis, list(panel.panel.lines))
+        axis.set_title(panel.panel.title, fontsize=11)
+        axis.set_ylabel(panel.panel.unit)
+        quiet(axis)
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel("step")
+    several = any(curve.runs > 1 for lines in shown[0].curves.values() for curve in lines.values())
+    notes = [f"moving means of {smooth} logged values"] * (smooth > 1)
+    notes += ["bands: one standard error of the mean of the runs"] * several
+    shared_legend(figure, axes[0], "; ".join(notes))
+
+
+def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str, name: str | None) -> None:
+    if curve.raw is not None:
+        axis.plot(curve.raw.index, curve.raw, color=color, linewidth=0.7, alpha=0.3)
+    if curve.error is not None:
+        low, high = curve.mean - curve.error, curve.mean + curve.error
+        axis.fill_between(curve.mean.index, low, high, color=color, alpha=0.18, linewidth=0)
+    # A run of one logged step would be an invisible line
+    marker = "o" if len(curve.mean) == 1 else None
+    axis.plot(curve.mean.index, curve.mean, style, color=color, linewidth=1.7, marker=marker, label=name)
+
+
+def _line_legend(axis: "Axes", names: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color="0.3", linestyle=style, label=name) for style, name in zip(LINE_STYLES, names)]
+    axis.legend(handles=handles, frameon=True, framealpha=0.8, edgecolor="none", fontsize=8.5)
+
+
+def _run_name(label: str, curve: Curve) -> str:
+    return label if curve.error is None else f"{label} ({curve.runs} runs)"

@@ -1,0 +1,286 @@
+"""Rollouts token by token, on disk: what `mentor-trl plot rollout` shows. One parquet file a training step."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import SetupError
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ..rollout import MixedRollout
+
+
+FOLDER = "rollouts"
+_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("prompt", pa.string()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("gamma", pa.float64()),
+        ("alpha", pa.float64()),
+        ("token_ids", pa.list_(pa.int64())),
+        ("tokens", pa.list_(pa.string())),
+        *((name, pa.list_(pa.float32())) for name in ("entropies", "weights", "logps", "expert_logps", "rho")),
+        *((name, pa.list_(pa.bool_())) for name in ("branch", "replaced")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """
+    A rollout and its tokens; lists have one entry a token.
+
+    Args:
+        step (`int`):
+            Optimizer step that was the first to use it.
+        row (`int`):
+            Its place in the rollout batch.
+        source (`str`):
+            `"on_policy"` or `"mixed"`.
+        prompt (`str`):
+            Prompt; messages of a conversation are put together with their roles.
+        reward (`float`, *optional*):
+            Weighted reward; `None` where undefined.
+        advantage (`float`):
+            Advantage before correction.
+        gamma (`float`, *optional*):
+            Entropy threshold in nats; `None` for an on-policy rollout.
+        alpha (`float`):
+            Weight of the mixed advantages.
+        token_ids (`list[int]`):
+            Completion, with the token that ended it.
+        tokens (`list[str]`):
+            Text that each token adds; together they are the completion. A character of several tokens is in the last.
+        entropies, weights, logps, expert_logps (`list[float | None]`):
+            Entropy H of the policy (nats), weight w of the expert, log p and log s of the token; `None` where the
+            expert was not asked.
+        rho (`list[float | None]`):
+            Weight of the token after correction.
+        branch, replaced (`list[bool]`):
+            Whether the expert chose the token, and whether it differs from the policy's draft.
+    """
+
+    step: int
+    row: int
+    source: str
+    prompt: str
+    reward: float | None
+    advantage: float
+    gamma: float | None
+    alpha: float
+    token_ids: list[int]
+    tokens: list[str]
+    entropies: list[float | None]
+    weights: list[float | None]
+    logps: list[float | None]
+    expert_logps: list[float | None]
+    rho: list[float | None]
+    branch: list[bool]
+    replaced: list[bool]
+
+
+def collect_records(
+    step: int,
+    parts: Sequence[tuple[str, Sequence[int], "MixedRollout"]],
+    prompts: Sequence[str | list[dict[str, Any]]],
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    rho_B_T: "torch.Tensor",
+    tokenizer: "PreTrainedTokenizerBase",
+    gamma: float,
+    alpha: float,
+    limit: int | None = None,
+) -> list[RolloutRecord]:
+    """
+    Put together the records of a process's rows.
+
+    Args:
+        step (`int`):
+            Optimizer step that uses the rows.
+        parts (`Sequence[tuple[str, Sequence[int], MixedRollout]]`):
+            For each source its name, which of the B rows are of it, and their rollout.
+        prompts (`Sequence[str]`):
+            Prompts of the B rows, texts or messages.
+        rewards, advantages (`Sequence[float]`):
+            Rewards (NaN where undefined) and advantages before correction of the B rows.
+        rho_B_T (`torch.Tensor` of shape `(B, T)`):
+            Weights of the tokens after correction.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Gives the text of the tokens.
+        gamma, alpha (`float`):
+            Entropy threshold and weight of the mixed advantages.
+        limit (`int`, *optional*):
+            Only the first so many rows.
+
+    Returns:
+        `list[RolloutRecord]`, in the order of the rows.
+    """
+    records = []
+    for source, indices, rollout in parts:
+        for position, row in enumerate(indices):
+            if limit is not None and row >= limit:
+                continue
+            ids = list(rollout.completion_ids[position])
+            values = {
+                name: [_finite(value) for value in getattr(rollout, name)[position, : len(ids)].tolist()]
+                for name in ("entropies", "weights", "logps", "expert_logps")
+            }
+            marks = {name: getattr(rollout, name)[position, : len(ids)].tolist() for name in ("branch", "replaced")}
+            records.append(
+                RolloutRecord(
+                    step=step,
+                    row=row,
+                    source=source,
+                    prompt=_prompt_text(prompts[row]),
+                    reward=_finite(rewards[row]),
+                    advantage=float(advantages[row]),
+                    gamma=gamma if source == "mixed" else None,
+                    alpha=alpha,
+                    token_ids=ids,
+                    tokens=token_texts(ids, tokenizer),
+                    rho=[_finite(value) for value in rho_B_T[row, : len(ids)].tolist()],
+                    **values,
+                    **marks,
+                )
+            )
+    return sorted(records, key=lambda record: record.row)
+
+
+def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """
+    Text that each token adds to what stands before it. Their concatenation is the decoded text; special tokens show.
+
+    Args:
+        ids (`Sequence[int]`):
+            Token ids.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+    """
+    # A token alone has not the text that it has in its place (leading spaces, characters of several tokens), and
+    # decoding all prefixes is quadratic: decode from the last token whose text was complete.
+    decode = lambda part: tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    ids, texts = list(ids), []
+    context, done = 0, 0
+    for position in range(len(ids)):
+        before, text = decode(ids[context:done]), decode(ids[context : position + 1])
+        incomplete = text.endswith("\ufffd") and position + 1 < len(ids)
+        texts.append("" if incomplete else text[len(before) :])
+        if not incomplete:
+            context, done = done, position + 1
+    return texts
+
+
+def save_records(output_dir: str | Path, records: Sequence[RolloutRecord]) -> Path | None:
+    """
+    Write the records of a step to `output_dir/rollouts/rollouts_<step>.parquet`; an older file of it is replaced.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+        records (`Sequence[RolloutRecord]`):
+            Records of one step.
+
+    Returns:
+        `Path`, *optional*: the file; `None` without records.
+    """
+    if not records:
+        return None
+    file = Path(output_dir, FOLDER, f"{FOLDER}_{records[0].step:05d}.parquet")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([dataclasses.asdict(record) for record in records], schema=_SCHEMA)
+    part = file.with_suffix(".part")  # nobody who reads while training writes sees half a file
+    pq.write_table(table, part, compression="zstd")
+    return part.replace(file)
+
+
+def recorded_steps(run: str | Path) -> dict[int, Path]:
+    """
+    Steps of a run that have records, with their files.
+
+    Raises:
+        [`SetupError`]: if there are none.
+    """
+    folder = Path(run)
+    if not folder.exists():
+        raise SetupError(f"Run {run} does not exist (working directory: {Path.cwd()}).")
+    names = ((re.fullmatch(rf"{FOLDER}_(\d+)", file.stem), file) for file in folder.glob(f"{FOLDER}/*.parquet"))
+    steps = {int(name.group(1)): file for name, file in names if name}
+    if not steps:
+        raise SetupError(
+            f"Run {run} has no file {FOLDER}/{FOLDER}_<step>.parquet. Training writes them while rollouts are mixed, "
+            "if told to: set `log_rollout_records` to a number of rows."
+        )
+    return dict(sorted(steps.items()))
+
+
+def read_records(run: str | Path, step: int | None = None) -> list[RolloutRecord]:
+    """
+    Read the records of a step.
+
+    Args:
+        run (`str`):
+            `output_dir` of a training run.
+        step (`int`, *optional*):
+            Step; the last one with records if not given.
+
+    Raises:
+        [`SetupError`]: if the step has no records; it names those that have.
+    """
+    steps = recorded_steps(run)
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise SetupError(f"Run {run} has no records of step {step}. It has those of {_ranges(list(steps))}.")
+    try:
+        rows = pq.read_table(steps[step]).to_pylist()
+        return [RolloutRecord(**row) for row in rows]
+    except (pa.ArrowException, TypeError) as error:
+        raise SetupError(f"{steps[step]} cannot be read as records of rollouts: {error}") from error
+
+
+def choose_rows(records: Sequence[RolloutRecord], rows: Sequence[int] | None = None) -> list[RolloutRecord]:
+    """
+    Records of some rows; without rows, the first mixed one, or the first if none is mixed.
+
+    Raises:
+        [`SetupError`]: if a row is not there; it names those that are.
+    """
+    by_row = {record.row: record for record in records}
+    if rows is None:
+        return [next((record for record in records if record.source == "mixed"), records[0])]
+    for row in rows:
+        if row not in by_row:
+            raise SetupError(
+                f"Step {records[0].step} has no record of row {row}; it has rows {_ranges(list(by_row))}."
+            )
+    return [by_row[row] for row in rows]
+
+
+def _ranges(steps: list[int], most: int = 12) -> str:
+    if len(steps) <= most:
+        return ", ".join(map(str, steps))
+    return f"{', '.join(map(str, steps[: most - 2]))}, ... {steps[-1]} ({len(steps)} in all)"
+
+
+def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{message['role']}] {message['content']}" for message in prompt)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

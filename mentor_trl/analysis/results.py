@@ -1,0 +1,253 @@
+"""The table of results: models against evaluation sets, from the files of `mentor-trl eval`."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import SetupError
+from .runs import group_by_label, resolve_labels
+
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    What one evaluation found.
+
+    Args:
+        path (`Path`):
+            Its file, for messages.
+        label (`str`):
+            Its row in the table. Evaluations of one label are seeds of one setting.
+        tasks (`dict[str, dict[str, tuple[float, float | None]]]`):
+            For each task, its metrics (the headline's name is `None`): value and standard error.
+        headlines (`dict[str, str]`):
+            For each task, what its headline is: `"pass@1"`, or `"avg@n"` of n samples a prompt.
+    """
+
+    path: Path
+    label: str
+    tasks: dict[str, dict[str | None, tuple[float, float | None]]]
+    headlines: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    A number of the table.
+
+    Args:
+        value (`float`):
+            Mean over the evaluations of the label.
+        error (`float`, *optional*):
+            Standard error: over the evaluations where there are several, else over the prompts.
+        best (`bool`):
+            Whether no other row has more, to the digits shown.
+    """
+
+    value: float
+    error: float | None = None
+    best: bool = False
+
+    @property
+    def text(self) -> str:
+        """In per cent, as in the paper."""
+        return f"{100 * self.value:.1f}" + (f" ± {100 * self.error:.1f}" if self.error is not None else "")
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """
+    Rows of cells.
+
+    Args:
+        metric (`str`):
+            What the cells are, where that is the same in all columns; else `"accuracy"`.
+        columns (`list[str]`):
+            Tasks, and their average if there are several.
+        rows (`dict[str, list[Cell | None]]`):
+            For each label a cell a column; `None` where a task was not evaluated.
+        seeds (`dict[str, int]`):
+            Number of evaluations of each label.
+    """
+
+    metric: str
+    columns: list[str]
+    rows: dict[str, list[Cell | None]]
+    seeds: dict[str, int]
+
+    @property
+    def caption(self) -> str:
+        several = any(count > 1 for count in self.seeds.values())
+        over = ", or over the runs where a row has several" if several else ""
+        return f"{self.metric} in %, ± one standard error over the prompts{over}"
+
+    def name(self, label: str) -> str:
+        """Name of a row, with its number of evaluations."""
+        return label if self.seeds[label] == 1 else f"{label} ({self.seeds[label]} runs)"
+
+    def to_rich(self) -> Table:
+        table = Table(title=self.caption, title_justify="left")
+        table.add_column("")
+        for column in self.columns:
+            table.add_column(column, justify="right")
+        for label, cells in self.rows.items():
+            texts = [Text("-") if cell is None else Text(cell.text, "bold" if cell.best else "") for cell in cells]
+            table.add_row(Text(self.name(label)), *texts)
+        return table
+
+    def to_markdown(self) -> str:
+        lines = [["", *self.columns], ["---"] + ["---:"] * len(self.columns)]
+        for label, cells in self.rows.items():
+            texts = ["-" if cell is None else f"**{cell.text}**" if cell.best else cell.text for cell in cells]
+            lines.append([self.name(label), *texts])
+        escape = lambda text: text.replace("|", "\\|")
+        return "\n".join([f"{self.caption}", "", *(f"| {' | '.join(map(escape, line))} |" for line in lines), ""])
+
+    def to_csv(self) -> str:
+        numbers = [
+            (label, column, self.seeds[label], cell.value, cell.error)
+            for label, cells in self.rows.items()
+            for column, cell in zip(self.columns, cells)
+            if cell is not None
+        ]
+        frame = pd.DataFrame(numbers, columns=["label", "task", "runs", self.metric, "stderr"])
+        return frame.to_csv(index=False, lineterminator="\n")
+
+
+def read_results(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Result]:
+    """
+    Read results of evaluations.
+
+    Args:
+        paths (`Sequence[str]`):
+            For each evaluation its `results.json`, or the folder that holds it.
+        labels (`Sequence[str]`, *optional*):
+            A label for each; without them it is called by its folder, or by its file if that has another name.
+
+    Raises:
+        [`SetupError`]: if a file is missing or not of this form.
+    """
+    files = [_result_file(Path(path)) for path in paths]
+    named = [file.resolve().parent if file.name == "results.json" else file.with_suffix("") for file in files]
+    return [Result(file, label, *_tasks(file)) for file, label in zip(files, resolve_labels(named, labels))]
+
+
+def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsTable:
+    """
+    Put results together: a row a label, a column a task, and the average of the tasks.
+
+    Args:
+        results (`Sequence[Result]`):
+            Evaluations.
+        metric (`str`, *optional*):
+            Metric of every cell, as `"pass@32"`. Without it each task has its own headline, pass@1 or avg@n, as in the
+            paper. A label has no average if it lacks a task.
+
+    Raises:
+        [`SetupError`]: if no evaluation has the metric, evaluations of one label have different tasks, or a task's
+            headlines differ.
+    """
+    tasks = list(dict.fromkeys(task for one in results for task, values in one.tasks.items() if metric in values))
+    if not tasks:
+        known = sorted({name for one in results for values in one.tasks.values() for name in values if name})
+        raise SetupError(f"No evaluation has the metric {metric!r}; there are {', '.join(known) or 'none at all'}.")
+    rows, seeds = {}, {}
+    for label, group in group_by_label(results).items():
+        found = [{task for task in tasks if metric in one.tasks.get(task, {})} for one in group]
+        if any(one != found[0] for one in found):
+            raise SetupError(f"The {len(group)} evaluations of {label!r} are not of the same tasks with {metric!r}.")
+        per_task = [[one.tasks[task][metric] for one in group] if task in found[0] else None for task in tasks]
+        cells = [None if values is None else _cell(values) for values in per_task]
+        if len(tasks) > 1:
+            cells.append(_average(per_task))
+        rows[label], seeds[label] = cells, len(group)
+    names = [_column(task, results) for task in tasks] if metric is None else tasks
+    return ResultsTable(metric or "accuracy", names + [AVERAGE] * (len(tasks) > 1), _mark_best(rows), seeds)
+
+
+def _column(task: str, results: Sequence[Result]) -> str:
+    headlines = sorted({one.headlines[task] for one in results if task in one.headlines})
+    if len(headlines) > 1:
+        raise SetupError(
+            f"Evaluations of {task!r} have different headlines: {', '.join(headlines)}. Choose a metric that all have "
+            "(--metric pass@1), or evaluate them alike."
+        )
+    return f"{task} {headlines[0]}"
+
+
+def _cell(values: list[tuple[float, float | None]]) -> Cell:
+    if len(values) == 1:
+        return Cell(*values[0])
+    numbers = pd.Series([value for value, _ in values])
+    return Cell(float(numbers.mean()), float(numbers.sem(ddof=1)))
+
+
+def _average(per_task: list[list[tuple[float, float | None]] | None]) -> Cell | None:
+    """Average over tasks; of several evaluations, the averages of each are compared."""
+    if any(values is None for values in per_task):
+        return None
+    averages = []
+    for of_one in zip(*per_task):
+        errors = [error for _, error in of_one]
+        known = all(error is not None for error in errors)
+        error = math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None
+        averages.append((sum(value for value, _ in of_one) / len(of_one), error))
+    return _cell(averages)
+
+
+def _mark_best(rows: dict[str, list[Cell | None]]) -> dict[str, list[Cell | None]]:
+    if len(rows) < 2:
+        return rows
+    shown = lambda cell: round(100 * cell.value, 1)
+    best = [max((shown(cell) for cell in column if cell is not None), default=None) for column in zip(*rows.values())]
+    return {
+        label: [cell and Cell(cell.value, cell.error, shown(cell) == top) for cell, top in zip(cells, best)]
+        for label, cells in rows.items()
+    }
+
+
+def _result_file(path: Path) -> Path:
+    if not path.exists():
+        raise SetupError(f"Results {path} do not exist (working directory: {Path.cwd()}).")
+    if path.is_file():
+        return path
+    if not (path / "results.json").is_file():
+        raise SetupError(f"Folder {path} holds no results.json; `mentor-trl eval` writes it.")
+    return path / "results.json"
+
+
+def _tasks(file: Path) -> tuple[dict[str, dict[str | None, tuple[float, float | None]]], dict[str, str]]:
+    """Metrics of each task, and the names of their headlines."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SetupError(f"{file} is not valid JSON: {error}.") from error
+    tasks = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(tasks, dict) or not tasks:
+        raise SetupError(f"{file} has no `tasks`; it is not the result of an evaluation by `mentor-trl eval`.")
+    try:
+        metrics = {
+            task: {None: _value(one), **{f"pass@{k}": _value(number) for k, number in one["pass_at_k"].items()}}
+            for task, one in tasks.items()
+        }
+        return metrics, {task: str(one["metric"]) for task, one in tasks.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SetupError(
+            f"{file} is not as `mentor-trl eval` writes it (a task has `metric`, `value`, `stderr` and `pass_at_k`): "
+            f"{error!r}."
+        ) from error
+
+
+def _value(number: dict[str, Any]) -> tuple[float, float | None]:
+    error = number.get("stderr")
+    return float(number["value"]), None if error is None else float(error)

@@ -1,0 +1,145 @@
+"""Sampled responses: those of `mentor-trl eval`, or TRL's completions tables."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import SetupError
+from .runs import resolve_labels
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    A prompt and the responses to it.
+
+    Args:
+        doc_id (`str`):
+            Id of the prompt within its task.
+        task (`str`):
+            Name of the task.
+        completions (`list[str]`):
+            Responses.
+        correct (`list[int]`, *optional*):
+            1 for each response that is right, else 0.
+        source (`str`, *optional*):
+            Who sampled it, in a completions table of training.
+    """
+
+    doc_id: str
+    task: str
+    completions: list[str]
+    correct: list[int] | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of a file or folder, under a label."""
+
+    path: Path
+    label: str
+    samples: list[Sample]
+
+
+def read_samples(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[SampleSet]:
+    """
+    Read samples.
+
+    Args:
+        paths (`Sequence[str]`):
+            For each set a `.jsonl` or `.parquet` file, or a folder of them. A row has the columns `completions` (a
+            list), and perhaps `doc_id`, `task` and `correct` (a list); or `completion` and perhaps `source`, as
+            TRL's completions tables do.
+        labels (`Sequence[str]`, *optional*):
+            A label for each set; without them it is called by its file or folder.
+
+    Raises:
+        [`SetupError`]: if a file is missing, empty, or not of this form.
+    """
+    paths = [Path(path) for path in paths]
+    labels = resolve_labels([_named(path) for path in paths], labels)
+    return [SampleSet(path, label, _read(path)) for path, label in zip(paths, labels)]
+
+
+def keep_tasks(sets: Sequence[SampleSet], tasks: Sequence[str] | None) -> list[SampleSet]:
+    """
+    The samples of some tasks; all of them where no task is named.
+
+    Raises:
+        [`SetupError`]: if a set has none of a task; it names the tasks that it has.
+    """
+    if tasks is None:
+        return list(sets)
+    for one in sets:
+        known = dict.fromkeys(sample.task for sample in one.samples)
+        for task in tasks:
+            if task not in known:
+                raise SetupError(f"Samples {one.path} have no task {task!r}; they have {', '.join(known)}.")
+    return [SampleSet(one.path, one.label, [sample for sample in one.samples if sample.task in tasks]) for one in sets]
+
+
+def _named(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".jsonl", ".parquet") else path
+
+
+def _read(path: Path) -> list[Sample]:
+    if not path.exists():
+        raise SetupError(f"Samples {path} do not exist (working directory: {Path.cwd()}).")
+    files = [path] if path.is_file() else sorted([*path.rglob("*.jsonl"), *path.rglob("*.parquet")])
+    samples = [sample for file in files for sample in _read_file(file)]
+    if not samples:
+        raise SetupError(f"Samples {path} are empty: there is no row in {len(files)} .jsonl and .parquet files.")
+    return samples
+
+
+def _read_file(file: Path) -> list[Sample]:
+    if file.suffix == ".parquet":
+        rows = pd.read_parquet(file).to_dict("records")
+    elif file.suffix == ".jsonl":
+        rows = _read_json_lines(file)
+    else:
+        raise SetupError(f"Samples {file} must be a .jsonl or a .parquet file, or a folder of them.")
+    return [_sample(file, index, row) for index, row in enumerate(rows)]
+
+
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise SetupError(f"{file}, line {number} is not valid JSON: {error}.") from error
+        if not isinstance(rows[-1], dict):
+            raise SetupError(f"{file}, line {number} holds a {type(rows[-1]).__name__}, not an object.")
+    return rows
+
+
+def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
+    if row.get("completions") is not None:
+        completions = [_text(one) for one in row["completions"]]
+    elif row.get("completion") is not None:
+        completions = [_text(row["completion"])]
+    else:
+        raise SetupError(
+            f"{file}, row {index} has neither `completions` (a list of texts) nor `completion`; it has "
+            f"{', '.join(f'`{name}`' for name in row)}."
+        )
+    correct = None if row.get("correct") is None else [int(one) for one in row["correct"]]
+    if correct is not None and len(correct) != len(completions):
+        raise SetupError(f"{file}, row {index} has {len(completions)} completions and {len(correct)} of `correct`.")
+    if not completions:
+        raise SetupError(f"{file}, row {index} has an empty list of completions.")
+    doc_id, task = row.get("doc_id", index), row.get("task") or file.stem
+    return Sample(str(doc_id), str(task), completions, correct, row.get("source"))
+
+
+def _text(completion: Any) -> str:
+    """A text, also of a conversation, whose messages are joined."""
+    return completion if isinstance(completion, str) else "\n".join(str(part["content"]) for part in completion)

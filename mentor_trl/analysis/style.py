@@ -1,0 +1,84 @@
+"""One look for all figures: colours that the colour-blind can tell apart, quiet axes, files by suffix."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SetupError
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which is too pale for lines
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FORMATS = (".png", ".pdf", ".svg")
+DPI = 160
+
+
+def color_of(labels: Sequence[str]) -> dict[str, str]:
+    """
+    A colour for each label.
+
+    Raises:
+        [`SetupError`]: if there are more labels than colours that one can tell apart.
+    """
+    if len(labels) > len(COLORS):
+        raise SetupError(
+            f"There are {len(labels)} labels, and only {len(COLORS)} colours that can be told apart. Draw fewer runs "
+            "in a figure."
+        )
+    return dict(zip(labels, COLORS))
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """
+    Empty figure, sizes in inches. It is drawn by matplotlib without a window or global state.
+
+    Raises:
+        [`SetupError`]: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise SetupError("Figures need matplotlib: pip install 'mentor-trl[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def quiet(axis: "Axes", grid: str = "both") -> None:
+    """Take away what is not data: a light grid, no frame above and on the right."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_axisbelow(True)
+    axis.grid(alpha=0.25, axis=grid)
+
+
+def shared_legend(figure: "Figure", axis: "Axes", note: str = "") -> None:
+    """One legend for all panels, above them, from the named lines of one, with a note below."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        # As many columns as fit: inches of a character and of what stands beside the text
+        columns = int(figure.get_figwidth() / (0.085 * max(map(len, labels)) + 0.75))
+        place = {"loc": "outside upper center", "frameon": False, "ncols": max(1, min(len(labels), columns))}
+        figure.legend(handles, labels, title=note or None, title_fontsize=8.5, **place)
+
+
+def check_output(path: str | Path) -> Path:
+    """
+    Check that a figure can be saved under a name, before it is drawn.
+
+    Raises:
+        [`SetupError`]: if the suffix is none of png, pdf and svg.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise SetupError(f"The figure's name {path} must end in one of {', '.join(FORMATS)}.")
+    return path
+
+
+def save_figure(figure: "Figure", path: str | Path) -> Path:
+    """Save a figure in the format of the suffix; missing folders are made."""
+    path = check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path

@@ -1,0 +1,88 @@
+"""How often responses contain the words of reasoning."""
+
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ..errors import SetupError
+from .runs import group_by_label
+from .samples import SampleSet
+from .statistics import wilson_interval
+
+
+# The list of the paper's appendix, in its order.
+REASONING_WORDS = (
+    "wait",
+    "okay",
+    "verify",
+    "check",
+    "alternatively",
+    "but",
+    "similarly",
+    "find",
+    "therefore",
+    "since",
+    "given",
+    "then",
+    "consider",
+    "however",
+)
+
+
+def count_words(responses: Sequence[str], words: Sequence[str] = REASONING_WORDS) -> dict[str, int]:
+    """
+    Number of responses that contain each word, as a whole word, in upper or lower case.
+
+    Args:
+        responses (`Sequence[str]`):
+            Texts.
+        words (`Sequence[str]`, *optional*):
+            Words; those of the paper if not given. A word is whole where no letter, digit or underscore touches it,
+            as with `grep -w`: "checks" is not "check".
+
+    ```python
+    >>> count_words(["Wait, but why?", "await; checks", "but: wait. WAIT"], ["wait", "but", "check"])
+    {'wait': 2, 'but': 2, 'check': 0}
+
+    ```
+    """
+    patterns = {word: re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE) for word in words}
+    return {word: sum(pattern.search(text) is not None for text in responses) for word, pattern in patterns.items()}
+
+
+def word_rates(
+    sets: Sequence[SampleSet],
+    words: Sequence[str] = REASONING_WORDS,
+    all_completions: bool = False,
+    source: str | None = None,
+) -> pd.DataFrame:
+    """
+    Share of the responses that contain each word, for each label.
+
+    Args:
+        sets (`Sequence[SampleSet]`):
+            Samples; those of one label are counted together.
+        words (`Sequence[str]`, *optional*):
+            Words; those of the paper if not given.
+        all_completions (`bool`, *optional*, defaults to `False`):
+            Whether all responses to a prompt count, rather than the first alone. The intervals take responses for
+            independent, which several to one prompt are not.
+        source (`str`, *optional*):
+            Only rows of this source of a completions table.
+
+    Returns:
+        `pd.DataFrame` with the columns `label`, `word`, `responses`, `count`, `rate`, `low` and `high` (Wilson's 95%
+        interval).
+    """
+    rows = []
+    for label, group in group_by_label(sets).items():
+        samples = [sample for one in group for sample in one.samples if source in (None, sample.source)]
+        texts = [text for sample in samples for text in sample.completions[: None if all_completions else 1]]
+        if not texts:
+            found = sorted({str(sample.source) for one in group for sample in one.samples})
+            raise SetupError(f"{group[0].path} has no row of source {source!r}; its sources: {', '.join(found)}.")
+        for word, count in count_words(texts, words).items():
+            low, high = wilson_interval(count / len(texts), len(texts))
+            rows.append((label, word, len(texts), count, count / len(texts), low, high))
+    return pd.DataFrame(rows, columns=["label", "word", "responses", "count", "rate", "low", "high"])
