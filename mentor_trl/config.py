@@ -105,6 +105,12 @@ class MentorGRPOConfig(GRPOConfig):
             Exponent of `"temper"`: 0 is no correction (the paper), 1 truncated importance sampling.
         correction_constant (`float`, *optional*, defaults to `0.1`):
             Constant of `"saturate"`.
+
+        > Parameters that control the logging
+
+        log_rollout_records (`int`, *optional*, defaults to `0`):
+            Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` of the
+            output folder for `mentor-trl plot rollout`. 0 saves none.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["expert_model_init_kwargs"]
@@ -268,6 +274,15 @@ class MentorGRPOConfig(GRPOConfig):
     )
     correction_constant: float = field(default=0.1, metadata={"help": "Constant of 'saturate'."})
 
+    # Parameters that control the logging
+    log_rollout_records: int = field(
+        default=0,
+        metadata={
+            "help": "Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` "
+            "of the output folder for `mentor-trl plot rollout`. 0 saves none."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         self._check_choices()
@@ -316,6 +331,7 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.vllm_read_timeout > 0.0, "vllm_read_timeout", "a positive number of seconds")
         require(self.draft_length >= 1, "draft_length", "at least 1")
         require(self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1")
+        require(self.log_rollout_records >= 0, "log_rollout_records", "0 (none) or more")
         require(self.alpha >= 0.0, "alpha", "0 or more")
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
         require(self.reward_range > 0.0, "reward_range", "positive")

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
+from .analysis.records import collect_records, save_records
 from .checkpoint import StepStart, load_state, save_last_step, save_state
 from .config import MentorGRPOConfig
 from .errors import SetupError
@@ -175,6 +176,8 @@ class MentorGRPOTrainer(GRPOTrainer):
         self.logs_by_mode = {"train": self._logs, "eval": _new_logs()}
         self._mixed_B: torch.Tensor | None = None
         self._rollout: MixedRollout | None = None
+        self._parts: list[tuple[str, list[int], MixedRollout]] = []
+        self._rho_B_T: torch.Tensor | None = None
         self._rewards_N_F: torch.Tensor | None = None
         self._loss_pass: tuple[torch.Tensor, torch.Tensor] | None = None
         self._completion_ids: list[list[int]] = []
@@ -257,7 +260,8 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _guided_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._logs = self.logs_by_mode[self._mode]
-        self._mixed_B = self._rollout = None
+        self._mixed_B = self._rollout = self._rho_B_T = None
+        self._parts = []
         if self._mode == "eval":
             return super()._generate_and_score_completions(inputs)
         if self.guidance.over:
@@ -278,6 +282,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
         output["mentor_mixed"] = mixed_N[local]
         self._log_rows(mixed_N, rewards_N, advantages_N, alpha)
+        self._save_records(inputs, rewards_N[local], advantages_N[local], alpha)
         self.guidance.batches += 1
         return output
 
@@ -301,9 +306,10 @@ class MentorGRPOTrainer(GRPOTrainer):
             with profiling_context(self, "mentor.mixed"):
                 request = self._request([prompt_ids[i] for i in indices[1]], self.guidance.gamma, 1)
                 self._rollout = session.sample(request)
-        for source, rollout in (("on_policy", on_policy), ("mixed", self._rollout)):
+        self._parts = [("on_policy", indices[0], on_policy), ("mixed", indices[1], self._rollout)]
+        for source, _, rollout in self._parts:
             self._log_speed(source, rollout.stats)
-        parts = list(zip(indices, (on_policy, self._rollout), strict=True))
+        parts = [(rows, rollout) for _, rows, rollout in self._parts]
         completion_ids = scatter([(rows, rollout.completion_ids) for rows, rollout in parts], len(prompt_ids))
         if not self.use_vllm:
             return completion_ids, None
@@ -391,6 +397,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         rho[self._mixed_B.to(device)] = rho_B_T.to(device)
         local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
         output["advantages"] = fold_correction(advantages_N[local], rho)
+        self._rho_B_T = rho
 
         self._log_metrics(guidance_metrics(rollout, ratio_B_T, rho_B_T, where_B_T, self._reduce))
         self._log_metrics({f"{PREFIX}gamma": self.guidance.gamma})
@@ -502,6 +509,24 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._log_metrics(metrics)
         if self._guided:
             self._log_metrics({f"{PREFIX}alpha": alpha})
+
+    def _save_records(self, inputs, rewards_B: torch.Tensor, advantages_B: torch.Tensor, alpha: float) -> None:
+        """Keep the tokens of the first rows of the main process, for `mentor-trl plot rollout`."""
+        if not (self._parts and self.args.log_rollout_records and self.accelerator.is_main_process):
+            return
+        records = collect_records(
+            step=self.state.global_step + 1,
+            parts=self._parts,
+            prompts=[row["prompt"] for row in inputs],
+            rewards=rewards_B.tolist(),
+            advantages=advantages_B.tolist(),
+            rho_B_T=self._rho_B_T,
+            tokenizer=self._tokenizer,
+            gamma=self.guidance.gamma,
+            alpha=alpha,
+            limit=self.args.log_rollout_records,
+        )
+        save_records(self.args.output_dir, records)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._logs = self.logs_by_mode[self._mode]

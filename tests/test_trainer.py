@@ -747,3 +747,21 @@ def test_float32_head_samples_from_the_policy_that_is_trained(tmp_path):
     trainer.train()
     assert dtypes == {torch.float32}
     assert sampled_logp_gap(trainer, start) < 0.03
+
+
+def test_records_of_rollouts_are_kept_where_asked_for(tmp_path):
+    from mentor_trl.analysis.records import read_records
+
+    trainer = make_trainer(tmp_path, cls=RecordingTrainer, log_rollout_records=6, num_mixed_generations=4)
+    trainer.train()
+    for step, batch in enumerate(trainer.batches, start=1):
+        records = read_records(tmp_path, step)
+        assert [record.source for record in records] == ["on_policy"] * 4 + ["mixed"] * 2
+        for i, record in enumerate(records):
+            ids = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
+            assert record.token_ids == ids and record.reward == batch["rewards"][i].item()
+            if record.source == "mixed":
+                assert record.branch == batch["rollout"].branch[i - 4, : len(ids)].tolist()
+    plain = make_trainer(tmp_path / "plain")
+    plain.train()
+    assert not (tmp_path / "plain" / "rollouts").exists()
