@@ -92,8 +92,16 @@ def health(args: list[str]) -> int:
     return health(args)
 
 
+def data(args: list[str]) -> int:
+    """Make training data."""
+    from mentor_trl.scripts.data import run
+
+    return run(args)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model with mixed-policy GRPO (MENTOR)", train),
+    "data": Command("make prompt datasets without test problems, expert trajectories and hints", data),
     "serve": Command("serve mixed rollouts of a policy and its expert with vLLM", serve),
     "health": Command("say whether a server is a MENTOR server, of which models and versions", health),
 }
