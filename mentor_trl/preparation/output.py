@@ -53,9 +53,7 @@ class OutputArguments:
 def check_output(args: OutputArguments) -> None:
     """Refuse an output that cannot be written, before any work is done."""
     if not args.output_dir and not args.push_to_hub:
-        raise DataError(
-            "The data would go nowhere; set `output_dir` to a new folder, `push_to_hub` to a Hub id, or both"
-        )
+        raise DataError("No output is given; set `output_dir` to a new folder, `push_to_hub` to a Hub id, or both")
     if args.push_to_hub and args.output_format != "parquet":
         raise DataError("`push_to_hub` uploads parquet; leave `output_format` at parquet")
     if args.output_dir:

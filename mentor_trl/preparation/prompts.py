@@ -16,7 +16,8 @@ from .sources import (
     MATH_TEST_SETS,
     PROMPT_COLUMNS,
     SOLUTION_COLUMNS,
-    answer_of,
+    answers_of,
+    describe,
     find_column,
     load_test_set,
     load_tokenizer,
@@ -286,7 +287,7 @@ def _find_columns(funnel: Funnel, args: PromptArguments, name: str) -> None:
             if column is not None:
                 find_column(present, column, (), option, name)
     problems = [problem_text(prompt) for prompt in dataset[args.prompt_column]]
-    answers = [answer_of(value, args.solution_delimiter) for value in dataset[args.solution_column]]
+    answers = answers_of(dataset[args.solution_column], args.solution_delimiter)
     funnel.columns = {"problem": problems, "answer": answers, "key": [normalize_problem(text) for text in problems]}
     if args.level_column:
         column = find_column(present, args.level_column, (), "level_column", name)
@@ -339,6 +340,7 @@ def _drop_test_problems(funnel: Funnel, tests: dict[str, list[str]]) -> "Dataset
             rows = load_test_set(name, test_set, option)
             column = find_column(rows.column_names, None, _first(test_set.prompt_column, PROMPT_COLUMNS), option, name)
             keys = {normalize_problem(problem_text(prompt)) for prompt in rows[column]}
+            funnel.report.facts.append((f"test set {name}", describe(test_set)))
             step = f"problem of {name} ({len(keys):,} problems)"
             funnel.keep(step, [key not in keys for key in funnel.columns["key"]])
             if option == "eval_set":
@@ -490,7 +492,7 @@ def _build_eval(rows: "Dataset", args: PromptArguments) -> "Dataset":
     prompts = find_column(rows.column_names, None, _first(test_set.prompt_column, PROMPT_COLUMNS), "eval_set", name)
     names = _first(test_set.solution_column, SOLUTION_COLUMNS)
     solutions = rows[find_column(rows.column_names, None, names, "eval_set", name)]
-    answers = [answer_of(value, test_set.solution_delimiter) for value in solutions]
+    answers = answers_of(solutions, test_set.solution_delimiter)
     if None in answers:
         raise DataError(
             f"Row {answers.index(None)} of the evaluation set '{name}' has no answer; mend the row, or set `eval_set` "

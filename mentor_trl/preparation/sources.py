@@ -1,6 +1,7 @@
 """Where problems come from: the test sets by name, and the columns of a data set by their usual names."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,12 @@ def parse_test_set(spec: str, option: str) -> tuple[str, TestSet]:
     raise DataError(f"Unknown test set '{spec}' in `{option}`, known are {', '.join(TEST_SETS)}; {hint}")
 
 
+def describe(test_set: TestSet) -> str:
+    """Return where a test set is, as one reads it."""
+    parts = [test_set.config and f"configuration {test_set.config}", test_set.split and f"split {test_set.split}"]
+    return ", ".join([test_set.path, *filter(None, parts)])
+
+
 def load_test_set(name: str, test_set: TestSet, option: str) -> "Dataset":
     """
     Load the rows of a test set.
@@ -152,6 +159,24 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"No tokenizer can be loaded from `tokenizer` {name!r}: {error}") from error
+
+
+def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str | None]:
+    r"""
+    Return the bare answers of a solution column, with `None` where a cell holds none.
+
+    Where most cells have a `\boxed{}`, they are worked solutions, and one without a box has no answer.
+
+    Args:
+        values (`Iterable[Any]`):
+            The cells; see [`answer_of`].
+        delimiter (`str`, *optional*):
+            The answer is what follows the last occurrence of this text.
+    """
+    values = list(values)
+    boxed = [isinstance(value, str) and "\\boxed" in value for value in values]
+    worked = delimiter is None and 2 * sum(boxed) > len(values)
+    return [answer_of(value, delimiter) if box or not worked else None for value, box in zip(values, boxed)]
 
 
 def answer_of(value: Any, delimiter: str | None = None) -> str | None:

@@ -59,7 +59,7 @@ class DataArgumentParser(MentorArgumentParser):
         return {}
 
     def parse(self, args: list[str]) -> tuple:
-        """Parse the command line and its config file; whatever is unknown is an error that names the nearest option."""
+        """Parse the command line and its config file; an unknown option is an error that names the nearest one."""
         self.split_launch_args(args)
         return self.parse_args_and_config(args)
 
