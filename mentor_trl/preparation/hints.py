@@ -52,7 +52,7 @@ def cut_hint(
     >>> from mentor_trl.preparation import cut_hint
 
     >>> cut_hint("<think>2 + 3 is 5.</think> It is 5.", fraction=0.5)
-    '2 + 3 is'
+    '2 + 3 is 5'
     >>> cut_hint("<think>2 + 3 is 5.</think> It is 5.", fraction=0.5, part="solution")
     'It i'
     ```
@@ -108,7 +108,7 @@ def add_hint(
     >>> from mentor_trl.preparation import add_hint
 
     >>> add_hint("What is 2 + 3?", "<think>2 + 3 is 5.</think> It is 5.")
-    'What is 2 + 3?\n\n## Hint: Partial Solution\n\n2 + 3 is'
+    'What is 2 + 3?\n\n## Hint: Partial Solution\n\n2 + 3 is 5'
     ```
     """
     hint = cut_hint(trajectory or "", fraction, tokenizer, part)
