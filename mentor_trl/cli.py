@@ -92,6 +92,13 @@ def health(args: list[str]) -> int:
     return health(args)
 
 
+def data(args: list[str]) -> int:
+    """Make training data."""
+    from mentor_trl.scripts.data import run
+
+    return run(args)
+
+
 def plot(args: list[str]) -> int:
     """Draw what training and evaluation left on disk."""
     from mentor_trl.scripts.plot import main
@@ -101,6 +108,7 @@ def plot(args: list[str]) -> int:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model with mixed-policy GRPO (MENTOR)", train),
+    "data": Command("make prompt datasets without test problems, expert trajectories and hints", data),
     "serve": Command("serve mixed rollouts of a policy and its expert with vLLM", serve),
     "health": Command("say whether a server is a MENTOR server, of which models and versions", health),
     "plot": Command("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", plot),
