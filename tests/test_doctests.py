@@ -30,6 +30,8 @@ def _run(name: str) -> tuple[int, int]:
 def test_docstring_examples(name: str):
     if name.endswith(("vllm_plugin.runner", "vllm_plugin.worker")):
         pytest.importorskip("vllm")
+    if name.endswith("evaluation.server"):
+        pytest.importorskip("lm_eval")
     assert _run(name).failed == 0
 
 

@@ -255,23 +255,23 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
     Returns:
         [`TaskRun`], *optional*: the samples; `None` on all processes but the first.
     """
-    from lm_eval import simple_evaluate
+    # Not `simple_evaluate`, which spends seconds on a survey of the machine for each set
+    from lm_eval import evaluate
+    from transformers import set_seed
 
     num_samples, temperature = settings.resolve(task.config.repeats)
     task.set_config("repeats", num_samples)
     task.set_config("generation_kwargs", generation_kwargs(backend, settings, temperature))
     task.set_config("description", "")  # the system prompt of the task file, which `system_instruction` replaces
+    set_seed(settings.seed)
     with _PromptsFit(lm, settings.max_new_tokens):
-        results = simple_evaluate(
-            model=lm,
-            tasks=[task],
+        results = evaluate(
+            lm,
+            {"tasks": {task.config.task: task}},
             limit=settings.limit,
             system_instruction=settings.system_text(),
             apply_chat_template=settings.apply_chat_template,
             bootstrap_iters=0,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
         )
     if results is None:
         return None

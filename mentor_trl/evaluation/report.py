@@ -151,9 +151,8 @@ def _percent(estimate: dict[str, Any] | None) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     header, *body = rows
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [header, rule, *body]
-    )
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (header, rule, *body)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 def write_samples(run: "TaskRun", folder: Path) -> Path:
@@ -235,5 +234,4 @@ def _entry(name: str, summary: dict[str, Any], metric: str, estimate: dict[str, 
             "temperature": summary["temperature"],
             "confidence_interval": [round(100.0 * estimate[end], 2) for end in ("low", "high")],
         },
-        source_name="mentor-trl eval",
     )

@@ -68,9 +68,8 @@ def make_server_model(
         )
     root = _root(base_url)
     _check_served(root, model)
-    route, client = (
-        ("chat/completions", ServerChatCompletions) if apply_chat_template else ("completions", ServerCompletions)
-    )
+    client = ServerChatCompletions if apply_chat_template else ServerCompletions
+    route = "chat/completions" if apply_chat_template else "completions"
     return client(**{**DEFAULTS, **model_args, "model": model, "base_url": f"{root}/{route}", "seed": seed})
 
 
@@ -83,7 +82,8 @@ def _root(base_url: str) -> str:
 
 
 def _check_served(root: str, model: str) -> None:
-    header = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
+    key = os.environ.get("OPENAI_API_KEY")
+    header = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         reply = httpx.get(f"{root}/models", headers=header, timeout=30.0)
         reply.raise_for_status()
