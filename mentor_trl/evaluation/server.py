@@ -6,7 +6,9 @@ from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import httpx
+import requests
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from mentor_trl.errors import SetupError
@@ -28,6 +30,16 @@ class _SeedPerSample:
         seed += self._drawn[prompt]
         self._drawn[prompt] += 1
         return super()._create_payload(messages, *args, seed=seed, **kwargs)
+
+    def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Send the requests; what still fails after the retries is an error of the set-up."""
+        try:
+            return super().generate_until(*args, **kwargs)
+        except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
+            raise SetupError(
+                f"The server refuses or does not answer: {error or type(error).__name__}; what it said is above. "
+                "Prompt and `max_new_tokens` must fit its context length, and `timeout` in `model_args` its speed"
+            ) from error
 
 
 class ServerCompletions(_SeedPerSample, LocalCompletionsAPI):

@@ -123,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, request))
+        if request["max_tokens"] > 1000:
+            return self.send_error(400, "too long")
         answer = rf"\boxed{{{request['seed'] % 2}}}"
         message = {"role": "assistant", "reasoning_content": "hm", "content": answer}
         choice = {"index": 0, "message": message} if "chat" in self.path else {"index": 0, "text": answer}
@@ -171,6 +173,7 @@ def test_server_gets_a_seed_for_each_sample(tmp_path, data_dir, server, concurre
 
 def test_server_with_text_prompts(tmp_path, data_dir, server):
     options = f"--backend server --base_url {server.url}/v1/ --tasks math500 --apply_chat_template false".split()
+    options += ["--max_new_tokens", "8"]
     evaluate(tmp_path, data_dir, *options, model="served")
     assert {path for path, _ in server.requests} == {"/v1/completions"}
     prompts = {request["prompt"] for _, request in server.requests}
@@ -184,6 +187,14 @@ def test_server_errors(capsys, server, data_dir, tmp_path):
     assert "serves served, not 'other'" in error_of(capsys, "--model", "other", *common, *url)
     assert "give an address as" in error_of(capsys, "--model", "served", *common, "--base_url", "localhost:1")
     assert "No server answers" in error_of(capsys, "--model", "served", *common, "--base_url", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("concurrent", [1, 8])
+def test_server_refuses(capsys, server, data_dir, tmp_path, concurrent):
+    argv = f"--model served --backend server --base_url {server.url} --tasks math500 --limit 2 --data_dir {data_dir}"
+    options = f"--output_dir {tmp_path / 'out'} --model_args max_retries=1,num_concurrent={concurrent}"
+    message = error_of(capsys, *argv.split(), *options.split())
+    assert "The server refuses" in message and "400" in message and "`max_new_tokens`" in message
 
 
 def test_options_are_checked_before_the_model_is_loaded(capsys, data_dir, tiny_model_dir, tmp_path, monkeypatch):
