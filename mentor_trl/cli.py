@@ -78,6 +78,18 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     return 0
 
 
+def evaluate(args: list[str]) -> int:
+    """Evaluate in this process, or through `accelerate launch` where options of it are given."""
+    from mentor_trl.scripts.eval import make_parser, run
+
+    parser = make_parser(prog="mentor-trl eval")
+    if "-h" in args or "--help" in args:
+        parser.print_help()
+        return 0
+    launch_args, script_args = parser.split_launch_args(args)
+    return launch_script("eval.py", launch_args, script_args) if launch_args else run(script_args)
+
+
 def serve(args: list[str]) -> int:
     """Serve mixed rollouts with vLLM."""
     from mentor_trl.serving import serve
@@ -109,6 +121,7 @@ def plot(args: list[str]) -> int:
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model with mixed-policy GRPO (MENTOR)", train),
     "data": Command("make prompt datasets without test problems, expert trajectories and hints", data),
+    "eval": Command("evaluate a model on the sets of the MENTOR paper", evaluate),
     "serve": Command("serve mixed rollouts of a policy and its expert with vLLM", serve),
     "health": Command("say whether a server is a MENTOR server, of which models and versions", health),
     "plot": Command("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", plot),

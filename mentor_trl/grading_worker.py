@@ -9,6 +9,7 @@ be parsed) and `retire`. It ends at the end of its input, hence with its parent.
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -19,10 +20,13 @@ from functools import lru_cache
 
 # Seconds beyond a task's own timeout after which a worker whose parent is gone ends itself.
 ORPHAN_GRACE = 5.0
+# math-verify rounds to six decimals, to which all numbers well below this one are the same.
+TINY = 1e-3
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,},?\s+[A-Za-z]{2,},?\s+[A-Za-z]{2,}")
 _BARE_POINT = re.compile(r"(?<=\d)\.(?=\s*(?:$|[/)\],;+*-]))")
+_EXPONENT = re.compile(r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?\d+)(?![\w.])")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
@@ -76,7 +80,8 @@ def _parse_boxed(answer: str) -> list:
     from math_verify import LatexExtractionConfig, parse
 
     config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    answer = _BARE_POINT.sub("", strip_delimiters(answer))  # `5.` and `1./3` are numbers, but not to math-verify
+    answer = _EXPONENT.sub(r"\1 \\times 10^{\2}", strip_delimiters(answer))  # `4.5e33`: to math-verify, Euler's number
+    answer = _BARE_POINT.sub("", answer)  # `5.` and `1./3` are numbers, but not to math-verify
     # The answer goes back into a box because math-verify reads a bare `1,2` as the number 1.2 and no bare `\frac43`.
     return parse(rf"\boxed{{{answer}}}", extraction_config=[config], parsing_timeout=None)
 
@@ -122,7 +127,20 @@ def is_correct(gold: str, answer: str) -> bool:
 
     if as_text(strip_delimiters(gold)) == as_text(strip_delimiters(answer)):
         return True
-    return bool(verify(list(parse_gold(gold)), _parse_boxed(answer), timeout_seconds=None))
+    gold_items, answer_items = list(parse_gold(gold)), _parse_boxed(answer)
+    if not verify(gold_items, answer_items, timeout_seconds=None):
+        return False
+    value, other = _number(gold_items), _number(answer_items)
+    if value is None or other is None or value == 0 or abs(value) >= TINY:
+        return True
+    return math.isclose(value, other, rel_tol=1e-6)
+
+
+def _number(items: list) -> float | None:
+    try:
+        return float(items[0])
+    except (IndexError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def _limit_resources(memory_limit: int) -> None:

@@ -24,6 +24,11 @@ class FakeLLM:
         self.calls.append(("reset",))
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator.memory, "empty_cache", lambda: None)
+
+
 def make_sampler(sleeps: bool) -> ColocateSampler:
     sampler = object.__new__(ColocateSampler)
     sampler.llm, sampler.sleeps, sampler._asleep = FakeLLM(), sleeps, set()

@@ -1,0 +1,344 @@
+"""
+lm-eval as the harness: it builds the prompts, batches them and talks to the models.
+
+What is added: the paper's settings for each set, sampling that does not depend on a model's generation config, a check
+that no prompt is cut, and samples in one form for all back-ends.
+"""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT
+from mentor_trl.errors import SetupError
+
+from . import TASKS
+from .grading import CORRECT
+
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+
+BACKENDS = ("hf", "vllm", "server")
+TASK_FOLDER = Path(__file__).with_name("tasks")
+SAMPLING_TEMPERATURE = 0.6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    How completions are drawn.
+
+    Args:
+        num_samples (`int`, *optional*):
+            Completions a problem; if not set, what the set's task file says (32 for AIME and AMC, 1 for the others).
+        temperature (`float`, *optional*):
+            Sampling temperature; if not set, 0 (greedy) for one completion a problem and 0.6 for several.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass to sample from.
+        max_new_tokens (`int`, *optional*, defaults to `8192`):
+            Most tokens of a completion.
+        system_prompt (`str`, *optional*, defaults to `"mentor"`):
+            System prompt, `"mentor"` for the paper's, `"none"` for none.
+        apply_chat_template (`bool`, *optional*, defaults to `True`):
+            Whether prompts are messages, or text: the system prompt, an empty line, the question.
+        limit (`int`, *optional*):
+            Number of problems, from the first one.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling.
+    """
+
+    num_samples: int | None = None
+    temperature: float | None = None
+    top_p: float = 1.0
+    max_new_tokens: int = 8192
+    system_prompt: str = "mentor"
+    apply_chat_template: bool = True
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SetupError(f"`{name}` is {value}; it must be 1 or more")
+        if self.temperature is not None and self.temperature < 0:
+            raise SetupError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
+
+    def resolve(self, repeats: int) -> tuple[int, float]:
+        """Return the number of samples and the temperature, for a set whose task file asks for `repeats` samples."""
+        num_samples = self.num_samples or repeats
+        temperature = self.temperature
+        if temperature is None:
+            temperature = SAMPLING_TEMPERATURE if num_samples > 1 else 0.0
+        if num_samples > 1 and temperature == 0:
+            raise SetupError(
+                f"{num_samples} samples a problem are asked for at temperature 0, which are all the same; set "
+                "`temperature` above 0, or `num_samples` to 1"
+            )
+        return num_samples, temperature
+
+    def system_text(self) -> str | None:
+        """Return the system prompt as lm-eval takes it."""
+        text = {"mentor": MENTOR_SYSTEM_PROMPT, "none": None}.get(self.system_prompt, self.system_prompt)
+        return text if not text or self.apply_chat_template else f"{text}\n\n"
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """
+    What one set gave.
+
+    Args:
+        task (`str`):
+            Name of the set.
+        num_samples (`int`):
+            Completions a problem.
+        temperature (`float`):
+            Sampling temperature.
+        dataset (`dict`):
+            `path`, `split` and, where there is one, `config` of the set on the Hub.
+        samples (`list[dict]`):
+            For each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`.
+    """
+
+    task: str
+    num_samples: int
+    temperature: float
+    dataset: dict[str, str]
+    samples: list[dict[str, Any]]
+
+
+def require_lm_eval() -> None:
+    """Raise [`~mentor_trl.errors.SetupError`] where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SetupError("Evaluation needs lm-eval, which is not installed; run `pip install 'mentor-trl[eval]'`")
+
+
+def load_tasks(names: Sequence[str], data_dir: str | None = None) -> "dict[str, Task]":
+    """
+    Load sets and their task files.
+
+    Args:
+        names (`Sequence[str]`):
+            Names of sets, of [`~mentor_trl.evaluation.TASKS`].
+        data_dir (`str`, *optional*):
+            Folder of local files of the sets. If not set, they come from the Hub.
+
+    Returns:
+        `dict[str, Task]`: lm-eval's task of each set.
+    """
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise SetupError(f"There is no set '{unknown[0]}' (`tasks`); choose from {', '.join(TASKS)}")
+    require_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    metadata = {"data_dir": data_dir} if data_dir else {}
+    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
+    logger = logging.getLogger("lm_eval.api.task")  # it explains a command-line option of lm-eval's for each set
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return {name: manager.load([f"mentor_{name}"])["tasks"][f"mentor_{name}"] for name in names}
+    finally:
+        logger.setLevel(level)
+
+
+def make_model(
+    backend: str,
+    model: str,
+    model_args: dict[str, Any] | None = None,
+    batch_size: int | str | None = None,
+    device: str | None = None,
+    base_url: str | None = None,
+    apply_chat_template: bool = True,
+    seed: int = 0,
+) -> "LM":
+    """
+    Make lm-eval's model.
+
+    Args:
+        backend (`str`):
+            `"hf"` (transformers), `"vllm"` or `"server"` (an OpenAI-compatible server).
+        model (`str`):
+            Hub id or folder of the model or of a PEFT adapter; for a server, the name it serves the model under.
+        model_args (`dict`, *optional*):
+            Further arguments of lm-eval's model class, such as `tensor_parallel_size` or `parallelize`.
+        batch_size (`int` or `str`, *optional*):
+            Prompts a batch, or `"auto"`. If not set, 16 for `hf` and `"auto"` for `vllm`.
+        device (`str`, *optional*):
+            Device of the `hf` back-end. If not set, a GPU if there is one.
+        base_url (`str`, *optional*):
+            Address of the server.
+        apply_chat_template (`bool`, *optional*, defaults to `True`):
+            Whether a server gets messages (`/chat/completions`) or text (`/completions`).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of vLLM or of the requests to a server.
+    """
+    require_lm_eval()
+    if backend == "server":
+        from .server import make_server_model
+
+        return make_server_model(model, base_url, model_args or {}, apply_chat_template, seed)
+    if backend not in BACKENDS:
+        raise SetupError(f"The back-end '{backend}' is not known; choose one of {', '.join(BACKENDS)}")
+    if backend == "vllm":
+        _prepare_vllm()
+    from lm_eval.api.registry import get_model
+
+    args = {**_weights(backend, model), "dtype": "auto", **(model_args or {})}
+    if backend == "vllm":
+        args = {"seed": seed, **args}
+    batch_size = batch_size or {"hf": 16, "vllm": "auto"}[backend]
+    if backend == "hf" and device is None and not torch.cuda.is_available():
+        device = "cpu"
+    try:
+        lm = get_model(backend).create_from_arg_obj(args, {"batch_size": batch_size, "device": device})
+    except OSError as error:  # what transformers raises for a model that is not there
+        raise SetupError(f"The model {model} cannot be loaded: {error}") from error
+    return lm
+
+
+def _prepare_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise SetupError(
+            "The back-end `vllm` needs vLLM, which is not installed; run `pip install 'mentor-trl[vllm]'`"
+        )
+    from mentor_trl.scripts.serve import name_vllm
+
+    name_vllm()
+
+
+def _weights(backend: str, model: str) -> dict[str, str]:
+    adapter = Path(model) / "adapter_config.json"
+    if not adapter.is_file():
+        return {"pretrained": model}
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return {"pretrained": base, {"hf": "peft", "vllm": "lora_local_path"}[backend]: model}
+
+
+def has_chat_template(model: str, **kwargs: Any) -> bool:
+    """Tell whether the tokenizer of a model (Hub id or folder) has a chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        return bool(AutoTokenizer.from_pretrained(model, **kwargs).chat_template)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"The tokenizer of {model} cannot be loaded: {error}") from error
+
+
+def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str) -> TaskRun | None:
+    """
+    Evaluate a model on one set.
+
+    Args:
+        lm (`LM`):
+            Model of [`make_model`].
+        name (`str`):
+            Name of the set.
+        task (`Task`):
+            The set, of [`load_tasks`].
+        settings ([`Settings`]):
+            How completions are drawn.
+        backend (`str`):
+            Back-end of the model.
+
+    Returns:
+        [`TaskRun`], *optional*: the samples; `None` on all processes but the first.
+    """
+    # Not `simple_evaluate`, which spends seconds on a survey of the machine for each set
+    from lm_eval import evaluate
+    from transformers import set_seed
+
+    num_samples, temperature = settings.resolve(task.config.repeats)
+    task.set_config("repeats", num_samples)
+    task.set_config("generation_kwargs", generation_kwargs(backend, settings, temperature))
+    task.set_config("description", "")  # the system prompt of the task file, which `system_instruction` replaces
+    set_seed(settings.seed)
+    with _PromptsFit(lm, settings.max_new_tokens):
+        results = evaluate(
+            lm,
+            {"tasks": {task.config.task: task}},
+            limit=settings.limit,
+            system_instruction=settings.system_text(),
+            apply_chat_template=settings.apply_chat_template,
+            bootstrap_iters=0,
+        )
+    if results is None:
+        return None
+    rows = sorted(results["samples"][task.config.task], key=lambda row: row["doc_id"])
+    dataset = {key: value for key, value in task.config.dataset_kwargs.items() if key in ("path", "config", "split")}
+    return TaskRun(name, num_samples, temperature, dataset, [_sample(name, row) for row in rows])
+
+
+def generation_kwargs(backend: str, settings: Settings, temperature: float) -> dict[str, Any]:
+    """
+    Return the sampling options of a back-end, all explicit, so that no model's generation config changes them.
+
+    Args:
+        backend (`str`):
+            Back-end.
+        settings ([`Settings`]):
+            How completions are drawn.
+        temperature (`float`):
+            Sampling temperature, 0 for greedy decoding.
+    """
+    kwargs: dict[str, Any] = {
+        "until": [],
+        "max_gen_toks": settings.max_new_tokens,
+        "do_sample": temperature > 0,
+        "temperature": temperature,
+        "repetition_penalty": 1.0,
+    }
+    if temperature > 0:
+        kwargs |= {"top_p": settings.top_p, "top_k": 0 if backend == "hf" else -1}
+    return kwargs
+
+
+def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    prompt = row["arguments"][0][0]
+    verdicts = row["filtered_resps"][0]
+    return {
+        "doc_id": row["doc_id"],
+        "task": task,
+        "prompt": prompt if isinstance(prompt, str) else prompt[0],
+        "completions": list(row["resps"][0]),
+        "correct": [int(verdict == CORRECT) for verdict in verdicts],
+        "answer": row["target"],
+        "verdicts": list(verdicts),
+    }
+
+
+class _PromptsFit:
+    """Refuses prompts that the local back-ends would cut from the left to make room for the completion."""
+
+    def __init__(self, lm: "LM", max_new_tokens: int):
+        self.lm, self.max_new_tokens = lm, max_new_tokens
+
+    def __enter__(self) -> None:
+        if hasattr(self.lm, "tok_encode") and getattr(self.lm, "base_url", None) is None:
+            self.generate = self.lm.generate_until
+            self.lm.generate_until = self._check_and_generate
+
+    def __exit__(self, *exc_info) -> None:
+        self.lm.__dict__.pop("generate_until", None)
+
+    def _check_and_generate(self, requests: list, **kwargs: Any) -> list[str]:
+        prompts = {request.args[0] for request in requests}
+        longest = max(len(self.lm.tok_encode(prompt)) for prompt in prompts)
+        if longest + self.max_new_tokens > self.lm.max_length:
+            raise SetupError(
+                f"The longest prompt has {longest} tokens, which with `max_new_tokens` {self.max_new_tokens} exceeds "
+                f"the model's {self.lm.max_length} positions; set `max_new_tokens` to "
+                f"{max(self.lm.max_length - longest, 1)} or less"
+            )
+        return self.generate(requests, **kwargs)

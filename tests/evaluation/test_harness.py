@@ -1,0 +1,288 @@
+"""`mentor-trl eval` on tiny models and a server in this process."""
+
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import make_tiny_model, make_tiny_tokenizer
+from mentor_trl import cli
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT
+from mentor_trl.errors import SetupError
+from mentor_trl.evaluation import PAPER_TASKS, TASKS, harness
+from mentor_trl.evaluation.harness import Settings, generation_kwargs
+from mentor_trl.evaluation.report import read_samples
+from mentor_trl.scripts import eval as script
+
+
+pytest.importorskip("lm_eval")
+
+PROBLEMS = [{"problem": f"what is {i}+{i}?", "answer": str(2 * i)} for i in range(4)]
+CHOICES = {"question": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("math500", "aime24"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    (folder / "arc_challenge.jsonl").write_text(json.dumps(CHOICES) + "\n")
+    return folder
+
+
+def evaluate(tmp_path: Path, data_dir: Path, *options: str, model: str | Path) -> tuple[dict, dict[str, list]]:
+    output = tmp_path / "results"
+    argv = ["eval", "--model", str(model), "--data_dir", str(data_dir), "--output_dir", str(output), *options]
+    assert cli.main(argv) == 0
+    results = json.loads((output / "results.json").read_text())
+    return results, {name: read_samples([output / f"samples_{name}.jsonl"]) for name in results["tasks"]}
+
+
+def error_of(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", *argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_hf(tmp_path, data_dir, tiny_model_dir):
+    options = "--tasks math500 aime24 arc_challenge --num_samples 3 --max_new_tokens 8 --limit 2".split()
+    results, samples = evaluate(tmp_path, data_dir, *options, model=tiny_model_dir)
+    assert results["tasks"]["aime24"]["metric"] == "avg@3" and results["tasks"]["aime24"]["temperature"] == 0.6
+    assert [len(rows) for rows in samples.values()] == [2, 2, 1]
+    row = samples["math500"][1]
+    assert set(row) == {"doc_id", "task", "prompt", "completions", "correct", "answer", "verdicts"}
+    assert (row["doc_id"], row["task"], row["answer"]) == (1, "math500", "2")
+    assert row["prompt"] == f"<bos><sys>{MENTOR_SYSTEM_PROMPT}<user>what is 1+1?<bot>"
+    assert len(set(row["completions"])) == 3 and len(row["correct"]) == len(row["verdicts"]) == 3
+    assert (tmp_path / "results" / "results.md").read_text().startswith("# Evaluation of")
+
+
+def test_greedy_is_the_models_own_and_seeds_repeat(tmp_path, data_dir, tiny_model_dir):
+    greedy = evaluate(tmp_path, data_dir, "--tasks", "math500", "--max_new_tokens", "8", model=tiny_model_dir)[1]
+    row = greedy["math500"][0]
+    tokenizer, model = make_tiny_tokenizer(), make_tiny_model(seed=0)
+    ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
+    own = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert row["completions"] == [tokenizer.decode(own, skip_special_tokens=True)]
+
+    options = "--tasks aime24 --max_new_tokens 8 --num_samples 2 --overwrite_output_dir --seed".split()
+    runs = [evaluate(tmp_path, data_dir, *options, seed, model=tiny_model_dir)[1] for seed in "112"]
+    texts = [[row["completions"] for row in samples["aime24"]] for samples in runs]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generation_config_of_the_model_has_no_say(tmp_path, data_dir, tiny_model_dir):
+    other = tmp_path / "other"
+    model = make_tiny_model(seed=0)
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=3.0)
+    model.save_pretrained(other)
+    make_tiny_tokenizer().save_pretrained(other)
+    options = "--tasks math500 aime24 --max_new_tokens 8 --num_samples 2 --overwrite_output_dir".split()
+    first, second = (evaluate(tmp_path, data_dir, *options, model=path)[1] for path in (tiny_model_dir, other))
+    assert [row["completions"] for row in first["aime24"]] == [row["completions"] for row in second["aime24"]]
+    assert any(len(set(row["completions"])) == 2 for row in second["math500"])
+
+
+def test_without_chat_template(tmp_path, data_dir, capsys):
+    folder = tmp_path / "base"
+    make_tiny_model().save_pretrained(folder)
+    make_tiny_tokenizer(chat_template=False).save_pretrained(folder)
+    options = "--tasks math500 --limit 1 --max_new_tokens 4".split()
+    samples = evaluate(tmp_path, data_dir, *options, model=folder)[1]
+    assert samples["math500"][0]["prompt"] == f"{MENTOR_SYSTEM_PROMPT}\n\nwhat is 0+0?"
+    assert "has no chat template: prompts are text" in capsys.readouterr().out
+    message = error_of(capsys, "--model", str(folder), "--apply_chat_template", "true")
+    assert "has no chat template; set it to false" in message
+
+
+def test_prompts_are_not_cut(data_dir, tiny_model_dir, tmp_path, capsys):
+    argv = f"--tasks math500 --max_new_tokens 1800 --data_dir {data_dir} --output_dir {tmp_path / 'out'}".split()
+    message = error_of(capsys, "--model", str(tiny_model_dir), *argv)
+    assert "`max_new_tokens` 1800 exceeds the model's 2048 positions; set `max_new_tokens` to" in message
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers `\\boxed{seed mod 2}` and keeps the requests, as a server that honours seeds would."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[tuple[str, dict]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self._reply({"data": [{"id": "served"}]})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, request))
+        if request["max_tokens"] > 1000:
+            return self.send_error(400, "too long")
+        answer = rf"\boxed{{{request['seed'] % 2}}}"
+        message = {"role": "assistant", "reasoning_content": "hm", "content": answer}
+        choice = {"index": 0, "message": message} if "chat" in self.path else {"index": 0, "text": answer}
+        self._reply({"choices": [choice]})
+
+    def _reply(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = _Server()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("concurrent", [1, 8])
+def test_server_gets_a_seed_for_each_sample(tmp_path, data_dir, server, concurrent):
+    options = f"--backend server --base_url {server.url} --tasks aime24 --num_samples 4 --max_new_tokens 5 --seed 10"
+    results, samples = evaluate(
+        tmp_path, data_dir, *options.split(), "--model_args", f"num_concurrent={concurrent}", model="served"
+    )
+    seeds = Counter((request["messages"][1]["content"], request["seed"]) for _, request in server.requests)
+    assert seeds == Counter({(row["problem"], seed): 1 for row in PROBLEMS for seed in range(10, 14)})
+    path, request = server.requests[0]
+    assert path == "/v1/chat/completions" and request["messages"][0]["content"] == MENTOR_SYSTEM_PROMPT
+    assert (request["temperature"], request["top_p"], request["top_k"], request["max_tokens"]) == (0.6, 1.0, -1, 5)
+    assert request["repetition_penalty"] == 1.0 and request["stop"] == []
+    assert sorted(samples["aime24"][0]["completions"])[0] == r"<think>hm</think>\boxed{0}"
+    # The answers are 0, 2, 4 and 6; half of the samples say 0
+    assert [sum(row["correct"]) for row in samples["aime24"]] == [2, 0, 0, 0]
+    assert results["tasks"]["aime24"]["pass_at_k"]["4"]["value"] == 0.25
+
+
+def test_server_with_text_prompts(tmp_path, data_dir, server):
+    options = f"--backend server --base_url {server.url}/v1/ --tasks math500 --apply_chat_template false".split()
+    options += ["--max_new_tokens", "8"]
+    evaluate(tmp_path, data_dir, *options, model="served")
+    assert {path for path, _ in server.requests} == {"/v1/completions"}
+    prompts = {request["prompt"] for _, request in server.requests}
+    assert f"{MENTOR_SYSTEM_PROMPT}\n\n{PROBLEMS[0]['problem']}" in prompts
+
+
+def test_server_errors(capsys, server, data_dir, tmp_path):
+    common = f"--backend server --tasks math500 --data_dir {data_dir} --output_dir {tmp_path / 'out'}".split()
+    url = ("--base_url", server.url)
+    assert "needs the server's address" in error_of(capsys, "--model", "served", *common)
+    assert "serves served, not 'other'" in error_of(capsys, "--model", "other", *common, *url)
+    assert "give an address as" in error_of(capsys, "--model", "served", *common, "--base_url", "localhost:1")
+    assert "No server answers" in error_of(capsys, "--model", "served", *common, "--base_url", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("concurrent", [1, 8])
+def test_server_refuses(capsys, server, data_dir, tmp_path, concurrent):
+    argv = f"--model served --backend server --base_url {server.url} --tasks math500 --limit 2 --data_dir {data_dir}"
+    options = f"--output_dir {tmp_path / 'out'} --model_args max_retries=1,num_concurrent={concurrent}"
+    message = error_of(capsys, *argv.split(), *options.split())
+    assert "The server refuses" in message and "400" in message and "`max_new_tokens`" in message
+
+
+def test_options_are_checked_before_the_model_is_loaded(capsys, data_dir, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "make_model", lambda *args, **kwargs: pytest.fail("the model is loaded"))
+    model = ("--model", str(tiny_model_dir), "--data_dir", str(data_dir), "--output_dir", str(tmp_path))
+    assert "No model is given" in error_of(capsys)
+    assert "There is no set 'math'" in error_of(capsys, *model, "--tasks", "math")
+    assert "holds no mmlu_pro" in error_of(capsys, *model, "--tasks", "mmlu_pro")
+    greedy = "--tasks math500 --num_samples 4 --temperature 0".split()
+    assert "which are all the same" in error_of(capsys, *model, *greedy)
+    assert "`limit` is 0" in error_of(capsys, *model, "--limit", "0")
+    assert "no result for a model card" in error_of(capsys, *model, "--limit", "5", "--push_results", "org/model")
+    assert "write it as key=value" in error_of(capsys, *model, "--model_args", "dtype")
+    assert "did you mean 'num_samples'" in error_of(capsys, *model, "--num_sample", "4")
+    assert "cannot be loaded" in error_of(capsys, "--model", str(tmp_path / "none"))
+    (tmp_path / "results.json").write_text("{}")
+    assert "already holds results" in error_of(capsys, *model, "--tasks", "math500")
+
+
+def test_missing_packages(capsys, monkeypatch, tiny_model_dir):
+    find_spec = harness.importlib.util.find_spec
+    hidden = {"lm_eval", "vllm"}
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
+    assert "pip install 'mentor-trl[eval]'" in error_of(capsys, "--model", str(tiny_model_dir))
+    hidden.remove("lm_eval")
+    with pytest.raises(SetupError, match=r"pip install 'mentor-trl\[vllm\]'"):
+        harness.make_model("vllm", str(tiny_model_dir))
+
+
+def test_defaults_are_the_papers():
+    tasks = {name: yaml_of(name) for name in TASKS}
+    sampled = {name for name, config in tasks.items() if config["repeats"] > 1}
+    assert sampled == {"aime24", "aime25", "amc23"}
+    for name, config in tasks.items():
+        assert config["description"] == MENTOR_SYSTEM_PROMPT
+        num_samples, temperature = Settings().resolve(config["repeats"])
+        assert (num_samples, temperature) == ((32, 0.6) if name in sampled else (1, 0.0))
+        kwargs = generation_kwargs("vllm", Settings(), temperature)
+        assert kwargs | config["generation_kwargs"] == kwargs  # what lm-eval's own command line would use
+    assert len(PAPER_TASKS) == 9 and Settings().max_new_tokens == 8192
+
+
+def yaml_of(name: str) -> dict:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(harness.TASK_FOLDER / f"{name}.yaml", resolve_func=False)
+
+
+def test_adapters(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert harness._weights("hf", str(tmp_path)) == {"pretrained": "org/base", "peft": str(tmp_path)}
+    assert harness._weights("vllm", str(tmp_path)) == {"pretrained": "org/base", "lora_local_path": str(tmp_path)}
+    assert harness._weights("hf", "org/model") == {"pretrained": "org/model"}
+
+
+def test_launch_options_go_through_accelerate(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "launch_script", lambda *args: calls.append(args) or 0)
+    assert cli.main("eval --model m --num_processes 2 --limit 3".split()) == 0
+    assert calls == [("eval.py", ["--num_processes", "2"], ["--model", "m", "--limit", "3"])]
+
+
+def test_results_go_to_the_card(tmp_path, data_dir, tiny_model_dir, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.metadata_update", lambda *args, **kwargs: pushed.append(args) or "url")
+    card = tmp_path / "card"
+    card.mkdir()
+    options = f"--tasks math500 --max_new_tokens 4 --model_card {card} --push_results org/model".split()
+    evaluate(tmp_path, data_dir, *options, model=tiny_model_dir)
+    assert "HuggingFaceH4/MATH-500" in (card / "README.md").read_text()
+    assert pushed[0][0] == "org/model"
+
+
+def test_config_file(tmp_path, data_dir, tiny_model_dir):
+    config = tmp_path / "eval.yaml"
+    config.write_text("tasks: [math500]\nlimit: 1\nmax_new_tokens: 4\nsystem_prompt: none\n")
+    samples = evaluate(tmp_path, data_dir, "--config", str(config), model=tiny_model_dir)[1]
+    assert samples["math500"][0]["prompt"] == "<bos><user>what is 0+0?<bot>"
+
+
+def test_help_has_every_field(capsys):
+    assert cli.main(["eval", "--help"]) == 0
+    text = capsys.readouterr().out
+    for dataclass in (script.EvalModelArguments, script.EvalDataArguments, script.EvalReportArguments):
+        for name in dataclass.__dataclass_fields__:
+            assert f"--{name} " in text
+
+
+def test_device_without_gpu(monkeypatch, tiny_model_dir):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert harness.make_model("hf", str(tiny_model_dir)).device.type == "cpu"

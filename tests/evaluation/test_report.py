@@ -1,0 +1,120 @@
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mentor_trl.errors import SetupError
+from mentor_trl.evaluation import PAPER_TASKS
+from mentor_trl.evaluation.card import push_card, write_card
+from mentor_trl.evaluation.harness import TaskRun
+from mentor_trl.evaluation.report import collect, model_index, read_samples, summarize, to_markdown, write_samples
+
+
+def make_run(task: str = "aime24", num_samples: int = 4) -> TaskRun:
+    correct = [[1] * num_samples, [0] * (num_samples - 1) + [1], [0] * num_samples]
+    samples = [
+        {
+            "doc_id": i,
+            "task": task,
+            "prompt": "p\u2028",
+            "completions": [f"c{j}" for j in range(num_samples)],
+            "correct": grades,
+            "answer": "1",
+            "verdicts": ["correct" if grade else "wrong" for grade in grades],
+        }
+        for i, grades in enumerate(correct)
+    ]
+    return TaskRun(task, num_samples, 0.6, {"path": f"org/{task}", "split": "test"}, samples)
+
+
+def make_results(limit=None, **runs: int) -> dict:
+    tasks = {name: summarize(make_run(name, n)) for name, n in (runs or {"aime24": 32, "math500": 1}).items()}
+    return collect("org/model", {"backend": "hf", "limit": limit}, tasks)
+
+
+def test_summary():
+    summary = summarize(make_run())
+    assert summary["metric"] == "avg@4" and summary["value"] == pytest.approx(5 / 12)
+    assert summary["pass_at_k"]["2"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert summary["verdicts"] == {"wrong": 7, "correct": 5}
+    assert json.loads(json.dumps(summary)) == summary
+    assert summarize(make_run(num_samples=1))["metric"] == "pass@1"
+
+
+def test_average_only_of_all_nine():
+    assert make_results()["average"] is None
+    results = make_results(**dict.fromkeys(PAPER_TASKS, 1), gsm8k=4)
+    assert results["average"]["value"] == pytest.approx(2 / 3)  # GSM8K is not among the nine
+
+
+def test_markdown_has_the_papers_rows_and_no_invented_cells():
+    lines = to_markdown(make_results()).splitlines()
+    assert "| paper, Qwen2.5-7B, MENTOR |  |  | 46.7 |" in lines
+    assert "| paper, Qwen2.5-7B, MENTOR |  |  |  |  |  | 36.7 |" in lines
+    own = next(line for line in lines if line.startswith("| org/model |"))
+    assert own.split("|")[3].strip() == "66.7 (20.8 to 93.9)"
+    assert "46.7" not in to_markdown(make_results(), paper_model="Llama-3.1-8B")
+    rows = [line.count("|") for line in lines if line.startswith("| org/model") or line.startswith("| paper")]
+    assert rows.count(5) == 5  # every row of the first table has its four cells
+
+
+def test_samples_come_back(tmp_path):
+    run = make_run()
+    path = write_samples(run, tmp_path)
+    assert path.name == "samples_aime24.jsonl"
+    assert read_samples([path, path]) == run.samples * 2
+
+
+def test_model_index():
+    entries = model_index(make_results())
+    assert [(e.dataset_name, e.metric_name) for e in entries] == [
+        ("AIME24", "avg@32"),
+        ("AIME24", "pass@32"),
+        ("MATH500", "pass@1"),
+    ]
+    assert entries[1].metric_value == 66.67 and entries[1].dataset_type == "org/aime24"
+
+
+def test_model_index_of_a_trial_run():
+    with pytest.raises(ValueError, match="first 20 problems"):
+        model_index(make_results(limit=20))
+
+
+def test_card_in_a_folder(tmp_path):
+    path = write_card(tmp_path, model_index(make_results()), "model")
+    write_card(tmp_path, model_index(make_results(aime24=32)), "model")  # again: replaced, the rest stays
+    card = ModelCard.load(path)
+    found = {(e.dataset_name, e.metric_name): e.metric_value for e in card.data.eval_results}
+    assert len(card.data.eval_results) == len(found) == 3
+    assert found["MATH500", "pass@1"] == 66.67
+    assert card.data.model_name == "model" and "# model" in card.text
+
+
+def test_card_keeps_its_text_and_other_results(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\nmodel-index:\n- name: mine\n  results:\n  - task: {type: text-generation}\n"
+        "    dataset: {name: Other, type: org/other}\n    metrics: [{type: accuracy, value: 5}]\n"
+        "---\n\n# Mine\n\nText.\n"
+    )
+    card = ModelCard.load(write_card(tmp_path, model_index(make_results()), "model"))
+    assert "Text." in card.text and card.data.license == "mit" and card.data.model_name == "mine"
+    assert {e.dataset_name for e in card.data.eval_results} == {"Other", "AIME24", "MATH500"}
+
+
+def test_card_needs_a_folder(tmp_path):
+    with pytest.raises(SetupError, match="does not exist"):
+        write_card(tmp_path / "no", model_index(make_results()), "model")
+
+
+def test_push(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "huggingface_hub.metadata_update", lambda *args, **kwargs: calls.append((args, kwargs)) or "url"
+    )
+    assert push_card("org/model", model_index(make_results()), create_pr=True) == "url"
+    (((repo_id, metadata), kwargs),) = calls
+    assert repo_id == "org/model" and kwargs["overwrite"] and kwargs["create_pr"]
+    (index,) = metadata["model-index"]
+    assert index["name"] == "model"
+    values = [metric["value"] for result in index["results"] for metric in result["metrics"]]
+    assert values == [entry.metric_value for entry in model_index(make_results())]
