@@ -73,6 +73,10 @@ class MentorGRPOConfig(GRPOConfig):
         vllm_weight_sync_dir (`str`, *optional*):
             Folder that trainer and server see under the same name, for `vllm_weight_sync="folder"`. If not set,
             `vllm_weights` in `output_dir`. On one machine a folder in memory, such as `/dev/shm/NAME`, is fastest.
+        vllm_policy_server_base_url (`str`, *optional*):
+            Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`). It samples
+            on-policy rows and evaluation, at the speed of vLLM without drafts; gamma then comes from a forward pass
+            of the training model over the on-policy rows. If not set, the one server samples all rows.
         vllm_read_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds to wait for the server's answer to one request, which comes when its completion is finished. What
             fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Keep `ddp_timeout`
@@ -215,6 +219,13 @@ class MentorGRPOConfig(GRPOConfig):
         metadata={
             "help": "Folder that trainer and server see under the same name, for `vllm_weight_sync='folder'`. If not "
             "set, `vllm_weights` in `output_dir`."
+        },
+    )
+    vllm_policy_server_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`), "
+            "for on-policy rows and evaluation. gamma then comes from a forward pass of the training model."
         },
     )
     vllm_read_timeout: float = field(

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from .vllm_plugin.options import engine_environment, engine_options
+from .vllm_plugin.options import WORKER_EXTENSION, engine_environment, engine_options
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -34,7 +34,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--policy", help="model id or folder of the policy, whose weights a trainer replaces")
-    parser.add_argument("--expert", help="model id or folder of the expert, of the same tokens as the policy")
+    parser.add_argument(
+        "--expert",
+        help="model id or folder of the expert, of the same tokens as the policy; without it the server speaks for "
+        "the policy alone",
+    )
     parser.add_argument(
         "--draft-length", type=int, default=8, help="tokens drafted between two passes of the expert (8)"
     )
@@ -55,18 +59,23 @@ def serve(args: list[str]) -> int:
     options, passed = parser.parse_known_args(args)
     if options.check:
         return health([options.check])
-    if not (options.policy and options.expert):
-        parser.error("--policy and --expert are required")
-    taken = sorted({name for option in passed for name in OURS if option.split("=")[0] == name})
+    if not options.policy:
+        parser.error("--policy is required")
+    given = {option.split("=")[0] for option in passed}
+    taken = sorted(given & set(OURS))
     if taken:
         parser.error(f"{', '.join(taken)} is set by `mentor-trl serve` itself: leave it out")
-    try:
-        num_tokens = options.num_tokens or shared_vocabulary(
-            options.policy, options.expert, "--trust-remote-code" in passed
-        )
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    num_tokens = options.num_tokens
+    if options.expert:
+        try:
+            num_tokens = num_tokens or shared_vocabulary(
+                options.policy, options.expert, "--trust-remote-code" in passed
+            )
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     command = vllm_arguments(options, num_tokens) + passed
+    if torch.cuda.is_available() and "--weight-transfer-config" not in given:
+        command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     environment = {**engine_environment(cpu=not torch.cuda.is_available()), "VLLM_SERVER_DEV_MODE": "1"}
     prefix = " ".join(f"{name}={value}" for name, value in environment.items())
     print(f"{prefix} vllm serve {shlex.join(command)}", flush=True)
@@ -85,23 +94,28 @@ def serve(args: list[str]) -> int:
     )
 
 
-def vllm_arguments(options: argparse.Namespace, num_tokens: int) -> list[str]:
-    """Arguments of `vllm serve` for a mixed-policy server."""
+def vllm_arguments(options: argparse.Namespace, num_tokens: int | None) -> list[str]:
+    """Arguments of `vllm serve` for a mixed-policy server, or, without an expert, one of the policy alone."""
+    common = [
+        *("--served-model-name", options.policy),
+        *("--tokenizer", options.policy),
+        *("--host", options.host),
+        *("--port", str(options.port)),
+        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
+        *("--worker-extension-cls", WORKER_EXTENSION),
+        *("--generation-config", "vllm"),
+    ]
+    if not options.expert:
+        return [options.policy, *common, "--logprobs-mode", "processed_logprobs"]
     engine = engine_options(
         options.policy, options.expert, num_tokens, options.draft_length, options.tensor_parallel_size
     )
     return [
         engine["model"],
-        *("--served-model-name", options.policy),
-        *("--tokenizer", options.policy),
-        *("--host", options.host),
-        *("--port", str(options.port)),
+        *common,
         *("--speculative-config", json.dumps(engine["speculative_config"])),
         *("--additional-config", json.dumps(engine["additional_config"])),
-        *("--worker-extension-cls", engine["worker_extension_cls"]),
-        *("--generation-config", engine["generation_config"]),
         "--no-async-scheduling",
-        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
     ]
 
 
@@ -130,7 +144,7 @@ def health(args: list[str]) -> int:
     """Run `mentor-trl health URL`. Returns 0 if a MENTOR server answers there."""
     import httpx
 
-    from .rollout.server import Patience, ServerError, ServerSampler
+    from .rollout.server import AnyServer, Patience, ServerError
 
     parser = argparse.ArgumentParser(prog="mentor-trl health", description="Say what the server at a URL is.")
     parser.add_argument("url", help="address of the server, as http://127.0.0.1:8000")
@@ -138,7 +152,7 @@ def health(args: list[str]) -> int:
     options = parser.parse_args(args)
     patience = Patience(connect=options.timeout, read=options.timeout, attempts=1, recovery=0.0)
     try:
-        info = ServerSampler(options.url, patience=patience).info
+        info = AnyServer(options.url, patience=patience).info
     except (ServerError, httpx.HTTPError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -28,6 +28,7 @@ from .experts import (
     resolve_expert,
     untouched_rng,
 )
+from .forward import policy_entropies
 from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
 from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
@@ -302,7 +303,10 @@ class MentorGRPOTrainer(GRPOTrainer):
             indices = [(self._mixed_B == mixed).nonzero().flatten().tolist() for mixed in (False, True)]
             with profiling_context(self, "mentor.on_policy"):
                 on_policy = session.sample(self._request([prompt_ids[i] for i in indices[0]], float("inf"), 0))
-            self.guidance.update(self._gather_tokens(on_policy.entropies[on_policy.mask]))
+            entropies = on_policy.entropies[on_policy.mask]
+            if self.args.vllm_policy_server_base_url is not None:
+                entropies = policy_entropies(self, [prompt_ids[i] for i in indices[0]], on_policy.completion_ids)
+            self.guidance.update(self._gather_tokens(entropies))
             with profiling_context(self, "mentor.mixed"):
                 request = self._request([prompt_ids[i] for i in indices[1]], self.guidance.gamma, 1)
                 self._rollout = session.sample(request)

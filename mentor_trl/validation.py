@@ -89,6 +89,11 @@ def check_engine(args: MentorGRPOConfig, expert, model, quantization_config) -> 
         )
     if args.vllm_structured_outputs_regex is not None:
         raise SetupError(f"`vllm_structured_outputs_regex` is not supported with mixed rollouts. Unset it, {_PLAIN}.")
+    if args.vllm_policy_server_base_url is not None and args.vllm_mode != "server":
+        raise SetupError(
+            f"`vllm_policy_server_base_url={args.vllm_policy_server_base_url!r}` needs `vllm_mode='server'`. Set "
+            "that, or unset the address."
+        )
     if args.vllm_mode == "colocate":
         if args.vllm_tensor_parallel_size > 1:
             raise SetupError(

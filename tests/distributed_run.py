@@ -28,6 +28,7 @@ CASES = {
 }
 # The same splits with a server, to which the main process alone speaks
 SERVED = {f"served_{name}": CASES[name] for name in ("split_4_4", "split_3_5", "across")}
+SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": "http://policy:8000"}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from helpers import make_tiny_model
@@ -55,15 +56,30 @@ class StandIn:
         self.info = {**self.info, "weights_version": version}
 
 
+class PolicyStandIn(StandIn):
+    """A server of the policy alone, which returns no entropies."""
+
+    def __init__(self, url, patience: Patience):
+        super().__init__(url, None, patience)
+        del self.info["expert"], self.info["expert_stop_ids"]
+
+    def sample(self, request):
+        rollout = super().sample(request)
+        assert set(request.gamma) <= {float("inf")}
+        rollout.entropies = torch.full_like(rollout.entropies, torch.nan)
+        return rollout
+
+
 @contextmanager
 def stand_in(fails_at: dict[int, type[ServerError]] | None = None):
     """Inside, the trainer's server is a [`StandIn`]."""
-    original, StandIn.made, StandIn.fails_at = generation.ServerSampler, [], dict(fails_at or {})
-    generation.ServerSampler = StandIn
+    originals = generation.ServerSampler, generation.PolicyServerSampler
+    StandIn.made, StandIn.fails_at = [], dict(fails_at or {})
+    generation.ServerSampler, generation.PolicyServerSampler = StandIn, PolicyStandIn
     try:
         yield StandIn.made
     finally:
-        generation.ServerSampler = original
+        generation.ServerSampler, generation.PolicyServerSampler = originals
 
 
 def make_served_trainer(folder, cls=RecordingTrainer, **settings):

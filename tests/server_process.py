@@ -104,10 +104,14 @@ def serving(command: list[str], log: Path, port: int | None = None, **options) -
 
 
 @contextmanager
-def serving_models(policy: str, expert: str, log: Path, *options: str, ready: bool = True) -> Iterator[Server]:
-    """`mentor-trl serve` of two folders at a free port, up by default; `options` are added to `SERVER_OPTIONS`."""
+def serving_models(policy: str, expert: str | None, log: Path, *options: str, ready: bool = True) -> Iterator[Server]:
+    """
+    `mentor-trl serve` of two folders, or of the policy's alone, at a free port, up by default; `options` are added to
+    `SERVER_OPTIONS`.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "mentor_trl.cli", "serve", "--policy", policy, "--expert", expert]
+    command = [sys.executable, "-m", "mentor_trl.cli", "serve", "--policy", policy]
+    command += [] if expert is None else ["--expert", expert]
     command += ["--port", str(port), "--enforce-eager", *(word for pair in SERVER_OPTIONS.items() for word in pair)]
     with serving([*command, *options], log, port) as server:
         if ready:

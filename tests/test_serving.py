@@ -8,6 +8,7 @@ import pytest
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.cli import main
 from mentor_trl.serving import OURS
+from mentor_trl.vllm_plugin.options import WORKER_EXTENSION
 
 
 def printed_command(capsys) -> list[str]:
@@ -51,10 +52,32 @@ def test_options_of_ours_are_refused(option, tiny_model_dir, capsys):
     assert f"{option} is set by `mentor-trl serve` itself" in capsys.readouterr().err
 
 
-def test_both_models_are_needed(capsys):
+def test_a_policy_is_needed(capsys):
     with pytest.raises(SystemExit):
-        main(["serve", "--policy", "p"])
-    assert "--policy and --expert are required" in capsys.readouterr().err
+        main(["serve", "--expert", "e"])
+    assert "--policy is required" in capsys.readouterr().err
+
+
+def test_a_policy_alone(tiny_model_dir, capsys):
+    assert main(["serve", "--dry-run", "--policy", str(tiny_model_dir), "--port", "8001"]) == 0
+    words = printed_command(capsys)
+    assert words[words.index("vllm") : words.index("vllm") + 3] == ["vllm", "serve", str(tiny_model_dir)]
+    value = lambda name: words[words.index(name) + 1]
+    assert value("--logprobs-mode") == "processed_logprobs" and value("--port") == "8001"
+    assert value("--worker-extension-cls") == WORKER_EXTENSION and value("--generation-config") == "vllm"
+    assert "--speculative-config" not in words and "--additional-config" not in words
+
+
+@pytest.mark.parametrize("expert", [True, False])
+def test_weights_come_over_nccl_where_there_is_cuda(expert, tiny_model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    model = str(tiny_model_dir)
+    command = ["serve", "--dry-run", "--policy", model, *(["--expert", model] if expert else [])]
+    main(command)
+    words = printed_command(capsys)
+    assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    main([*command, "--weight-transfer-config", "{}"])
+    assert printed_command(capsys).count("--weight-transfer-config") == 1
 
 
 def test_different_tokens_are_refused(tiny_model_dir, tmp_path, capsys):

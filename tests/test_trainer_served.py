@@ -183,6 +183,27 @@ def test_trl_builds_our_backend_only_for_us(tmp_path):
     assert issubclass(type(trainer), GRPOTrainer)
 
 
+def test_a_second_server_samples_what_the_expert_has_no_part_in(tmp_path):
+    """Its rows bring no entropies: gamma is that of a forward pass, and the run that of one server."""
+    settings = {"max_steps": 3, "expert_decay_steps": 2, "gradient_accumulation_steps": 2}
+    with stand_in():
+        one = make_served_trainer(tmp_path / "one", **settings)
+        one.train()
+    with stand_in() as servers:
+        two = make_served_trainer(tmp_path / "two", vllm_policy_server_base_url="http://policy:8000", **settings)
+        two.train()
+        two.evaluate(two.train_dataset.select(range(8)))
+    mixed, policy = servers
+    assert [len(request.prompt_ids) for request in mixed.requests] == [8, 8]
+    assert all(gamma < math.inf for request in mixed.requests for gamma in request.gamma)
+    assert [len(request.prompt_ids) for request in policy.requests][:4] == [8, 8, 16, 8]
+    assert len(mixed.versions) == len(policy.versions) == 4
+    for ours, theirs in zip(two.batches[:2], one.batches[:2], strict=True):
+        assert ours["gamma"] == pytest.approx(theirs["gamma"], abs=1e-5)
+        torch.testing.assert_close(ours["completion_ids"], theirs["completion_ids"])
+        torch.testing.assert_close(ours["advantages"], theirs["advantages"])
+
+
 @pytest.mark.parametrize(
     ("info", "settings", "message"),
     [
@@ -234,6 +255,14 @@ def test_a_wrong_server_fails_at_construction(tmp_path, monkeypatch):
         ({"expert_dtype": "bfloat16"}, "`expert_dtype='bfloat16'` applies to an expert that this process loads"),
         ({"vllm_structured_outputs_regex": "a+"}, "`vllm_structured_outputs_regex` is not supported"),
         ({"vllm_mode": "colocate"}, "No expert"),
+        (
+            {
+                "vllm_mode": "colocate",
+                "expert_model_name_or_path": "e",
+                "vllm_policy_server_base_url": "http://policy:8000",
+            },
+            "needs `vllm_mode='server'`",
+        ),
         (
             {"vllm_mode": "colocate", "vllm_tensor_parallel_size": 2, "expert_model_name_or_path": "some/expert"},
             "`vllm_tensor_parallel_size=2`.*Set it to 1",

@@ -23,7 +23,7 @@ from ..experts import check_tokenizers, load_expert_tokenizer
 from ..vllm_plugin.options import model_shape
 from .colocate import ColocateSampler
 from .decoder import text_model
-from .server import Patience, ServerError, ServerSampler, WeightsLost
+from .server import Patience, PolicyServerSampler, ServerError, ServerSampler, WeightsLost
 from .types import MixedRequest, MixedRollout
 from .weights import write_weights
 
@@ -53,6 +53,8 @@ class EngineSettings:
             Folder, shared with the server, for `"folder"`.
         read_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds to wait for the server's answer to one request.
+        policy_server_base_url (`str`, *optional*):
+            Address of a server of the policy alone, for the rows that the expert has no part in.
     """
 
     expert: str | None = None
@@ -60,6 +62,7 @@ class EngineSettings:
     weight_sync: str = "auto"
     weight_sync_dir: str | None = None
     read_timeout: float = 1800.0
+    policy_server_base_url: str | None = None
 
     @classmethod
     def of(cls, args: "MentorGRPOConfig", expert: str | None) -> "EngineSettings":
@@ -70,6 +73,7 @@ class EngineSettings:
             weight_sync=args.vllm_weight_sync,
             weight_sync_dir=args.vllm_weight_sync_dir or os.path.join(args.output_dir, "vllm_weights"),
             read_timeout=args.vllm_read_timeout,
+            policy_server_base_url=args.vllm_policy_server_base_url,
         )
 
 
@@ -103,6 +107,8 @@ class MixedVLLMGeneration(VLLMGeneration):
     def __init__(self, *args: Any, settings: EngineSettings, **kwargs: Any):
         self.settings = settings
         self.sampler: ColocateSampler | ServerSampler | None = None
+        self.policy_sampler: ServerSampler | None = None
+        self._nccl: dict[ServerSampler, DraftWeightClient | PolicyWeightClient] = {}
         self.info: dict[str, Any] = {}
         self.stop_token_ids: tuple[int, ...] = ()
         self._updates = 0
@@ -124,9 +130,21 @@ class MixedVLLMGeneration(VLLMGeneration):
         url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
         patience = Patience(read=self.settings.read_timeout, recovery=self.server_timeout)
         self.sampler = ServerSampler(url, num_tokens=self.num_tokens, patience=patience)
+        if self.settings.policy_server_base_url is not None:
+            self.policy_sampler = PolicyServerSampler(self.settings.policy_server_base_url, patience=patience)
         if self.weight_sync == "nccl":
-            self._nccl = DraftWeightClient(self.sampler, self.group_port, self.accelerator.device)
-        return self.sampler.info
+            kinds = (DraftWeightClient, PolicyWeightClient)
+            self._nccl = {
+                sampler: kind(sampler, self.group_port + port, self.accelerator.device)
+                for port, (sampler, kind) in enumerate(zip(self._servers, kinds))
+            }
+        policy_info = self.policy_sampler.info if self.policy_sampler is not None else None
+        return {**self.sampler.info, "policy_server": policy_info}
+
+    @property
+    def _servers(self) -> list[ServerSampler]:
+        """On the main process, all that hold the policy."""
+        return [self.sampler] if self.policy_sampler is None else [self.sampler, self.policy_sampler]
 
     @property
     def weight_sync(self) -> str:
@@ -181,12 +199,13 @@ class MixedVLLMGeneration(VLLMGeneration):
             `SetupError`: naming what differs.
         """
         info, where = self.info, "The server" if self.mode == "server" else "The engine"
-        ours, theirs = model_shape(text_model(policy).config.get_text_config()), info["policy_shape"]
-        if ours != theirs:
-            raise SetupError(
-                f"{where} serves a policy ({info['policy']!r}) of another shape than the one that is trained: "
-                f"{theirs}, and not {ours}. Start it with `--policy {policy.name_or_path}`."
-            )
+        ours = model_shape(text_model(policy).config.get_text_config())
+        for name, served in ((where, info), ("The policy's server", info.get("policy_server"))):
+            if served is not None and served["policy_shape"] != ours:
+                raise SetupError(
+                    f"{name} serves a policy ({served['policy']!r}) of another shape than the one that is trained: "
+                    f"{served['policy_shape']}, and not {ours}. Start it with `--policy {policy.name_or_path}`."
+                )
         if expert is not None and Path(expert).name != Path(info["expert"]).name:
             raise SetupError(
                 f"{where} speaks for the expert {info['expert']!r}, and the configuration names {expert!r}. Serve "
@@ -196,12 +215,13 @@ class MixedVLLMGeneration(VLLMGeneration):
             expert_tokenizer = load_expert_tokenizer(expert, None, self.trust_remote_code)
         if expert_tokenizer is not None:
             check_tokenizers(self.processing_class, expert_tokenizer)
-        if longest_prompt + self.max_completion_length > info["max_model_len"]:
+        limit = min(served["max_model_len"] for served in (info, info.get("policy_server")) if served is not None)
+        if longest_prompt + self.max_completion_length > limit:
             option = "--max-model-len of `mentor-trl serve`" if self.mode == "server" else "`vllm_max_model_length`"
             raise SetupError(
                 f"A prompt of {longest_prompt} tokens and `max_completion_length={self.max_completion_length}` exceed "
-                f"the engine's context of {info['max_model_len']} tokens. Raise {option}, lower "
-                "`max_completion_length`, or drop the longest prompts."
+                f"the engine's context of {limit} tokens. Raise {option}, lower `max_completion_length`, or drop the "
+                "longest prompts."
             )
 
     # Weights
@@ -227,7 +247,8 @@ class MixedVLLMGeneration(VLLMGeneration):
 
         def push() -> None:
             write_weights(self._iter_named_params(), root / version, getattr(torch, self.info["dtype"]))
-            self.sampler.load_policy(str(root / version), version)
+            for server in self._servers:
+                server.load_policy(str(root / version), version)
             for old in root.glob(f"{self._run_id}-*"):
                 if old.name != version:
                     shutil.rmtree(old)
@@ -240,8 +261,11 @@ class MixedVLLMGeneration(VLLMGeneration):
                 (name, str(param.dtype).removeprefix("torch."), list(param.shape))
                 for name, param in self._iter_named_params()
             ]
-        push = lambda: self._nccl.push(self._weight_metadata, self._iter_named_params(), version)
-        self._on_main(push, others=self._drain)
+        for index in range(1 if self.settings.policy_server_base_url is None else 2):
+            push = lambda server=index: self._nccl[self._servers[server]].push(
+                self._weight_metadata, self._iter_named_params(), version
+            )
+            self._on_main(push, others=self._drain)
 
     def _drain(self) -> None:
         """Take part in the collectives that bring sharded parameters together."""
@@ -305,7 +329,8 @@ class MixedVLLMGeneration(VLLMGeneration):
         raise lost
 
     def _sample_all(self, request: MixedRequest) -> MixedRollout:
-        with self.sampler.session() as session:
+        plain = self.policy_sampler is not None and all(gamma == float("inf") for gamma in request.gamma)
+        with (self.policy_sampler if plain else self.sampler).session() as session:
             return session.sample(request)
 
     def _on_main(self, call: Callable[[], T], others: Callable[[], None] | None = None) -> T:
@@ -338,9 +363,9 @@ class _Described:
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
 
-class DraftWeightClient(VLLMClient):
+class PolicyWeightClient(VLLMClient):
     """
-    Sends weights over NCCL, by vLLM's own endpoints for a draft model: TRL's client would overwrite the expert.
+    Sends the policy's weights over NCCL to a server that holds it alone.
 
     Args:
         sampler ([`ServerSampler`]):
@@ -359,9 +384,6 @@ class DraftWeightClient(VLLMClient):
 
     def _post(self, url: str, **kwargs: Any) -> dict:
         return super()._post(url, timeout=self.sampler.patience.read, **kwargs)
-
-    def _start_weight_update(self) -> None:
-        self._post(f"{self.base_url}/start_draft_weight_update", json={})
 
     def push(
         self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str
@@ -391,6 +413,13 @@ class DraftWeightClient(VLLMClient):
         self._sent = None
         self.sampler.receive_policy(lambda: bounded(transfer, self.sampler.patience.read), version)
         self._sent = version
+
+
+class DraftWeightClient(PolicyWeightClient):
+    """Sends them to a server that also holds the expert, which TRL's client would overwrite."""
+
+    def _start_weight_update(self) -> None:
+        self._post(f"{self.base_url}/start_draft_weight_update", json={})
 
 
 def bounded(call: Callable[[], None], seconds: float) -> None:

@@ -9,6 +9,15 @@ from .types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
 COLUMNS = ("entropies", "weights", "logps", "expert_logps", "branch", "replaced")
 
 
+def policy_values(logps: list[float]) -> torch.Tensor:
+    """Records `(T, 6)` of a completion of the plain policy, of which only the log-probabilities are known."""
+    values = torch.zeros(len(logps), len(COLUMNS))
+    values[:, COLUMNS.index("logps")] = torch.tensor(logps)
+    for name in ("entropies", "expert_logps"):
+        values[:, COLUMNS.index(name)] = torch.nan
+    return values
+
+
 def assemble(
     request: MixedRequest, completions: list[list[int]], values: list[torch.Tensor], stats: dict[str, float]
 ) -> MixedRollout:
@@ -31,7 +40,7 @@ def assemble(
     longest = max(map(len, completions), default=0)
     stacked = torch.full((len(completions), longest, len(COLUMNS)), torch.nan)
     for row, (ids, numbers) in enumerate(zip(completions, values)):
-        if numbers[:, :3].isnan().any():
+        if numbers[:, 1:3].isnan().any():
             raise ValueError(
                 f"The policy's logits are NaN in row {row}. Its weights are broken or its data type overflows: check "
                 "the checkpoint, lower the learning rate, or serve it in bfloat16 or float32."

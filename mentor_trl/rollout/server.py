@@ -13,7 +13,7 @@ import torch
 
 from ..vllm_plugin.options import INCOMPLETE
 from .colocate import check_context, extra_args, match_record, record_keys, sampling_params
-from .records import assemble
+from .records import assemble, policy_values
 from .types import MixedRequest, MixedRollout
 
 
@@ -87,6 +87,8 @@ class ServerSampler:
     ```
     """
 
+    kind: str | None = "mixed"
+
     def __init__(
         self, url: str, num_tokens: int | None = None, patience: Patience | None = None, concurrency: int = 1024
     ):
@@ -115,7 +117,7 @@ class ServerSampler:
             `dict[str, Any]`: models, versions, vocabulary, draft length, context and weights of the server.
         """
         info = self._run(_server_info)
-        _check_info(info, self.url, self.num_tokens)
+        _check_info(info, self.url, self.kind, self.num_tokens)
         return info
 
     def wait(self) -> dict[str, Any]:
@@ -314,6 +316,54 @@ class ServerSampler:
             return pool.submit(asyncio.run, run()).result()
 
 
+class PolicyServerSampler(ServerSampler):
+    """
+    Samples the plain policy on a server that holds it alone (`mentor-trl serve` without `--expert`), at the speed of
+    vLLM without drafts. Its rollouts have no entropies: a server does not return them.
+
+    Args:
+        url, num_tokens, patience, concurrency:
+            See [`ServerSampler`].
+    """
+
+    kind = "policy"
+
+    async def _sample_rows(self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int]):
+        slots = asyncio.Semaphore(self.concurrency)
+
+        async def complete(row: int) -> tuple[list[int], torch.Tensor] | None:
+            async with slots:
+                try:
+                    answer = await _post(client, "/v1/completions", json=self._body(request, row, ""))
+                except (httpx.TransportError, _Failed):
+                    return None
+            choice = answer["choices"][0]
+            return choice["token_ids"], policy_values(choice["logprobs"]["token_logprobs"])
+
+        found = dict(zip(rows, await asyncio.gather(*(complete(row) for row in rows))))
+        try:
+            info = await self._retried(lambda: _rpc(client, "mentor_info"))
+        except ServerError as error:
+            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, _Failed)):
+                raise
+            return {}
+        # A server that was restarted in the middle has lost the name of the weights with the weights
+        if self._pushed is not None and info["weights_version"] != self._pushed[1]:
+            return {}
+        return {row: values for row, values in found.items() if values is not None}
+
+    def _body(self, request: MixedRequest, row: int, key: str) -> dict[str, Any]:
+        body = super()._body(request, row, key)
+        del body["vllm_xargs"]
+        return {**body, "logprobs": 0}
+
+
+class AnyServer(ServerSampler):
+    """A server of either kind, to look at."""
+
+    kind = None
+
+
 class _Failed(Exception):
     """The server answered 5xx."""
 
@@ -370,14 +420,22 @@ async def _get_health(client: httpx.AsyncClient) -> None:
         raise WrongServer(f"/health answered {response.status_code}")
 
 
-def _check_info(info: dict[str, Any], url: str, num_tokens: int | None) -> None:
+def _check_info(info: dict[str, Any], url: str, kind: str | None, num_tokens: int | None) -> None:
     from .. import __version__
+
+    if kind is not None and info["kind"] != kind:
+        serves = {"mixed": "a policy and its expert", "policy": "a policy alone"}
+        option = {"mixed": "with", "policy": "without"}[kind]
+        raise WrongServer(
+            f"{url} serves {serves[info['kind']]}, and what is needed is {serves[kind]}. Start it with `mentor-trl "
+            f"serve --policy ...` {option} --expert."
+        )
 
     if info["mentor_trl"] != __version__:
         raise WrongServer(
             f"{url} runs mentor-trl {info['mentor_trl']} and this is {__version__}. Install the same version on both."
         )
-    if num_tokens is not None and info["num_tokens"] != num_tokens:
+    if kind == "mixed" and num_tokens is not None and info["num_tokens"] != num_tokens:
         raise WrongServer(
             f"{url} samples {info['num_tokens']} token ids, and the policy's tokenizer defines {num_tokens}. Serve "
             f"that policy ({info['policy']!r} is served), or pass `--num-tokens {num_tokens}` to `mentor-trl serve`."

@@ -73,7 +73,7 @@ class MixedRollout:
         completion_ids (`list[list[int]]`):
             Token ids of each completion, with the stop token that ended it, if any.
         entropies (`torch.Tensor` of shape `(R, T)`):
-            Policy entropy H in nats before each token.
+            Policy entropy H in nats before each token; NaN everywhere where the engine does not return it.
         weights (`torch.Tensor` of shape `(R, T)`):
             Weight w of the expert.
         logps (`torch.Tensor` of shape `(R, T)`):
@@ -104,7 +104,8 @@ class MixedRollout:
     @property
     def mask(self) -> torch.Tensor:
         """`(R, T)` `bool`: which positions hold a token."""
-        return ~self.entropies.isnan()
+        lengths = torch.tensor([len(ids) for ids in self.completion_ids], device=self.logps.device)
+        return torch.arange(self.logps.size(1), device=self.logps.device) < lengths.unsqueeze(1)
 
     def padded(self, length: int) -> "MixedRollout":
         """The same rollout with records of at least `length` positions."""

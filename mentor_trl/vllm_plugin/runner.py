@@ -66,7 +66,6 @@ class MixedRunner:
             )
         self.num_tokens = num_tokens or known
         self.records = RecordStore()
-        self.weights_version = "initial"
         self.counts = dict.fromkeys(("rounds", "drafted", "undrafted", "policy_passes"), 0)
         self._options: dict[str, RowOptions] = {}
         self._names: list[str] = []

@@ -6,6 +6,7 @@ so that an engine which names the extension has the plugin wherever its workers 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,35 +22,47 @@ install_worker()
 class MentorWorkerExtension:
     """
     Mixed into vLLM's worker class. All methods take and return what JSON can carry; a mistake of the caller is
-    returned as `"error"`.
+    returned as `"error"`. An engine that holds the policy alone has them as well.
     """
+
+    _weights_version = "initial"
+
+    def _policy(self) -> tuple[torch.nn.Module, Any]:
+        """Model and model config of the policy."""
+        runner = self.model_runner
+        if getattr(runner, "mentor", None) is None:
+            return runner.get_model(), self.vllm_config.model_config
+        return runner.get_draft_model(), runner.speculative_config.draft_model_config
 
     def mentor_info(self) -> dict | None:
         """What this engine is, from its first worker."""
         import vllm
 
-        runner = self.model_runner
+        runner, config = self.model_runner, self.vllm_config
         mentor = getattr(runner, "mentor", None)
-        if mentor is None:
-            asked = "asked for" if asked_for(self.vllm_config) else "not asked for in `additional_config`"
-            return {"error": f"this engine does not sample mixed rollouts (they were {asked})"}
+        if mentor is None and asked_for(config):
+            return {"error": "this engine was asked for mixed rollouts, and does not sample them"}
         if not _is_first():
             return None
-        config = self.vllm_config
-        draft = config.speculative_config.draft_model_config
-        return {
+        _, policy = self._policy()
+        info = {
+            "kind": "policy" if mentor is None else "mixed",
             "mentor_trl": mentor_trl.__version__,
             "vllm": vllm.__version__,
-            "policy": draft.model,
+            "policy": policy.model,
+            "policy_shape": model_shape(policy.hf_text_config),
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "max_model_len": config.model_config.max_model_len,
+            "weights_version": self._weights_version,
+        }
+        if mentor is None:
+            return info
+        return info | {
             "expert": config.model_config.model,
-            "policy_shape": model_shape(draft.hf_text_config),
-            "dtype": str(draft.dtype).removeprefix("torch."),
             "expert_stop_ids": _stop_ids(config.model_config),
             "vocab_sizes": mentor.vocab_sizes,
             "num_tokens": mentor.num_tokens,
             "draft_length": runner.num_spec_tokens,
-            "max_model_len": config.model_config.max_model_len,
-            "weights_version": mentor.weights_version,
             "counts": dict(mentor.counts),
         }
 
@@ -57,11 +70,11 @@ class MentorWorkerExtension:
         """Records of rows, see [`~mentor_trl.vllm_plugin.records.RecordStore.take`], from the first worker."""
         mentor = self.model_runner.mentor
         rows = mentor.records.take(keys)
-        return {"rows": rows, "weights_version": mentor.weights_version} if _is_first() else None
+        return {"rows": rows, "weights_version": self._weights_version} if _is_first() else None
 
     def mentor_name_weights(self, version: str) -> dict:
         """Set what `mentor_info` calls the policy's weights, around a transfer that vLLM itself makes."""
-        self.model_runner.mentor.weights_version = version
+        self._weights_version = version
         return {"weights_version": version}
 
     def mentor_load_policy(self, folder: str, version: str) -> dict:
@@ -97,22 +110,20 @@ class MentorWorkerExtension:
             initialize_layerwise_reload,
         )
 
-        runner = self.model_runner
-        model = runner.get_draft_model()
+        model, config = self._policy()
         # Until all is loaded the policy is neither the old nor the new one, and says so
-        runner.mentor.weights_version = INCOMPLETE
+        self._weights_version = INCOMPLETE
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
             model.load_weights(tensors)
-            finalize_layerwise_reload(model, runner.speculative_config.draft_model_config)
-        runner.mentor.weights_version = version
+            finalize_layerwise_reload(model, config)
+        self._weights_version = version
         return {"weights_version": version}
 
     def mentor_digest(self, model: str) -> str:
         """SHA-256 over all parameters of this worker's share of the `"policy"` or the `"expert"`."""
-        runner = self.model_runner
         digest = hashlib.sha256()
-        module = {"policy": runner.get_draft_model, "expert": runner.get_model}[model]()
+        module = self._policy()[0] if model == "policy" else self.model_runner.get_model()
         for name, value in sorted(module.named_parameters(), key=lambda item: item[0]):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

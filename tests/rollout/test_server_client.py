@@ -2,8 +2,10 @@
 
 import base64
 import json
+import math
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -12,7 +14,15 @@ import torch
 
 import mentor_trl
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.server import Patience, ServerError, ServerSampler, WrongServer
+from mentor_trl.rollout.server import (
+    AnyServer,
+    Patience,
+    PolicyServerSampler,
+    ServerError,
+    ServerSampler,
+    WeightsLost,
+    WrongServer,
+)
 from mentor_trl.rollout.weights import write_weights
 
 
@@ -30,7 +40,14 @@ class Fake:
         self.calls: list[tuple[str, dict]] = []
         self.rows: dict[str, int] = {}
         self.version, self.paused, self.lock = "initial", False, threading.Lock()
-        self.info = {"mentor_trl": mentor_trl.__version__, "vllm": "0", "policy": "p", "expert": "e", "num_tokens": 9}
+        self.info = {
+            "kind": "mixed",
+            "mentor_trl": mentor_trl.__version__,
+            "vllm": "0",
+            "policy": "p",
+            "expert": "e",
+            "num_tokens": 9,
+        }
         self.done = threading.Event()
 
     def answer(self, path: str, body: dict):
@@ -42,6 +59,10 @@ class Fake:
             self.paused = path == "/pause"
         if path == "/v1/completions":
             assert not self.paused
+            if self.info["kind"] == "policy":
+                assert body["logprobs"] == 0 and "vllm_xargs" not in body
+                ids = list(range(1, body["max_tokens"] + 1))
+                return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-i / 10 for i in ids]}}]}
             with self.lock:
                 self.rows[body["vllm_xargs"]["mentor_record"]] = len(body["prompt"])
             return {"choices": [{"token_ids": list(range(1, body["max_tokens"] + 1))}]}
@@ -52,9 +73,9 @@ class Fake:
     def rpc(self, method: str, args: list):
         if method == "mentor_info":
             return {**self.info, "max_model_len": 64, "weights_version": self.version}
-        if method == "mentor_load_policy":
+        if method in ("mentor_load_policy", "mentor_name_weights"):
             assert self.paused
-            self.version = args[1]
+            self.version = args[-1]
             return {"weights_version": self.version}
         ids, values = np.arange(1, 9, dtype=np.int32), np.zeros((8, 6), dtype=np.float32)
         values[:, 3] = np.nan
@@ -253,3 +274,58 @@ def test_written_weights(tmp_path, monkeypatch):
     assert len(files) == 3 and found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert list(tmp_path.iterdir()) == [tmp_path / "v1"]
+
+
+def test_a_policy_alone(fake, url):
+    fake.info = {**fake.info, "kind": "policy"}
+    sampler = PolicyServerSampler(url, patience=PATIENCE)
+    request = replace(REQUEST, gamma=[math.inf] * 12)
+    rollout = sampler.sample(request)
+    assert rollout.completion_ids == [[1, 2, 3, 4, 5]] * 12 and rollout.mask.all()
+    assert rollout.entropies.isnan().all() and rollout.expert_logps.isnan().all()
+    torch.testing.assert_close(rollout.logps, torch.tensor([[-0.1, -0.2, -0.3, -0.4, -0.5]] * 12))
+    torch.testing.assert_close(rollout.mixed_logps, rollout.logps)
+    assert not rollout.branch.any() and not rollout.weights.any()
+
+
+@pytest.mark.parametrize("trouble", [500, "drop", "hang", "restart"])
+def test_rows_of_a_policy_that_was_restarted_are_sampled_again(trouble, fake, url):
+    fake.info = {**fake.info, "kind": "policy"}
+    sampler = PolicyServerSampler(url, patience=PATIENCE)
+    sampler.load_policy("/shared/v1", "v1")
+    fake.script["/v1/completions"] = [200, 200, trouble]
+    rollout = sampler.sample(replace(REQUEST, gamma=[math.inf] * 12))
+    assert rollout.mask.all() and fake.version == "v1"
+    sampled = sum(path == "/v1/completions" for path, _ in fake.calls)
+    assert sampled == (24 if trouble == "restart" else 13)
+
+
+def test_servers_of_the_other_kind_are_named(fake, url):
+    with pytest.raises(WrongServer, match="serves a policy and its expert.*without --expert"):
+        PolicyServerSampler(url, patience=PATIENCE)
+    fake.info = {**fake.info, "kind": "policy"}
+    with pytest.raises(WrongServer, match="serves a policy alone.*with --expert"):
+        ServerSampler(url, patience=PATIENCE)
+    assert AnyServer(url, patience=PATIENCE).info["kind"] == "policy"
+
+
+def test_weights_that_did_not_go_through_a_folder(fake, url):
+    """The server says that they are under way; lost ones are the trainer's business."""
+    sampler, seen = ServerSampler(url, patience=PATIENCE), []
+    sampler.receive_policy(lambda: seen.append((fake.version, fake.paused)), "v1")
+    assert seen == [("incomplete", True)] and fake.version == "v1" and not fake.paused
+    assert_whole(sampler.sample(REQUEST))
+    fake.restart()
+    with pytest.raises(WeightsLost, match="'initial' and not 'v1'"):
+        with sampler.session():
+            pass
+
+    def broken():
+        raise ServerError("cut off")
+
+    with pytest.raises(ServerError, match="cut off"):
+        sampler.receive_policy(broken, "v2")
+    assert fake.version == "incomplete" and not fake.paused
+    with pytest.raises(WeightsLost, match="'incomplete' and not 'v2'"):
+        with sampler.session():
+            pass

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from helpers import make_tiny_model, make_tiny_tokenizer
-from mentor_trl.rollout.server import ServerError
+from mentor_trl.rollout.server import ServerError, WrongServer
 from server_process import serving_models
 from trainer_helpers import RecordingTrainer, make_trainer, prompts
 
@@ -70,7 +70,7 @@ def test_learns_like_the_engine_in_process(folders, server, tmp_path):
     for name, where in (("local", None), ("served", server)):
         runs = []
         for seed in (1, 2, 3):
-            trainer = trainer_of(tmp_path / f"{name}{seed}", folders, where, max_steps=30, seed=seed)
+            trainer = trainer_of(tmp_path / f"{name}{seed}", folders, where, max_steps=20, seed=seed)
             trainer.train()
             runs.append([batch["rewards"][~batch["mentor_mixed"]].mean().item() for batch in trainer.batches])
         curves[name] = [sum(values) / 3 for values in zip(*runs, strict=True)]
@@ -82,6 +82,22 @@ def test_learns_like_the_engine_in_process(folders, server, tmp_path):
     off = [h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "reward" in h]
     assert max(off) < 1e-3
     assert expert_digest(server) == before
+
+
+def test_a_second_server_for_the_policy_alone(folders, server, tmp_path):
+    """Weights reach both, and what each samples has the training model's log-probabilities."""
+    with serving_models(folders[0], None, tmp_path / "log.txt") as policy:
+        trainer = trainer_of(
+            tmp_path, folders, server, max_steps=4, expert_decay_steps=3, vllm_policy_server_base_url=policy.url
+        )
+        trainer.train()
+        assert policy.tail(10**7).count("/v1/completions") == 16 * 3 + 32
+        with pytest.raises(WrongServer, match="serves a policy alone"):
+            trainer_of(tmp_path, folders, policy)
+    for batch in trainer.batches:
+        off = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
+        assert off[batch["completion_mask"].bool()].nan_to_num(0.0).abs().max() < 1e-3
+    assert [batch["rollout"] is None for batch in trainer.batches] == [False, False, False, True]
 
 
 def test_a_server_that_is_killed_and_restarted(folders, server, tmp_path):
