@@ -43,3 +43,31 @@ def test_training_in_bfloat16_with_an_expert_of_another_type(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.vllm
+def test_a_colocated_engine_sleeps_and_wakes_with_its_expert(tmp_path):
+    for name, seed in (("policy", 0), ("expert", 1)):
+        make_tiny_model(seed=seed, hidden_size=256).save_pretrained(tmp_path / name)
+        make_tiny_tokenizer().save_pretrained(tmp_path / name)
+    trainer = make_trainer(
+        tmp_path,
+        use_cpu=False,
+        bf16=True,
+        max_steps=3,
+        model=str(tmp_path / "policy"),
+        expert_model_name_or_path=str(tmp_path / "expert"),
+        trainer_kwargs={"expert": None},
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_enable_sleep_mode=True,
+        vllm_gpu_memory_utilization=0.2,
+        vllm_max_model_length=128,
+    )
+    sampler = trainer.vllm_generation.sampler
+    digest = lambda model: sampler.llm.collective_rpc("mentor_digest", args=(model,))[0]
+    with sampler.session():
+        expert, policy = digest("expert"), digest("policy")
+    trainer.train()
+    with sampler.session():
+        assert digest("expert") == expert and digest("policy") != policy

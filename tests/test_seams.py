@@ -12,6 +12,8 @@ import torch
 from packaging.requirements import Requirement
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, nanstd, shuffle_sequence_dict, split_tensor_dict
@@ -54,6 +56,25 @@ CALLED = {
     Trainer._save_optimizer_and_scheduler: "self output_dir",
     Trainer._load_optimizer_and_scheduler: "self checkpoint",
     Trainer._save_checkpoint: "self model trial",
+}
+
+
+VLLM_INIT = "self model accelerator processing_class mode structured_outputs_regex server_base_url server_host "
+VLLM_INIT += "server_port server_timeout group_port tensor_parallel_size gpu_memory_utilization max_model_length "
+VLLM_INIT += "max_num_seqs enable_sleep_mode model_impl trust_remote_code repetition_penalty temperature top_p top_k "
+VLLM_INIT += "min_p max_completion_length logprobs generation_kwargs"
+CALLED |= {
+    VLLMGeneration.__init__: VLLM_INIT,
+    VLLMGeneration._init_vllm: "self",
+    VLLMGeneration._iter_named_params: "self",
+    VLLMGeneration.sync_weights: "self",
+    VLLMGeneration.generate: "self prompts images num_generations profiler",
+    VLLMClient.__init__: "self base_url host server_port group_port connection_timeout",
+    VLLMClient._post: "self url kwargs",
+    VLLMClient._start_weight_update: "self",
+    VLLMClient.init_communicator: "self device",
+    VLLMClient.update_named_params: "self metadata named_params",
+    VLLMClient.close_communicator: "self",
 }
 
 
@@ -166,3 +187,33 @@ def test_configuration_adds_to_trls():
 def test_trainer_module_names():
     assert grpo_trainer.GRPOTrainer is GRPOTrainer and GRPOTrainer._name == "GRPO"
     assert GRPOTrainer._tag_names == ["trl", "grpo"] and set(GRPOTrainer._paper) == {"title", "id", "citation"}
+
+
+def test_trls_vllm_backend_is_built_by_a_name_of_its_module():
+    """`mixed_generation` puts ours there while the trainer is built."""
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert source.count("VLLMGeneration(") == 1 and "self.vllm_generation = VLLMGeneration(" in source
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration
+    assert 'vllm_client.get_server_info()["model_config"]["logprobs_mode"]' in source
+
+
+def test_what_trl_does_with_its_vllm_backend():
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "if self.state.global_step != self._last_loaded_step:" in source
+    assert "_, completion_ids, logprobs, _ = self.vllm_generation.generate(" in source
+    used = {
+        name
+        for method in vars(GRPOTrainer).values()
+        if inspect.isfunction(method)
+        for name in re.findall(r"self\.vllm_generation\.(\w+)", inspect.getsource(method))
+    }
+    assert used == {"generate", "sync_weights", "vllm_client", "llm"}  # `llm` with tools only
+
+
+def test_trls_weight_transfer_starts_by_the_method_that_is_overridden():
+    assert "self._start_weight_update()" in inspect.getsource(VLLMClient.update_named_params)
+
+
+def test_trl_leaves_tokens_without_a_log_probability_alone():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "torch.nan_to_num(per_token_logps_diff, nan=0.0)" in source
