@@ -91,7 +91,7 @@ def test_a_second_server_for_the_policy_alone(folders, server, tmp_path):
             tmp_path, folders, server, max_steps=4, expert_decay_steps=3, vllm_policy_server_base_url=policy.url
         )
         trainer.train()
-        assert policy.tail(10**7).count("/v1/completions") == 16 * 3 + 32
+        assert policy.tail(10**7).count("POST /v1/completions") == 16 * 3 + 32
         with pytest.raises(WrongServer, match="serves a policy alone"):
             trainer_of(tmp_path, folders, policy)
     for batch in trainer.batches:
