@@ -93,10 +93,12 @@ def test_the_last_rows_of_each_group_are_the_trajectories(conversational, count,
 
 def test_other_rows_are_those_of_plain_grpo(tmp_path):
     """TRL draws all rows; the trajectories then take their places. Advantages are TRL's, over the whole group."""
-    luffy = make_luffy(tmp_path / "a", max_steps=1)
-    plain = make_luffy(tmp_path / "b", max_steps=1, num_trajectory_generations=0)
-    luffy.train(), plain.train()
-    (ours,), (theirs,) = luffy.batches, plain.batches
+    batches = []
+    for count in (1, 0):
+        trainer = make_luffy(tmp_path / str(count), max_steps=1, num_trajectory_generations=count)
+        trainer.train()
+        batches += trainer.batches
+    ours, theirs = batches
     assert completions(ours)[:7] == completions(theirs)[:7] and completions(ours)[7] != completions(theirs)[7]
     rewards = ours["rewards"]
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
