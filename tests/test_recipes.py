@@ -364,6 +364,8 @@ def test_one_rollout_batch(recipe, tmp_path, monkeypatch, rows_file, tiny_model_
     mixed = config["num_mixed_generations"]
     assert first.get("mentor/alpha") == (config["alpha"] if mixed else None)
     assert ("mentor/mixed/reward" in first) == bool(mixed)
+    assert ("mentor/trajectory/reward" in first) == ("num_trajectory_generations" in config)
+    assert ("hint" in trainer.train_dataset.column_names) == ("hint_fraction" in config)
     if servers:
         # On-policy rows and mixed rows, of one rollout batch
         assert len(servers[0].requests) == 2
