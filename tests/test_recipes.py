@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from datasets import Dataset
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from mentor_trl import MentorGRPOConfig, serving
-from mentor_trl.scripts import data, train
+from mentor_trl.scripts import data, plot, train
 from mentor_trl.scripts.train import make_parser, resolve_reward_funcs
 from served_helpers import stand_in
 
@@ -277,8 +278,10 @@ def check_command(words: list[str]) -> None:
     elif command == "serve":
         options, _ = serving.make_parser().parse_known_args(rest)
         assert options.policy and options.expert
+    elif command == "plot":
+        plot.make_parser().parse_args(rest)
     else:
-        assert command in ("eval", "health", "plot")
+        assert command in ("eval", "health")
 
 
 @pytest.mark.parametrize("file", [*LARGE, ROOT / "docs" / "recipes.md"], ids=lambda path: str(path.relative_to(ROOT)))
@@ -307,6 +310,19 @@ def test_recipe_of_an_expert_is_one_of_trl(recipe):
     assert set(read(recipe)) <= known
     guided = [read(path) for path in recipe.parent.parent.glob("mentor/*.yaml")]
     assert {config["expert_model_name_or_path"] for config in guided} == {args.output_dir}
+
+
+@each(EXPERTS)
+def test_one_step_of_an_expert(recipe, tmp_path, tiny_model_dir):
+    flags = ["--config", str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1", "--max_length", "128"]
+    flags += ["--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--save_strategy", "no"]
+    _, args, _ = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(flags)
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "<think>1 and 1</think>2"}]
+    rows = Dataset.from_list([{"messages": turns, "problem": "1+1=", "generations": ["2"]}] * 8)
+    trainer = SFTTrainer(model=str(tiny_model_dir), args=args, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.global_step == 1 and args.get_warmup_steps(100) == 10
+    assert len(trainer.train_dataset) < 8  # packed
 
 
 # One rollout batch of each, with tiny models
