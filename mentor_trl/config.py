@@ -65,6 +65,16 @@ class MentorGRPOConfig(GRPOConfig):
         rollout_batch_size (`int`, *optional*, defaults to `64`):
             Number of rows that a process samples at once without vLLM. Finished rows are replaced by waiting ones.
 
+        > Parameters that control expert trajectories in the place of rollouts (the baseline LUFFY)
+
+        num_trajectory_generations (`int`, *optional*, defaults to `0`):
+            Number of rollouts, among the `num_generations` of a prompt, whose place a whole expert trajectory of the
+            dataset takes (LUFFY: 1 of 8). Needs `num_mixed_generations=0`, and no expert.
+        trajectory_column (`str`, *optional*, defaults to `"trajectory"`):
+            Column of the dataset with the text of the expert's reply. A row without one stays on-policy.
+        trajectory_shaping (`float`, *optional*, defaults to `0.1`):
+            Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens.
+
         > Parameters that control rollouts with vLLM (`use_vllm=True`)
 
         vllm_weight_sync (`str`, *optional*, defaults to `"auto"`):
@@ -205,6 +215,25 @@ class MentorGRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control expert trajectories in the place of rollouts
+    num_trajectory_generations: int = field(
+        default=0,
+        metadata={
+            "help": "Number of rollouts, among the `num_generations` of a prompt, whose place a whole expert "
+            "trajectory of the dataset takes (LUFFY: 1 of 8). Needs `num_mixed_generations` 0, and no expert."
+        },
+    )
+    trajectory_column: str = field(
+        default="trajectory",
+        metadata={
+            "help": "Column of the dataset with the text of the expert's reply. A row without one stays on-policy."
+        },
+    )
+    trajectory_shaping: float = field(
+        default=0.1,
+        metadata={"help": "Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens."},
+    )
+
     # Parameters that control rollouts with vLLM
     vllm_weight_sync: str = field(
         default="auto",
@@ -299,6 +328,7 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_choices()
         self._check_group()
         self._check_ranges()
+        self._check_trajectories()
         if self.num_mixed_generations > 0:
             self._check_sampling()
 
@@ -327,6 +357,34 @@ class MentorGRPOConfig(GRPOConfig):
                 f"`num_generations` to {mixed + 2} or more."
             )
 
+    def _check_trajectories(self) -> None:
+        n, count, mixed = self.num_generations, self.num_trajectory_generations, self.num_mixed_generations
+        if count < 0:
+            raise ValueError(f"`num_trajectory_generations` is {count}; set it to 0 (none) or more.")
+        if not count:
+            return
+        if mixed:
+            raise ValueError(
+                f"`num_trajectory_generations={count}` and `num_mixed_generations={mixed}`: a group holds expert "
+                "trajectories (LUFFY) or mixed rollouts (MENTOR), not both. Set one of them to 0."
+            )
+        if n - count < 2:
+            raise ValueError(
+                f"`num_trajectory_generations={count}` leaves {n - count} of `num_generations={n}` rollouts "
+                f"on-policy, and at least 2 are needed. Set `num_trajectory_generations` to {max(n - 2, 0)} or less, "
+                f"or raise `num_generations` to {count + 2} or more."
+            )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"`importance_sampling_level={self.importance_sampling_level!r}` gives all tokens of a rollout one "
+                "ratio, and the policy shaping of trajectories is per token. Set it to 'token'."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                f"`remove_unused_columns=True` removes the column `{self.trajectory_column}` from the training set. "
+                "Set it to False."
+            )
+
     def _check_ranges(self) -> None:
         def require(ok: bool, name: str, what: str) -> None:
             if not ok:
@@ -352,6 +410,7 @@ class MentorGRPOConfig(GRPOConfig):
         )
         require(self.correction_exponent >= 0.0, "correction_exponent", "0 or more")
         require(self.correction_constant > 0.0, "correction_constant", "positive")
+        require(self.trajectory_shaping > 0.0, "trajectory_shaping", "positive (LUFFY: 0.1)")
         require(
             not (self.expert_load_in_4bit and self.expert_load_in_8bit),
             "expert_load_in_4bit",

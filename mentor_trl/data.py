@@ -9,6 +9,7 @@ mend it.
 import difflib
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,11 @@ class MentorScriptArguments(ScriptArguments):
         conversational (`bool`, *optional*):
             Whether prompts given as text become messages (`True`) or stay text (`False`). If not set, they become
             messages when the tokenizer has a chat template.
+        hint_fraction (`float`, *optional*):
+            If set, the first so much of a row's expert trajectory (a share of its characters; QuestA: 0.5) is appended
+            to its prompt as a hint, in the training rows only. Rows without a trajectory keep the plain prompt.
+        dataset_trajectory_column (`str`, *optional*, defaults to `"trajectory"`):
+            Column that holds the expert trajectory that hints are taken from.
         max_train_samples (`int`, *optional*):
             Number of training rows to keep, from the first one.
         max_eval_samples (`int`, *optional*):
@@ -114,6 +120,18 @@ class MentorScriptArguments(ScriptArguments):
             "help": "Whether prompts given as text become messages (True) or stay text (False). If not set, they "
             "become messages when the tokenizer has a chat template."
         },
+    )
+    hint_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "If set, the first so much of a row's expert trajectory (a share of its characters; QuestA: 0.5) "
+            "is appended to its prompt as a hint, in the training rows only. Rows without a trajectory keep the plain "
+            "prompt."
+        },
+    )
+    dataset_trajectory_column: str = field(
+        default="trajectory",
+        metadata={"help": "Column that holds the expert trajectory that hints are taken from."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Number of training rows to keep, from the first one."}
@@ -305,6 +323,63 @@ def build_prompt_dataset(
     )
 
 
+def add_hints(
+    dataset: "Dataset", fraction: float = 0.5, trajectory_column: str = "trajectory", name: str = "the dataset"
+) -> "Dataset":
+    """
+    Append the first part of each row's expert trajectory to its prompt, as QuestA does. For training rows only.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with a `prompt`, as [`build_prompt_dataset`] gives them.
+        fraction (`float`, *optional*, defaults to `0.5`):
+            Share of the trajectory's characters; see [`~mentor_trl.preparation.cut_hint`].
+        trajectory_column (`str`, *optional*, defaults to `"trajectory"`):
+            Column of the trajectories, which stays. A row without one keeps its prompt; a warning counts them.
+        name (`str`, *optional*, defaults to `"the dataset"`):
+            What messages call the dataset.
+
+    Returns:
+        [`~datasets.Dataset`]: rows with the hint in the prompt, and in a column `hint` (`None` where there is none).
+
+    Raises:
+        [`DataError`]: if there is nothing to take hints from, or hints are there already.
+    """
+    from datasets import Features, Value
+
+    from mentor_trl.preparation import cut_hint
+    from mentor_trl.preparation.hints import append_hint
+
+    if not 0.0 < fraction <= 1.0:
+        raise DataError(f"`hint_fraction` is {fraction}; it must be above 0 and up to 1 (QuestA: 0.5), or unset")
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"Rows of {name} that have no trajectory for a hint cannot be counted in a stream; set "
+            "`dataset_streaming` to false, or make the hints with `mentor-trl data hints`"
+        )
+    if "hint" in dataset.column_names:
+        raise DataError(f"{name} has a column `hint`: its prompts hold hints already; unset `hint_fraction`")
+    _find_column(dataset.column_names, trajectory_column, "trajectory", (), name)
+
+    def row_of(row: dict[str, Any]) -> dict[str, Any]:
+        hint = cut_hint(row[trajectory_column] or "", fraction)
+        return {"prompt": append_hint(row["prompt"], hint), "hint": hint or None}
+
+    features = Features({**dataset.features, "hint": Value("string")})
+    hinted = dataset.map(row_of, features=features, load_from_cache_file=False, desc="Adding hints")
+    plain = sum(hint is None for hint in hinted["hint"])
+    if plain == len(hinted):
+        raise DataError(
+            f"No row of {name} has a trajectory in the column '{trajectory_column}'; `mentor-trl data trajectories` "
+            "makes them, or unset `hint_fraction`"
+        )
+    if plain:
+        warnings.warn(
+            f"{plain:,} of {len(hinted):,} rows of {name} have no trajectory, and keep the plain prompt.", stacklevel=2
+        )
+    return hinted
+
+
 def _built_features(dataset: "Dataset", row_builder: "_RowBuilder") -> "Features":
     # Left to itself, `map` casts a new value to the type of the column that it replaces.
     from datasets import Features, List, Value
@@ -468,6 +543,13 @@ def load_prompt_datasets(
         )
 
     train_dataset = build(script_args.dataset_train_split, "dataset_train_split", script_args.max_train_samples)
+    if script_args.hint_fraction is not None:
+        train_dataset = add_hints(
+            train_dataset,
+            script_args.hint_fraction,
+            script_args.dataset_trajectory_column,
+            name=f"{name} (split '{script_args.dataset_train_split}')",
+        )
     if not with_eval:
         return train_dataset, None
     return train_dataset, build(script_args.dataset_test_split, "dataset_test_split", script_args.max_eval_samples)

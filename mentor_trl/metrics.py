@@ -1,4 +1,4 @@
-"""Metrics by source (on-policy, mixed) and of the mixed rollouts. docs/metrics.md lists every name."""
+"""Metrics by source (on-policy, mixed or trajectory) and of the mixed rollouts. docs/metrics.md lists every name."""
 
 import math
 from collections.abc import Callable
@@ -21,13 +21,14 @@ def row_metrics(
     advantages_N: torch.Tensor,
     lengths_N: torch.Tensor,
     truncated_N: torch.Tensor,
+    sources: tuple[str, str] = SOURCES,
 ) -> dict[str, float]:
     """
     Means over the rows of each source. A source without rows has no metrics.
 
     Args:
         mixed_N (`torch.Tensor` of shape `(N,)`, `bool`):
-            Whether a row is mixed; N rows of all processes.
+            Whether a row is mixed (or a trajectory); N rows of all processes.
         rewards_N (`torch.Tensor` of shape `(N,)`):
             Rewards, NaN where undefined.
         rewards_per_func_N_F (`torch.Tensor` of shape `(N, F)`):
@@ -40,12 +41,14 @@ def row_metrics(
             Completion lengths in tokens.
         truncated_N (`torch.Tensor` of shape `(N,)`, `bool`):
             Whether a completion ran into the length limit.
+        sources (`tuple[str, str]`, *optional*, defaults to `("on_policy", "mixed")`):
+            Names of the rows that are not, and that are, in `mixed_N`.
 
     Returns:
         `dict[str, float]`.
     """
     metrics = {}
-    for source, rows in zip(SOURCES, (~mixed_N, mixed_N), strict=True):
+    for source, rows in zip(sources, (~mixed_N, mixed_N), strict=True):
         if not rows.any():
             continue
         values = {
@@ -146,7 +149,7 @@ def token_sums(values_B_T: dict[str, torch.Tensor], mask_B_T: torch.Tensor, mixe
         mask_B_T (`torch.Tensor` of shape `(B, T)`):
             Tokens that count.
         mixed_B (`torch.Tensor` of shape `(B,)`, `bool`):
-            Whether a row is mixed.
+            Whether a row is mixed (or a trajectory).
 
     Returns:
         `torch.Tensor` of shape `(2, 1 + len(values))`: a row a source, its tokens and its sums.
@@ -158,10 +161,10 @@ def token_sums(values_B_T: dict[str, torch.Tensor], mask_B_T: torch.Tensor, mixe
     return torch.stack(rows)
 
 
-def token_means(sums: torch.Tensor, names: list[str]) -> dict[str, float]:
+def token_means(sums: torch.Tensor, names: list[str], sources: tuple[str, str] = SOURCES) -> dict[str, float]:
     """Means by source from the (reduced) sums of [`token_sums`]."""
     metrics = {}
-    for source, (tokens, *values) in zip(SOURCES, sums.tolist(), strict=True):
+    for source, (tokens, *values) in zip(sources, sums.tolist(), strict=True):
         if tokens:
             metrics |= {f"{PREFIX}{source}/{name}": v / tokens for name, v in zip(names, values, strict=True)}
     return metrics

@@ -35,7 +35,8 @@ from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
 from .rollout.decoder import check_decoding
 from .rollout.generation import EngineSettings, mixed_generation, policy_logps
 from .rollout.server import ServerError
-from .validation import check_dataset, check_engine, check_expert_given, check_supported
+from .trajectories import LUFFY_PAPER, TrajectoryRows, end_of_reply, shape_rows
+from .validation import check_dataset, check_engine, check_expert_given, check_supported, check_trajectories
 
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class MentorGRPOTrainer(GRPOTrainer):
     Trainer for MENTOR: GRPO in which some rollouts of each prompt are drawn from a mixed policy, whose tokens come
     from an expert where the policy's entropy is high. The method was introduced in [Selective Expert Guidance for
     Effective and Diverse Exploration in Reinforcement Learning of LLMs](https://huggingface.co/papers/2510.04140).
+    With `num_trajectory_generations` it is the baseline [LUFFY](https://huggingface.co/papers/2504.14945) instead,
+    which needs no expert: some rollouts of each prompt are expert trajectories from the dataset.
 
     Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func` and images are refused
     while rollouts are mixed, and so are, without vLLM, FSDP and ZeRO-3 without gathered parameters. Evaluation never
@@ -130,6 +133,9 @@ class MentorGRPOTrainer(GRPOTrainer):
         if self._guided:
             check_supported(args, tools, rollout_func, environment_factory)
             check_expert_given(args, expert)
+        elif args.num_trajectory_generations:
+            check_trajectories(args, train_dataset, tools, rollout_func, environment_factory)
+            self._tag_names, self._name, self._paper = ["trl", "luffy"], "LUFFY", LUFFY_PAPER
         else:
             self._tag_names, self._name = GRPOTrainer._tag_names, GRPOTrainer._name
             self._paper = GRPOTrainer._paper
@@ -180,28 +186,49 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._parts: list[tuple[str, list[int], MixedRollout]] = []
         self._rho_B_T: torch.Tensor | None = None
         self._rewards_N_F: torch.Tensor | None = None
+        self.trajectories: TrajectoryRows | None = None
+        self.sources = ("on_policy", "trajectory" if args.num_trajectory_generations else "mixed")
+        self._loss_inputs: dict[str, Any] = {}
         self._loss_pass: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._shaping_B_T: torch.Tensor | None = None
         self._completion_ids: list[list[int]] = []
         self._range_warned = False
         self.step_start = StepStart(self)
-        if not self._guided:
+        if not self._guided and not args.num_trajectory_generations:
             return
+        other = self.sources[1]
         if self._is_vlm:
             raise SetupError(
-                "The processing class is multimodal, and mixed rollouts are text only. Pass the tokenizer as "
-                "`processing_class`, or set `num_mixed_generations=0`."
+                f"The processing class is multimodal, and {other} rollouts are text only. Pass the tokenizer as "
+                f"`processing_class`, or set `num_{other}_generations=0`."
             )
         if args.beta != 0.0:
             warnings.warn(
-                f"`beta={args.beta}`: the KL estimator assumes samples of the policy, so it is biased on mixed "
-                "rollouts. Compare `mentor/on_policy/kl` with `mentor/mixed/kl`.",
+                f"`beta={args.beta}`: the KL estimator assumes samples of the policy, so it is biased on {other} "
+                f"rollouts. Compare `mentor/on_policy/kl` with `mentor/{other}/kl`.",
                 stacklevel=2,
             )
+        if not self._guided:
+            self._prepare_trajectories()
+            return
         with untouched_rng():
             if served:
                 self._prepare_engine(source, expert_processing_class)
             else:
                 self._prepare_expert(source, expert_processing_class)
+
+    def _prepare_trajectories(self) -> None:
+        args, template = self.args, {"chat_template": self.chat_template, **self.chat_template_kwargs}
+        self.trajectories = TrajectoryRows(
+            args.trajectory_column,
+            args.num_trajectory_generations,
+            self.num_generations,
+            self._tokenizer,
+            self.eos_token_ids,
+            end_of_reply(self._tokenizer, self.eos_token_ids, **template),
+            self.max_completion_length,
+        )
+        self.trajectories.check(self.train_dataset)
 
     def _prepare_engine(self, expert: str | None, tokenizer) -> None:
         """Check that the vLLM engine, which is running by now, fits the policy."""
@@ -263,6 +290,8 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._logs = self.logs_by_mode[self._mode]
         self._mixed_B = self._rollout = self._rho_B_T = None
         self._parts = []
+        if self.trajectories is not None:
+            self.trajectories.end()
         if self._mode == "eval":
             return super()._generate_and_score_completions(inputs)
         if self.guidance.over:
@@ -271,17 +300,22 @@ class MentorGRPOTrainer(GRPOTrainer):
         if self._guided and alpha > 0.0:
             first = self.accelerator.process_index * count
             self._mixed_B = mixed_rows(first, count, self.num_generations, self.args.num_mixed_generations)
+        if self.trajectories is not None:
+            self.trajectories.begin(inputs, self.accelerator.process_index * count)
         output = super()._generate_and_score_completions(inputs)
         rewards_N = self._weighted_rewards()
         if self._mixed_B is None:
             mixed_N = torch.zeros_like(rewards_N, dtype=torch.bool)
             advantages_N = self.accelerator.gather(output["advantages"])
+            if self.trajectories is not None:
+                mixed_N = self.accelerator.gather(self.trajectories.mask(count).to(self.accelerator.device))
+                self._log_metrics({f"{PREFIX}trajectory/missing": self.trajectories.missing(mixed_N)})
         else:
             mixed_N = mixed_rows(0, len(rewards_N), self.num_generations, self.args.num_mixed_generations)
             mixed_N = mixed_N.to(rewards_N.device)
             advantages_N = self._guide(output, rewards_N, mixed_N, alpha)
         local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
-        output["mentor_mixed"] = mixed_N[local]
+        output[f"mentor_{self.sources[1]}"] = mixed_N[local]
         self._log_rows(mixed_N, rewards_N, advantages_N, alpha)
         self._save_records(inputs, rewards_N[local], advantages_N[local], alpha)
         self.guidance.batches += 1
@@ -289,9 +323,13 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self._mixed_B is None:
-            return super()._generate_single_turn(
+            # All rows, as TRL's engines assign groups by position; those of trajectories are thrown away
+            completion_ids, logps = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+            if self.trajectories is None:
+                return completion_ids, logps
+            return self.trajectories.place(prompt_ids, completion_ids, logps)
         return self._sample(prompt_ids)
 
     def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float | None]] | None]:
@@ -377,9 +415,10 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _sources(self, count: int) -> list[str]:
         """Where this process's rows came from, as the completions table says it."""
-        if self._mixed_B is None:
-            return ["eval" if self._mode == "eval" else "on_policy"] * count
-        return ["mixed" if mixed else "on_policy" for mixed in self._mixed_B.tolist()]
+        if self._mode == "eval":
+            return ["eval"] * count
+        rows_B = self._mixed_B if self.trajectories is None else self.trajectories.mask(count)
+        return ["on_policy"] * count if rows_B is None else [self.sources[row] for row in rows_B.tolist()]
 
     def _weighted_rewards(self) -> torch.Tensor:
         """Rewards of all processes' rows, NaN where every function returned `None`."""
@@ -462,9 +501,13 @@ class MentorGRPOTrainer(GRPOTrainer):
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if kwargs.get("compute_entropy"):  # only the loss asks for entropies
             self._loss_pass = result[0].detach(), result[1].detach()
+            if self._loss_inputs.get("mentor_trajectory") is not None:
+                # The loss reads advantages and ratios only now
+                self._shaping_B_T = shape_rows(self._loss_inputs, self._loss_pass[0], self.args.trajectory_shaping)
         return result
 
     def _compute_loss(self, model, inputs):
+        self._loss_inputs = inputs = dict(inputs)  # rollouts are used again by later steps
         loss = super()._compute_loss(model, inputs)
         if self._mode == "train":
             logps, entropies = self._loss_pass
@@ -472,9 +515,13 @@ class MentorGRPOTrainer(GRPOTrainer):
             if self.beta != 0.0:
                 log_ratio = inputs["ref_per_token_logps"] - logps
                 values["kl"] = log_ratio.exp() - log_ratio - 1
-            sums = token_sums(values, inputs["completion_mask"], inputs["mentor_mixed"])
-            self._log_metrics(token_means(self._reduce(sums, "sum"), list(values)))
-        self._loss_pass = None
+            if self._shaping_B_T is not None:
+                values["shaping"] = self._shaping_B_T
+            sums = token_sums(values, inputs["completion_mask"], inputs[f"mentor_{self.sources[1]}"])
+            means = token_means(self._reduce(sums, "sum"), list(values), self.sources)
+            means.pop(f"{PREFIX}on_policy/shaping", None)  # 1 everywhere
+            self._log_metrics(means)
+        self._loss_inputs, self._loss_pass, self._shaping_B_T = {}, None, None
         return loss
 
     # Metrics, tables, model card
@@ -509,6 +556,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             advantages_N,
             self.accelerator.gather(lengths),
             self.accelerator.gather(truncated),
+            self.sources,
         )
         self._log_metrics(metrics)
         if self._guided:

@@ -108,6 +108,38 @@ def check_engine(args: MentorGRPOConfig, expert, model, quantization_config) -> 
             )
 
 
+def check_trajectories(args: MentorGRPOConfig, train_dataset, tools, rollout_func, environment_factory) -> None:
+    """
+    Raise a `ValueError` for what trajectories in the place of rollouts do not support.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration, with `num_trajectory_generations`.
+        train_dataset, tools, rollout_func, environment_factory:
+            Arguments of the trainer.
+    """
+    plain = "or set `num_trajectory_generations=0` for plain GRPO"
+    given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+    for name, value in given.items():
+        if value:
+            raise SetupError(f"`{name}` is not supported with expert trajectories. Remove it, {plain}.")
+    columns = getattr(train_dataset, "column_names", None)
+    if not isinstance(columns, list):
+        return
+    if args.trajectory_column not in columns:
+        raise SetupError(
+            f"`train_dataset` has no column `{args.trajectory_column}` with expert trajectories; it has "
+            f"{', '.join(columns)}. Set `trajectory_column`, make the column with `mentor-trl data trajectories`, "
+            f"{plain}."
+        )
+    images = {"image", "images"} & set(columns)
+    if images:
+        raise SetupError(
+            f"`train_dataset` has the column `{images.pop()}`, and trajectories are text only. Remove the column, "
+            f"{plain}."
+        )
+
+
 def check_dataset(dataset, name: str, guided: bool) -> None:
     """
     Check that a dataset has rows and prompts.

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from helpers import make_tiny_model
 from mentor_trl.rollout.server import ServerError
@@ -29,6 +30,9 @@ CASES = {
 # The same splits with a server, to which the main process alone speaks
 SERVED = {f"served_{name}": CASES[name] for name in ("split_4_4", "split_3_5", "across")}
 SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": "http://policy:8000"}
+# Trajectories in groups that lie across, of which every third prompt has none
+TRAJECTORIES = {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 0}
+TRAJECTORIES |= {"num_trajectory_generations": 2, "num_iterations": 2, "max_steps": 4, "max_completion_length": 12}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -38,6 +42,10 @@ def partly(completions, prompts, **kwargs):
     rewards = letters_reward(completions)
     rank = torch.distributed.get_rank()
     return [None if rank == 0 and i in (0, 7) else reward for i, reward in enumerate(rewards)]
+
+
+def problems() -> Dataset:
+    return prompts(12).add_column("trajectory", [f"so {2 * i}" if i % 3 else None for i in range(12)])
 
 
 def report(trainer) -> dict:
@@ -65,6 +73,22 @@ def report(trainer) -> dict:
     }
 
 
+def train_with_trajectories(folder: Path) -> dict:
+    settings = {**TRAJECTORIES, "model": str(folder / "policy"), "train_dataset": problems()}
+    trainer = make_trainer(folder / "trajectories", cls=RecordingTrainer, **settings)
+    trainer.train()
+    decode = trainer.processing_class.batch_decode
+    batches = [
+        {
+            "trajectory": batch["mentor_trajectory"],
+            "prompts": decode(batch["prompt_ids"], skip_special_tokens=True),
+            "completions": decode(batch["completion_ids"], skip_special_tokens=True),
+        }
+        for batch in trainer.batches
+    ]
+    return {"batches": batches, "weights": weights(trainer), "history": history(trainer)}
+
+
 def main(folder: Path) -> None:
     make_tiny_model(seed=0).save_pretrained(folder / "policy")  # by the main process alone
     torch.distributed.barrier()
@@ -80,6 +104,7 @@ def main(folder: Path) -> None:
         trainer._log_metrics = lambda metrics, kept=kept, log=log_metrics: (kept.append(metrics), log(metrics))
         trainer.train()
         reports[name] = {**report(trainer), "metrics": kept}
+    reports["trajectories"] = train_with_trajectories(folder)
     for name, settings in SERVED.items():
         settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         with stand_in() as servers:

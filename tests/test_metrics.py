@@ -10,7 +10,7 @@ import torch
 from mentor_trl import accuracy_reward
 from mentor_trl.metrics import guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
 from mentor_trl.rollout import MixedRollout
-from trainer_helpers import make_trainer
+from trainer_helpers import make_trainer, prompts
 
 
 NAN = math.nan
@@ -51,6 +51,15 @@ def test_a_source_without_rows_has_no_metrics():
     ones = torch.ones(2)
     metrics = row_metrics(torch.zeros(2, dtype=bool), ones, ones[:, None], ["f"], ones, ones, ones.bool())
     assert metrics and all(name.startswith("mentor/on_policy/") for name in metrics)
+
+
+def test_sources_have_the_names_that_they_are_given():
+    ones, sources = torch.ones(2), ("on_policy", "trajectory")
+    rows = torch.tensor([False, True])
+    metrics = row_metrics(rows, ones, ones[:, None], ["f"], ones, ones, ones.bool(), sources)
+    assert {name.split("/")[1] for name in metrics} == set(sources)
+    means = token_means(token_sums({"kl": torch.ones(2, 3)}, torch.ones(2, 3), rows), ["kl"], sources)
+    assert means == {"mentor/on_policy/kl": 1.0, "mentor/trajectory/kl": 1.0}
 
 
 def test_share_of_groups_without_spread():
@@ -154,6 +163,10 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
     guided = logged(make_trainer(tmp_path / "a", model=str(tiny_model_dir), beta=0.05))
     decayed = logged(make_trainer(tmp_path / "b", expert_decay_steps=1))
     plain = logged(make_trainer(tmp_path / "c", num_mixed_generations=0))
+    trajectories = prompts().add_column("trajectory", ["abc"] * 40)
+    luffy = {"num_mixed_generations": 0, "num_trajectory_generations": 1, "train_dataset": trajectories}
+    luffy = logged(make_trainer(tmp_path / "d", model=str(tiny_model_dir), beta=0.05, **luffy))
+    assert luffy and not any("/mixed/" in name for name in luffy)
     assert plain and not any("/mixed/" in name for name in plain)
     by_rewards = set()
     accuracy_reward(
@@ -163,4 +176,4 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
         log_metric=lambda name, value: by_rewards.add(name),
     )
     text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-    assert guided | decayed | plain | by_rewards == set(re.findall(r"`(mentor/[^`]*)`", text))
+    assert guided | decayed | plain | luffy | by_rewards == set(re.findall(r"`(mentor/[^`]*)`", text))

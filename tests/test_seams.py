@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import Requirement
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
@@ -53,6 +54,7 @@ CALLED = {
     nanstd: "tensor dim keepdim",
     shuffle_sequence_dict: "seq_dict",
     split_tensor_dict: "tensor_dict num_chunks",
+    is_conversational: "example",
     Trainer._save_optimizer_and_scheduler: "self output_dir",
     Trainer._load_optimizer_and_scheduler: "self checkpoint",
     Trainer._save_checkpoint: "self model trial",
@@ -131,8 +133,9 @@ def test_attributes_that_are_read_and_set(tmp_path):
     assert trainer.reward_func_names == ["letters_reward"] and trainer.reward_weights.tolist() == [1.0]
     assert trainer.scale_rewards == "group" and trainer.beta == 0.0 and trainer.temperature == 1.0
     assert trainer.num_generations == 8 and trainer.num_iterations == 1 and trainer.max_completion_length == 8
+    assert trainer.chat_template is None and trainer.chat_template_kwargs == {}
     assert trainer.log_completions is True and trainer.state.global_step == 0
-    for name in ("guidance", "sampler", "train_sampler", "expert_name", "logs_by_mode"):
+    for name in ("guidance", "sampler", "train_sampler", "expert_name", "logs_by_mode", "trajectories", "sources"):
         assert not hasattr(trainer, name), f"TRL has an attribute {name} of its own"
 
 
@@ -169,6 +172,13 @@ def test_a_rollout_batch_is_shuffled_and_split_as_a_whole():
 
 def test_the_loss_takes_per_token_advantages():
     assert "advantages.dim() == 1" in inspect.getsource(GRPOTrainer._compute_loss)
+
+
+def test_the_loss_reads_advantages_and_ratios_after_its_forward_pass():
+    """The shaping of trajectories depends on the log-probabilities of that pass, and is put in between."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    forward = source.index("self._get_per_token_logps_and_entropies(")
+    assert forward < source.index('inputs["advantages"]') and forward < source.index('"old_per_token_logps"')
 
 
 def test_version_of_trl():

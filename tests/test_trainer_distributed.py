@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import CASES, RESUME, SERVED
+from distributed_run import CASES, RESUME, SERVED, problems
 
 from trainer_helpers import advantages_by_hand, make_trainer, same_weights
 
@@ -80,6 +80,21 @@ def test_processes_stay_equal(case, ranks, tmp_path):
     assert first["guidance"] == second["guidance"]
     start = make_trainer(tmp_path, num_mixed_generations=0).model.state_dict()
     assert not same_weights(dict(start), first["weights"])
+
+
+def test_trajectories_take_the_last_places_of_groups_that_lie_across_processes(ranks):
+    runs = [rank["trajectories"] for rank in ranks]
+    texts = {row["prompt"]: row["trajectory"] for row in problems()}
+    missing = []
+    for batches in zip(*(run["batches"] for run in runs), strict=True):
+        rows = [row for batch in batches for row in zip(batch["prompts"], batch["completions"], batch["trajectory"])]
+        for i, (prompt, completion, trajectory) in enumerate(rows):
+            due = i % 6 >= 4 and texts[prompt] is not None
+            assert trajectory == due and (completion == texts[prompt]) == due
+        missing.append(1.0 - sum(row[2].item() for row in rows) / 6)
+    found = [entry["mentor/trajectory/missing"] for entry in runs[0]["history"] if "reward" in entry]
+    assert found[: len(missing)] == pytest.approx(missing) and 0.0 < max(missing) < 1.0
+    assert same_weights(runs[0]["weights"], runs[1]["weights"])
 
 
 def test_processes_and_sources_sample_from_their_own_generators(ranks):

@@ -15,6 +15,7 @@ from .mixture import (
     posterior_replaced,
     residual,
 )
+from .shaping import shaping_weights
 
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "posterior_coin",
     "posterior_replaced",
     "residual",
+    "shaping_weights",
 ]
