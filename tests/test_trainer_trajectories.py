@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from helpers import make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
+from mentor_trl.data import add_hints
 from mentor_trl.trajectories import TrajectoryRows, end_of_reply
 from trainer_helpers import SETTINGS, RecordingTrainer, history, letters_reward, make_trainer, same_weights, weights
 
@@ -266,7 +267,8 @@ class GradientTrainer(RecordingTrainer):
     def by_hand(self, model, inputs):
         """Row by row: the clipped ratio of GRPO, and f(p) A of a trajectory. Tokens are averaged (dapo)."""
         total, tokens = 0.0, int(inputs["num_items_in_batch"])
-        for i, trajectory in enumerate(inputs["mentor_trajectory"].tolist()):
+        flags = inputs.get("mentor_trajectory", inputs.get("mentor_mixed"))
+        for i, trajectory in enumerate(flags.tolist()):
             prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]
             reply = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()]
             logits = model(input_ids=torch.cat([prompt, reply])[None]).logits[0, len(prompt) - 1 : -1]
@@ -302,6 +304,21 @@ def test_gradients_are_those_of_the_shaped_probabilities(settings, tmp_path):
     assert sum(norm > 1e-3 for norm in norms) >= len(norms) / 2
     for gradient, expected in trainer.gradients:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-6)
+
+
+def test_hinted_prompts_are_trained_as_plain_grpo(tmp_path):
+    """QuestA: every row of a group is on-policy behind the prompt with the hint."""
+    hinted = add_hints(problems(["abcdef"] * 4), 0.5)
+    settings = {"num_trajectory_generations": 0, "num_iterations": 2, "max_completion_length": 8}
+    trainer = make_luffy(tmp_path, cls=GradientTrainer, train_dataset=hinted, **settings)
+    trainer.train()
+    for batch in trainer.batches:
+        (text,) = set(trainer.processing_class.batch_decode(batch["prompt_ids"], skip_special_tokens=True))
+        assert text[0].isdigit() and text.endswith("\n\nabc")
+        assert not batch["mentor_mixed"].any()
+    for gradient, expected in trainer.gradients:
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-6)
+        assert expected.norm() > 1e-3
 
 
 def test_the_policy_moves_far_between_those_steps(tmp_path):
