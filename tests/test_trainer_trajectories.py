@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
@@ -43,8 +43,8 @@ def completions(batch) -> list[list[int]]:
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
 
 
-def make_bpe_tokenizer(template: str | None = CHATML, prefix: str = "") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that merges much of what it sees here."""
+def make_bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that merges much of what it sees here, and begins texts with a special token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,8 +57,12 @@ def make_bpe_tokenizer(template: str | None = CHATML, prefix: str = "") -> PreTr
     tokenizer.train_from_iterator(
         ["assistant\n", "user\n", "<think>\n", "</think>\n\n", "The answer is 4."] * 20, trainer
     )
+    begin = "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = template and template + prefix
+    fast.chat_template = CHATML
     return fast
 
 
@@ -198,7 +202,7 @@ def test_the_token_that_ends_a_reply():
     assert end_of_reply(tokenizer, [endoftext, im_end], chat_template="{{ messages[-1]['content'] }}") == endoftext
     rows = TrajectoryRows("trajectory", 1, 1, tokenizer, [endoftext, im_end], im_end)
     rows.begin([{"prompt": "2 + 2 =", "trajectory": "4"}], 0)
-    assert rows.completion("4", [5]) == [*tokenizer("4")["input_ids"], endoftext]
+    assert rows.completion("4", [5]) == [*tokenizer.convert_tokens_to_ids(["4"]), endoftext]
     tokenizer.chat_template = None
     assert end_of_reply(tokenizer, [endoftext, im_end]) == endoftext
 
