@@ -140,6 +140,6 @@ def push_card(repo_id: str, entries: "list[EvalResult]", **kwargs: Any) -> str:
         return str(update_card(card, entries, name).push_to_hub(repo_id, **kwargs))
     except (*HUB_ERRORS, LocalEntryNotFoundError) as error:
         raise SetupError(
-            f"The results cannot be pushed to the card of {repo_id!r}: {one_line(error)}; log in (`hf auth login`) and "
+            f"The results cannot be pushed to the card of {repo_id!r}: {one_line(error)}; log in (`hf auth login`), "
             "check the name and the connection. The results that were written are not lost"
         ) from error
