@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HEADING = "### Framework versions"
 _NO_BASE = "[None](https://huggingface.co/None)"
 _CURVES = {
-    "training": "Reward, entropy and length of the on-policy rollouts",
+    "training": "Training dynamics of the on-policy rollouts",
     "guidance": "What the expert did",
 }
 
@@ -218,9 +218,10 @@ def draw_curves(trainer: "MentorGRPOTrainer") -> list[Path]:
         return []
     runs = [Run(folder, folder.resolve().name, history)]
     first = "accuracy" if "accuracy_reward" in trainer.reward_func_names else "reward"
+    smooth = 5 if len(history) >= 50 else 1
     plots = {
-        "training": lambda: plot_training(runs, (first, "entropy", "length")),
-        "guidance": lambda: plot_guidance(runs),
+        "training": lambda: plot_training(runs, (first, "entropy", "length"), smooth=smooth),
+        "guidance": lambda: plot_guidance(runs, smooth),
     }
     drawn = []
     for name, plot in plots.items():

@@ -42,6 +42,10 @@ def publishable(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         elif isinstance(value, dict):
             kept[name], inner = publishable(value)
             left_out += [f"{name}.{one}" for one in inner]
+        elif isinstance(value, list):
+            parts = [publishable(one) if isinstance(one, dict) else (_without_folders(one), []) for one in value]
+            kept[name] = [part for part, _ in parts]
+            left_out += [f"{name}.{one}" for _, inner in parts for one in inner]
         else:
             kept[name] = _without_folders(value)
     return kept, left_out
@@ -103,8 +107,6 @@ def _is_secret(name: str, value: Any) -> bool:
 
 
 def _without_folders(value: Any) -> Any:
-    if isinstance(value, list):
-        return [publishable(one)[0] if isinstance(one, dict) else _without_folders(one) for one in value]
     if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) and "\n" not in value:
         return Path(value).name
     return value

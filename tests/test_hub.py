@@ -82,7 +82,7 @@ def test_training_from_the_command_line_pushes_all_that_tells_about_the_model(
     for trace in ("rollouts", "completions", "checkpoint-1", "training_args.bin"):
         assert (tmp_path / "out" / trace).exists()
     card = ModelCard(push["files"]["README.md"].decode())
-    assert "![Reward, entropy and length" in card.text and "### Recipe" in card.text
+    assert "![Training dynamics" in card.text and "### Recipe" in card.text
     assert card.data.get("datasets") is None  # a local file
     recipe = yaml.safe_load(push["files"]["recipe.yaml"])
     assert recipe["log_rollout_records"] == 2 and "hub_token" not in recipe
