@@ -155,7 +155,7 @@ def test_results_on_request(tmp_path, mixed, form):
     card = read_card(trainer)
     found = {(entry.dataset_name, entry.metric_name): entry.metric_value for entry in card.data.eval_results}
     assert found == {("AIME24", "avg@32"): 34.38, ("AIME24", "pass@32"): 66.67, ("MATH500", "pass@1"): 66.67}
-    assert card.data.model_name == "mine" and "| MATH500 | pass@1 | 66.7 |" in card.text
+    assert card.data.model_name == "mine" and "| MATH500 | pass@1 | 66.67 |" in card.text
     assert ("### Settings" in card.text) == bool(mixed)
 
 

@@ -62,8 +62,8 @@ def results_section(entries: "list[EvalResult]") -> str:
                 [
                     entry.dataset_name,
                     entry.metric_name or entry.metric_type,
-                    f"{entry.metric_value:.1f}",
-                    f"{low:.1f} to {high:.1f}",
+                    f"{entry.metric_value:.2f}",
+                    f"{low:.2f} to {high:.2f}",
                     f"{details['num_samples']}",
                     f"{details['temperature']:g}",
                 ]

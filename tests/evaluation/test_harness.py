@@ -265,7 +265,7 @@ def test_results_go_to_the_card(tmp_path, data_dir, tiny_model_dir, monkeypatch)
     options = f"--tasks math500 --max_new_tokens 4 --model_card {card} --push_results org/model".split()
     evaluate(tmp_path, data_dir, *options, model=tiny_model_dir)
     text = (card / "README.md").read_text()
-    assert "HuggingFaceH4/MATH-500" in text and "| MATH500 | pass@1 | 0.0 |" in text
+    assert "HuggingFaceH4/MATH-500" in text and "| MATH500 | pass@1 | 0.00 |" in text
     ((repo_id, entries),) = pushed
     assert repo_id == "org/model" and [entry.dataset_name for entry in entries] == ["MATH500"]
 

@@ -119,7 +119,7 @@ def test_card_shows_its_results_once(tmp_path):
     assert rows[1:] == [
         "| AIME24 | avg@32 | 34.4 | 6.5 to 79.8 | 32 | 0.6 |",
         "| AIME24 | pass@32 | 66.7 | 20.8 to 93.9 | 32 | 0.6 |",
-        "| MATH500 | pass@1 | 66.7 | 20.8 to 93.9 | 1 | 0.6 |",
+        "| MATH500 | pass@1 | 66.67 | 20.8 to 93.9 | 1 | 0.6 |",
     ]
     assert text.index("Text.") < text.index("## Results") < text.index("## Citations") < text.index("Me.")
 
@@ -156,7 +156,7 @@ def test_push(monkeypatch, tmp_path, text):
     assert [entry.metric_value for entry in card.data.eval_results] == [
         entry.metric_value for entry in model_index(make_results())
     ]
-    assert card.data.model_name == "model" and "| MATH500 | pass@1 | 66.7 |" in card.text
+    assert card.data.model_name == "model" and "| MATH500 | pass@1 | 66.67 |" in card.text
     assert "# model" in card.text if text is None else "# Mine" in card.text and card.data.license == "mit"
 
 
