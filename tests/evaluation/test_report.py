@@ -117,9 +117,9 @@ def test_card_shows_its_results_once(tmp_path):
     # The first results are still there, and of the metadata, so that table and `model-index` agree
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows[1:] == [
-        "| AIME24 | avg@32 | 34.4 | 6.5 to 79.8 | 32 | 0.6 |",
-        "| AIME24 | pass@32 | 66.7 | 20.8 to 93.9 | 32 | 0.6 |",
-        "| MATH500 | pass@1 | 66.67 | 20.8 to 93.9 | 1 | 0.6 |",
+        "| AIME24 | avg@32 | 34.38 | 6.49 to 79.80 | 32 | 0.6 |",
+        "| AIME24 | pass@32 | 66.67 | 20.77 to 93.85 | 32 | 0.6 |",
+        "| MATH500 | pass@1 | 66.67 | 20.77 to 93.85 | 1 | 0.6 |",
     ]
     assert text.index("Text.") < text.index("## Results") < text.index("## Citations") < text.index("Me.")
 
