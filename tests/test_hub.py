@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mentor_trl import hub
 from mentor_trl.errors import SetupError
 from mentor_trl.hub import make_repository, withheld
+from mentor_trl.rollout.generation import EngineSettings
 from mentor_trl.scripts import train
 from trainer_helpers import make_trainer
 
@@ -140,6 +141,8 @@ def test_weights_on_their_way_to_a_server_stay_behind(tmp_path):
     assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:3]]
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == ["training_args.bin"]
     assert withheld(trainer.args, tmp_path.parent) == []
+    trainer.args.vllm_weight_sync_dir = None
+    assert Path(EngineSettings.of(trainer.args, None).weight_sync_dir).relative_to(tmp_path).as_posix() in hub.TRACES
 
 
 @pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline\nmode"), httpx.ConnectError("no route")])
@@ -173,7 +176,7 @@ def test_a_push_that_fails_says_where_the_model_is(stand_in, tmp_path):
         train._publish(trainer, None)
     message = str(error.value)
     assert f"saved in {tmp_path / 'out'}, but could not be pushed to me/out: gone" in message
-    assert f"hf upload me/out {tmp_path / 'out'} . --exclude 'checkpoint-*' 'rollouts/*'" in message
+    assert f"hf upload me/out {tmp_path / 'out'} . --exclude 'checkpoint-*' --exclude 'rollouts/*'" in message
     assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "README.md").exists()
 
 

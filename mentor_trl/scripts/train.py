@@ -250,10 +250,10 @@ def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
     try:
         trainer.push_to_hub(dataset_name=dataset_name)
     except HUB_ERRORS as error:
-        excluded = " ".join(f"'{pattern}'" for pattern in ["checkpoint-*", *withheld(args, args.output_dir)])
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ["checkpoint-*", *withheld(args, args.output_dir)])
         raise UsageError(
             f"The model is trained and saved in {args.output_dir}, but could not be pushed to {trainer.hub_model_id}: "
-            f"{one_line(error)}; push it later with: hf upload {trainer.hub_model_id} {args.output_dir} . --exclude "
+            f"{one_line(error)}; push it later with: hf upload {trainer.hub_model_id} {args.output_dir} . "
             f"{excluded}"
         ) from error
     print_once(f"Model saved to {args.output_dir} and pushed to https://huggingface.co/{trainer.hub_model_id}.")
