@@ -1,6 +1,5 @@
 """MENTOR as seams over TRL's GRPOTrainer: who samples which row, and what its tokens are worth."""
 
-import os
 import warnings
 from collections import defaultdict, deque
 from contextlib import contextmanager, nullcontext
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard
 from torch.distributed import ReduceOp
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
@@ -29,7 +27,9 @@ from .experts import (
     untouched_rng,
 )
 from .forward import policy_entropies
+from .hub import model_files_only
 from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
+from .model_card import complete_card
 from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
 from .rollout.decoder import check_decoding
@@ -179,6 +179,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         self.sampler: LocalSampler | None = None
         self.train_sampler = None  # stays `None` for a stream
         self.expert_name: str | None = None
+        self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": _new_logs()}
         self._mixed_B: torch.Tensor | None = None
@@ -608,20 +609,17 @@ class MentorGRPOTrainer(GRPOTrainer):
             if kept is not None:
                 kept.rename(table)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self._guided and self.is_world_process_zero():
-            path = os.path.join(self.args.output_dir, "README.md")
-            card = ModelCard.load(path)
-            mixed, group = self.args.num_mixed_generations, self.num_generations
-            sentence = (
-                f"The expert was {_link(self.expert_name)}. It chose some of the tokens in {mixed} of the {group} "
-                f"rollouts of each prompt (branch rule: {self.args.branch_rule}), and is not needed to use this "
-                "model.\n\n"
-            )
-            heading = "### Framework versions"
-            card.text = card.text.replace(heading, sentence + heading, 1)
-            card.save(path)
+        complete_card(self, dataset_name, results)
+
+    def push_to_hub(self, *args, **kwargs):
+        with model_files_only(self.args):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with model_files_only(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # Checkpoints
 
@@ -663,12 +661,3 @@ def _new_logs() -> dict[str, Any]:
         "advantages": deque(),
         "extra": defaultdict(deque),
     }
-
-
-def _link(name: str | None) -> str:
-    """An expert as the model card names it; of a local folder only the name, not where it lies."""
-    if not name:
-        return "a model that names no origin"
-    if name.count("/") == 1 and not name.startswith(".") and not os.path.exists(name):
-        return f"[{name}](https://huggingface.co/{name})"
-    return f"`{Path(name).name}`, a local model"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import HfApi
 from packaging.requirements import Requirement
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
@@ -20,6 +22,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, nanstd, shuffle_sequence_dict, split_tensor_dict
 
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
+from mentor_trl.model_card import HEADING
 from trainer_helpers import make_trainer
 
 
@@ -38,6 +41,8 @@ OVERRIDDEN = {
     "_compute_loss": "self model inputs",
     "log": "self logs start_time",
     "create_model_card": "self model_name dataset_name tags",
+    "push_to_hub": "self commit_message blocking token revision kwargs",
+    "_push_from_checkpoint": "self checkpoint_folder",
     "_get_train_sampler": "self dataset",
     "_save_optimizer_and_scheduler": "self output_dir",
     "_load_optimizer_and_scheduler": "self checkpoint",
@@ -106,6 +111,24 @@ def test_overrides_take_what_trl_takes(name):
         mine = ours.parameters.get(parameter.name)
         if mine is not None and mine.default is not mine.empty:
             assert mine.default == parameter.default, parameter.name
+
+
+@pytest.mark.parametrize("method", [Trainer.push_to_hub, Trainer._push_from_checkpoint], ids=lambda m: m.__name__)
+def test_the_trainer_uploads_through_the_method_that_is_watched(method):
+    source = inspect.getsource(method)
+    assert "hf_api().upload_folder(" in source and source.count("upload_") == source.count(".upload_folder(")
+    assert transformers.trainer.hf_api().upload_folder.__func__ is HfApi.upload_folder
+    keyword_only = inspect.signature(HfApi.upload_folder).parameters
+    assert {keyword_only[name].kind.name for name in ("folder_path", "ignore_patterns")} == {"KEYWORD_ONLY"}
+
+
+def test_the_model_card_has_the_places_that_are_completed():
+    template = Path(inspect.getfile(GRPOTrainer)).parents[1] / "templates" / "lm_model_card.md"
+    text = template.read_text(encoding="utf-8")
+    assert text.count(HEADING) == 1 and text.count("\n## Citations\n") == 1
+    assert "[{{ base_model }}](https://huggingface.co/{{ base_model }})" in text
+    # What `push_to_hub` does not know itself goes to `create_model_card`
+    assert "self.create_model_card(model_name=model_name, **kwargs)" in inspect.getsource(Trainer.push_to_hub)
 
 
 def test_every_override_is_pinned():

@@ -123,6 +123,13 @@ def test_resuming_in_the_middle_of_a_batch_repeats_the_run(ranks):
         assert rank["whole"]["guidance"] == rank["resumed"]["guidance"]
 
 
+def test_the_model_card_is_written_once_and_whole(folder):
+    text = (folder / "whole" / "README.md").read_text()
+    assert text.count("### Settings") == text.count("The expert was") == 1
+    # 8 rows of each process, 8 of a prompt
+    assert "| prompts a rollout batch | 2 |" in text
+
+
 def test_another_number_of_processes_in_the_middle_of_a_batch(folder, tmp_path):
     settings = {**RESUME, "per_device_train_batch_size": 8}
     trainer = make_trainer(tmp_path, **settings)

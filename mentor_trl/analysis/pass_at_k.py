@@ -1,14 +1,14 @@
 """pass@k curves from sampled responses."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
-import numpy as np
 import pandas as pd
 
 from ..errors import SetupError
+from ..evaluation.pass_at_k import estimate_mean, ks_to_report, pass_at_k
 from .runs import group_by_label
 from .samples import Sample, SampleSet
-from .statistics import mean_interval, pass_at_k
 
 
 def pass_at_k_curves(sets: Sequence[SampleSet], ks: Sequence[int] | None = None) -> pd.DataFrame:
@@ -23,7 +23,8 @@ def pass_at_k_curves(sets: Sequence[SampleSet], ks: Sequence[int] | None = None)
 
     Returns:
         `pd.DataFrame` with the columns `task`, `label`, `k`, `prompts`, `value`, `low` and `high` (95% interval over
-        the prompts: how well this set of prompts stands for others of its kind).
+        the prompts, of [`~mentor_trl.evaluation.pass_at_k.estimate`]: how well this set of prompts stands for others
+        of its kind).
 
     Raises:
         [`SetupError`]: if a row has no `correct`, or a k exceeds the samples of a prompt.
@@ -39,15 +40,17 @@ def pass_at_k_curves(sets: Sequence[SampleSet], ks: Sequence[int] | None = None)
                         _check(one, sample, seen)
                         by_prompt.setdefault(sample.doc_id, []).append(sample)
             counts = [[(len(one.correct), sum(one.correct)) for one in samples] for samples in by_prompt.values()]
+            drawn = sum(total for prompt in counts for total, _ in prompt)
             least = min(total for prompt in counts for total, _ in prompt)
-            for k in _default_ks(least) if ks is None else sorted(set(ks)):
+            for k in ks_to_report(least) if ks is None else sorted(set(ks)):
                 if not 1 <= k <= least:
                     raise SetupError(
                         f"pass@{k} of {label!r} on {task!r} cannot be estimated: a prompt has {least} samples. "
                         f"Choose k from 1 to {least}, or sample more."
                     )
-                values = [np.mean([pass_at_k(total, right, k) for total, right in prompt]) for prompt in counts]
-                rows.append((task, label, k, len(values), *mean_interval(values)))
+                values = [fmean(pass_at_k(total, right, k) for total, right in prompt) for prompt in counts]
+                found = estimate_mean(values, drawn)
+                rows.append((task, label, k, len(values), found.value, found.low, found.high))
     return pd.DataFrame(rows, columns=["task", "label", "k", "prompts", "value", "low", "high"])
 
 
@@ -58,14 +61,3 @@ def _check(one: SampleSet, sample: Sample, seen: set[str]) -> None:
     if sample.doc_id in seen:
         raise SetupError(f"There are two rows of {where}. Are two evaluations in one folder? Give them one by one.")
     seen.add(sample.doc_id)
-
-
-def _default_ks(most: int) -> list[int]:
-    """
-    ```python
-    >>> _default_ks(32), _default_ks(6)
-    ([1, 2, 4, 8, 16, 32], [1, 2, 4, 6])
-
-    ```
-    """
-    return sorted({*(2**power for power in range(most.bit_length())), most})

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ..errors import SetupError
+from ..evaluation.pass_at_k import estimate
 from .runs import group_by_label
 from .samples import SampleSet
-from .statistics import wilson_interval
 
 
 # The list of the paper's appendix, in its order.
@@ -47,8 +47,13 @@ def count_words(responses: Sequence[str], words: Sequence[str] = REASONING_WORDS
 
     ```
     """
-    patterns = {word: re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE) for word in words}
-    return {word: sum(pattern.search(text) is not None for text in responses) for word, pattern in patterns.items()}
+    return {word: sum(_contain(word, responses)) for word in words}
+
+
+def _contain(word: str, responses: Sequence[str]) -> list[int]:
+    """1 for each response that contains the word, else 0."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    return [int(pattern.search(text) is not None) for text in responses]
 
 
 def word_rates(
@@ -66,23 +71,24 @@ def word_rates(
         words (`Sequence[str]`, *optional*):
             Words; those of the paper if not given.
         all_completions (`bool`, *optional*, defaults to `False`):
-            Whether all responses to a prompt count, rather than the first alone. The intervals take responses for
-            independent, which several to one prompt are not.
+            Whether all responses to a prompt count, rather than the first alone. The rate is then the mean over the
+            prompts of their shares.
         source (`str`, *optional*):
             Only rows of this source of a completions table.
 
     Returns:
-        `pd.DataFrame` with the columns `label`, `word`, `responses`, `count`, `rate`, `low` and `high` (Wilson's 95%
-        interval).
+        `pd.DataFrame` with the columns `label`, `word`, `responses`, `count`, `rate`, `low` and `high` (95% interval
+        over the prompts, of [`~mentor_trl.evaluation.pass_at_k.estimate`]; with one response a prompt it is Wilson's).
     """
     rows = []
     for label, group in group_by_label(sets).items():
         samples = [sample for one in group for sample in one.samples if source in (None, sample.source)]
-        texts = [text for sample in samples for text in sample.completions[: None if all_completions else 1]]
+        texts = [sample.completions[: None if all_completions else 1] for sample in samples]
         if not texts:
             found = sorted({str(sample.source) for one in group for sample in one.samples})
             raise SetupError(f"{group[0].path} has no row of source {source!r}; its sources: {', '.join(found)}.")
-        for word, count in count_words(texts, words).items():
-            low, high = wilson_interval(count / len(texts), len(texts))
-            rows.append((label, word, len(texts), count, count / len(texts), low, high))
+        for word in words:
+            found = [_contain(word, of_prompt) for of_prompt in texts]
+            rate = estimate(found)
+            rows.append((label, word, sum(map(len, texts)), sum(map(sum, found)), rate.value, rate.low, rate.high))
     return pd.DataFrame(rows, columns=["label", "word", "responses", "count", "rate", "low", "high"])

@@ -82,9 +82,27 @@ def estimate(correct: Sequence[Sequence[int]], k: int = 1, confidence: float = 0
     if not correct:
         raise ValueError("No problem is given; pass the grades of one problem at least")
     values = [pass_at_k(len(grades), sum(grades), k) for grades in correct]
+    return estimate_mean(values, sum(len(grades) for grades in correct), confidence)
+
+
+def estimate_mean(values: Sequence[float], num_samples: int, confidence: float = 0.95) -> Estimate:
+    """
+    Estimate the mean over problems, with the interval of [`estimate`].
+
+    Args:
+        values (`Sequence[float]`):
+            One value in [0, 1] a problem.
+        num_samples (`int`):
+            Samples of all problems.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Coverage of the interval.
+
+    Returns:
+        [`Estimate`]: mean over problems and its interval.
+    """
     mean = fmean(values)
     z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
-    size = effective_sample_size(values, sum(len(grades) for grades in correct), z)
+    size = effective_sample_size(values, num_samples, z)
     centre = (mean + z * z / (2.0 * size)) / (1.0 + z * z / size)
     half = z * sqrt(mean * (1.0 - mean) / size + (z / (2.0 * size)) ** 2) / (1.0 + z * z / size)
     stderr = sqrt(variance(values, mean) / len(values)) if len(values) > 1 else 0.0

@@ -111,7 +111,7 @@ def _accuracy_table(results: dict[str, Any], paper_model: str) -> str:
         [f"paper, {paper_model}, {method}", *blank, f"{value:.1f}"]
         for method, value in PAPER_AVERAGES[paper_model].items()
     ]
-    return _table([header, own, *paper])
+    return to_table([header, own, *paper])
 
 
 def _pass_at_k_table(sampled: dict[str, dict[str, Any]], paper_model: str) -> str:
@@ -122,7 +122,7 @@ def _pass_at_k_table(sampled: dict[str, dict[str, Any]], paper_model: str) -> st
         stated = PAPER_PASS_AT_32.get(paper_model, {}).get(name)
         if stated is not None and 32 in ks:
             rows.append([f"paper, {paper_model}, MENTOR", *(f"{stated:.1f}" if k == 32 else "" for k in ks)])
-    return _table(rows)
+    return to_table(rows)
 
 
 def _verdict_table(tasks: dict[str, dict[str, Any]]) -> str:
@@ -134,7 +134,7 @@ def _verdict_table(tasks: dict[str, dict[str, Any]]) -> str:
             [TASKS[name], str(summary["num_problems"]), str(summary["num_samples"]), f"{summary['temperature']:g}"]
             + counts
         )
-    return _table(rows)
+    return to_table(rows)
 
 
 def _settings_list(settings: dict[str, Any]) -> str:
@@ -148,7 +148,10 @@ def _percent(estimate: dict[str, Any] | None) -> str:
     return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def to_table(rows: Sequence[Sequence[str]]) -> str:
+    """
+    Write rows of text, the header first, as a Markdown table whose first column alone is aligned to the left.
+    """
     header, *body = rows
     rule = ["---", *["---:"] * (len(header) - 1)]
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in (header, rule, *body)]

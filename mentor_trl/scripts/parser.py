@@ -74,6 +74,36 @@ class MentorArgumentParser(TrlParser):
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:
         return super().parse_args_and_config(None if args is None else _split_config_flag(list(args)), **kwargs)
 
+    def given_options(self, args: Iterable[str]) -> dict[str, Any]:
+        """
+        What a config file and the command line set; the latter wins. The file's `env` is left out.
+
+        Args:
+            args (`Iterable[str]`):
+                The command line, with or without `--config FILE`.
+
+        Returns:
+            `dict[str, Any]`: options by name, as a config file could hold them.
+        """
+        args, given = _split_config_flag(list(args)), {}
+        actions = {action.dest: action for action in self._actions}
+        if "--config" in args:
+            position = args.index("--config")
+            given = self._read_config(args[position + 1])
+            given.pop("env", None)
+            given = {
+                key: self._typed(actions[key], value) if key in actions else value for key, value in given.items()
+            }
+            args = args[:position] + args[position + 2 :]
+        defaults = {action: action.default for action in self._actions}
+        try:
+            for action in self._actions:
+                action.default = argparse.SUPPRESS
+            return given | vars(self.parse_known_args(args)[0])
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take the values of a config file as defaults; returns the options meant for `accelerate launch`."""
         actions = {action.dest: action for action in self._actions}

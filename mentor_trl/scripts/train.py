@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mentor_trl.errors import SetupError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mentor_trl.config import MentorGRPOConfig
     from mentor_trl.data import MentorScriptArguments
     from mentor_trl.scripts.parser import MentorArgumentParser
+    from mentor_trl.trainer import MentorGRPOTrainer
 
 
 # Reward functions that read the column `solution` of every row.
@@ -185,6 +186,7 @@ def main(
     training_args: "MentorGRPOConfig",
     model_args: "ModelConfig",
     dataset_args: "DatasetMixtureConfig",
+    recipe: dict[str, Any] | None = None,
 ) -> None:
     """
     Load the data, build the trainer, train and save.
@@ -198,8 +200,12 @@ def main(
             Model, quantization and PEFT.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
             Mixture of datasets.
+        recipe (`dict[str, Any]`, *optional*):
+            The options that were set, which are saved as `recipe.yaml` and shown in the model card.
     """
     from mentor_trl.data import load_prompt_datasets
+    from mentor_trl.hub import make_repository
+    from mentor_trl.recipe import save
 
     if not model_args.model_name_or_path:
         raise UsageError("No model is given; set `model_name_or_path` to a Hub id or a folder")
@@ -216,16 +222,41 @@ def main(
         require_solution=bool(NEED_SOLUTION & set(names)),
         with_eval=training_args.eval_strategy != "no",
     )
+    if training_args.push_to_hub and training_args.process_index == 0:
+        make_repository(training_args)
     # Only now the slow imports and the model: everything above fails within seconds.
     trainer = _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset)
+    trainer.recipe = recipe
+    if recipe is not None and trainer.is_world_process_zero():
+        save(recipe, training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("Training completed.")
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    _publish(trainer, script_args.dataset_name)
     trainer.accelerator.end_training()
+
+
+def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
+    """Save the model with its card and, where asked to, push both in one commit (`save_model` would push a first)."""
+    from mentor_trl.hub import HUB_ERRORS, is_hub_id, one_line, withheld
+
+    args, print_once = trainer.args, trainer.accelerator.print
+    # The Hub refuses a card that names a file as its dataset
+    dataset_name = dataset_name if dataset_name and is_hub_id(dataset_name) else None
+    if not args.push_to_hub:
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(model_name=Path(args.output_dir).absolute().name, dataset_name=dataset_name)
+        print_once(f"Model saved to {args.output_dir}.")
+        return
+    try:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    except HUB_ERRORS as error:
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ["checkpoint-*", *withheld(args, args.output_dir)])
+        raise UsageError(
+            f"The model is trained and saved in {args.output_dir}, but could not be pushed to {trainer.hub_model_id}: "
+            f"{one_line(error)}; push it later with: hf upload {trainer.hub_model_id} {args.output_dir} . "
+            f"{excluded}"
+        ) from error
+    print_once(f"Model saved to {args.output_dir} and pushed to https://huggingface.co/{trainer.hub_model_id}.")
 
 
 def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset):
@@ -263,7 +294,7 @@ def run(args: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:  # raised by the checks of the config dataclasses
         parser.error(str(error))
     try:
-        main(*parsed)
+        main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))
     except SetupError as error:
         parser.error(str(error))
     return 0

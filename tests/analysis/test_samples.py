@@ -2,16 +2,15 @@ import json
 import re
 import shutil
 import subprocess
-from itertools import combinations
 
 import pandas as pd
 import pytest
 
 from mentor_trl.analysis.pass_at_k import pass_at_k_curves
 from mentor_trl.analysis.samples import Sample, SampleSet, keep_tasks, read_samples
-from mentor_trl.analysis.statistics import pass_at_k
 from mentor_trl.analysis.words import REASONING_WORDS, count_words, word_rates
 from mentor_trl.errors import SetupError
+from mentor_trl.evaluation.pass_at_k import estimate
 
 
 TEXTS = [
@@ -64,22 +63,32 @@ def test_tables_of_training_have_sources(tmp_path):
         word_rates(sets, ["wait"], source="eval")
 
 
-def test_pass_at_k_counts_subsets():
-    for n in range(1, 7):
-        for c in range(n + 1):
-            grades = [1] * c + [0] * (n - c)
-            for k in range(1, n + 1):
-                subsets = list(combinations(grades, k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(map(max, subsets)) / len(subsets))
-    with pytest.raises(ValueError, match="pass@3"):
-        pass_at_k(2, 1, 3)
-
-
 def test_curves_by_hand():
     curves = pass_at_k_curves([make_set("a", [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])])
     assert curves["k"].tolist() == [1, 2, 4]
     assert curves["value"].tolist() == pytest.approx([1.25 / 3, 1.5 / 3, 2 / 3])
     assert (curves["low"] < curves["value"]).all() and (curves["value"] < curves["high"]).all()
+
+
+def test_curves_have_the_intervals_of_the_evaluation():
+    rows = [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]
+    for found in pass_at_k_curves([make_set("a", rows)]).to_dict("records"):
+        expected = estimate(rows, found["k"])
+        assert (found["value"], found["low"], found["high"]) == (expected.value, expected.low, expected.high)
+    # Two seeds of the same responses are not twice the prompts
+    (twice,) = pass_at_k_curves([make_set("a", rows), make_set("a", rows)], ks=[1]).to_dict("records")
+    expected = estimate([row + row for row in rows])
+    assert (twice["value"], twice["low"], twice["high"]) == (expected.value, expected.low, expected.high)
+
+
+def test_responses_to_one_prompt_are_not_independent():
+    rows = [["wait"] * 8] * 10 + [["no"] * 8] * 10
+    sets = [SampleSet("a", "a", [Sample(str(i), "t", row) for i, row in enumerate(rows)])]
+    (first,) = word_rates(sets, ["wait"]).to_dict("records")
+    (every,) = word_rates(sets, ["wait"], all_completions=True).to_dict("records")
+    assert (every["responses"], every["count"], every["rate"]) == (160, 80, 0.5)
+    # Eight times the responses, but nothing new about other prompts
+    assert every["high"] - every["low"] > 0.9 * (first["high"] - first["low"])
 
 
 def test_seeds_are_averaged_by_prompt():

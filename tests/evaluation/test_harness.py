@@ -259,13 +259,15 @@ def test_launch_options_go_through_accelerate(monkeypatch):
 
 def test_results_go_to_the_card(tmp_path, data_dir, tiny_model_dir, monkeypatch):
     pushed = []
-    monkeypatch.setattr("huggingface_hub.metadata_update", lambda *args, **kwargs: pushed.append(args) or "url")
+    monkeypatch.setattr("mentor_trl.evaluation.card.push_card", lambda *args: pushed.append(args) or "url")
     card = tmp_path / "card"
     card.mkdir()
     options = f"--tasks math500 --max_new_tokens 4 --model_card {card} --push_results org/model".split()
     evaluate(tmp_path, data_dir, *options, model=tiny_model_dir)
-    assert "HuggingFaceH4/MATH-500" in (card / "README.md").read_text()
-    assert pushed[0][0] == "org/model"
+    text = (card / "README.md").read_text()
+    assert "HuggingFaceH4/MATH-500" in text and "| MATH500 | pass@1 | 0.00 |" in text
+    ((repo_id, entries),) = pushed
+    assert repo_id == "org/model" and [entry.dataset_name for entry in entries] == ["MATH500"]
 
 
 def test_config_file(tmp_path, data_dir, tiny_model_dir):

@@ -1,5 +1,7 @@
 import itertools
 import random
+import subprocess
+import sys
 from fractions import Fraction
 from statistics import fmean
 
@@ -73,3 +75,8 @@ def test_average_of_sets():
 
 def test_ks():
     assert ks_to_report(1) == [1] and ks_to_report(32) == [1, 2, 4, 8, 16, 32] and ks_to_report(6) == [1, 2, 4, 6]
+
+
+def test_estimates_need_no_harness():
+    code = "import sys; sys.modules['lm_eval'] = sys.modules['torch'] = None; import mentor_trl.evaluation.pass_at_k"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

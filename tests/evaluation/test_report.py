@@ -1,7 +1,10 @@
 import json
+from pathlib import Path
 
+import httpx
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS
@@ -106,15 +109,57 @@ def test_card_needs_a_folder(tmp_path):
         write_card(tmp_path / "no", model_index(make_results()), "model")
 
 
-def test_push(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "huggingface_hub.metadata_update", lambda *args, **kwargs: calls.append((args, kwargs)) or "url"
-    )
+def test_card_shows_its_results_once(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nText.\n\n## Citations\n\nMe.\n")
+    write_card(tmp_path, model_index(make_results(aime24=32)), "model")
+    text = ModelCard.load(write_card(tmp_path, model_index(make_results(math500=1)), "model")).text
+    assert text.count("## Results") == 1
+    # The first results are still there, and of the metadata, so that table and `model-index` agree
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows[1:] == [
+        "| AIME24 | avg@32 | 34.38 | 6.49 to 79.80 | 32 | 0.6 |",
+        "| AIME24 | pass@32 | 66.67 | 20.77 to 93.85 | 32 | 0.6 |",
+        "| MATH500 | pass@1 | 66.67 | 20.77 to 93.85 | 1 | 0.6 |",
+    ]
+    assert text.index("Text.") < text.index("## Results") < text.index("## Citations") < text.index("Me.")
+
+
+class Stored:
+    """The card of a model on the Hub."""
+
+    def __init__(self, monkeypatch, folder, text: str | None):
+        self.folder, self.text, self.calls = folder, text, []
+        monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", self.download)
+        monkeypatch.setattr("huggingface_hub.repocard.upload_file", self.upload)
+        monkeypatch.setattr(ModelCard, "validate", lambda card, repo_type: None)
+
+    def download(self, repo_id, filename, **kwargs):
+        if self.text is None:
+            response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+            raise RemoteEntryNotFoundError("no such file", response=response)
+        (self.folder / filename).write_text(self.text)
+        return str(self.folder / filename)
+
+    def upload(self, path_or_fileobj, **kwargs):
+        self.text = Path(path_or_fileobj).read_text()
+        self.calls.append(kwargs)
+        return "url"
+
+
+@pytest.mark.parametrize("text", [None, "---\nlicense: mit\n---\n\n# Mine\n"])
+def test_push(monkeypatch, tmp_path, text):
+    stored = Stored(monkeypatch, tmp_path, text)
     assert push_card("org/model", model_index(make_results()), create_pr=True) == "url"
-    (((repo_id, metadata), kwargs),) = calls
-    assert repo_id == "org/model" and kwargs["overwrite"] and kwargs["create_pr"]
-    (index,) = metadata["model-index"]
-    assert index["name"] == "model"
-    values = [metric["value"] for result in index["results"] for metric in result["metrics"]]
-    assert values == [entry.metric_value for entry in model_index(make_results())]
+    (call,) = stored.calls
+    assert (call["repo_id"], call["path_in_repo"], call["create_pr"]) == ("org/model", "README.md", True)
+    card = ModelCard(stored.text)
+    assert [entry.metric_value for entry in card.data.eval_results] == [
+        entry.metric_value for entry in model_index(make_results())
+    ]
+    assert card.data.model_name == "model" and "| MATH500 | pass@1 | 66.67 |" in card.text
+    assert "# model" in card.text if text is None else "# Mine" in card.text and card.data.license == "mit"
+
+
+def test_push_offline():
+    with pytest.raises(SetupError, match="cannot be pushed to the card of 'org/model'.*hf auth login"):
+        push_card("org/model", model_index(make_results()))
