@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from helpers import make_tiny_model
+from mentor_trl.rollout import generation
 from mentor_trl.rollout.server import ServerError
 from served_helpers import make_served_trainer, stand_in
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
@@ -28,6 +29,8 @@ CASES = {
 }
 # The same splits with a server, to which the main process alone speaks
 SERVED = {f"served_{name}": CASES[name] for name in ("split_4_4", "split_3_5", "across")}
+# Rows of different length on the two processes
+SERVED["served_uneven"] = {"per_device_train_batch_size": 8, "max_completion_length": 400, "max_steps": 1}
 SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": "http://policy:8000"}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
@@ -65,6 +68,28 @@ def report(trainer) -> dict:
     }
 
 
+def failing_push(folder: Path) -> str:
+    """The error of a run of sharded weights that the main process cannot write."""
+    params, write = generation.MixedVLLMGeneration._iter_named_params, generation.write_weights
+
+    def sharded(self):
+        for name, param in params(self):
+            torch.distributed.barrier()
+            yield name, param
+
+    def full(*args):
+        raise OSError("No space left")
+
+    generation.MixedVLLMGeneration._iter_named_params, generation.write_weights = sharded, full
+    try:
+        with stand_in():
+            make_served_trainer(folder / "unsent", max_steps=1, model=str(folder / "policy")).train()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    finally:
+        generation.MixedVLLMGeneration._iter_named_params, generation.write_weights = params, write
+
+
 def main(folder: Path) -> None:
     make_tiny_model(seed=0).save_pretrained(folder / "policy")  # by the main process alone
     torch.distributed.barrier()
@@ -97,6 +122,7 @@ def main(folder: Path) -> None:
             trainer.train()
         except ServerError as error:
             reports["broken"] = str(error)
+    reports["unsent"] = failing_push(folder)
     whole = make_trainer(folder / "whole", cls=RecordingTrainer, **RESUME)
     whole.train()
     reports["whole"] = report(whole)
