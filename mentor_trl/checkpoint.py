@@ -38,6 +38,13 @@ class StepStart(TrainerCallback):
         self.trainer = trainer
         self.state: dict[str, Any] | None = None
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # TRL tells weights that the engine has by their step, and those of another run or of the best step may have it
+        self.trainer._last_loaded_step = -1
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._last_loaded_step = -1
+
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         logs = trainer.logs_by_mode["train"]

@@ -82,7 +82,7 @@ class MentorGRPOConfig(GRPOConfig):
             or `"auto"`, NCCL from a CUDA device and else the folder.
         vllm_weight_sync_dir (`str`, *optional*):
             Folder that trainer and server see under the same name, for `vllm_weight_sync="folder"`. If not set,
-            `vllm_weights` in `output_dir`. On one machine a folder in memory, such as `/dev/shm/NAME`, is fastest.
+            `_vllm_weights` in `output_dir`. On one machine a folder in memory, such as `/dev/shm/NAME`, is fastest.
         vllm_policy_server_base_url (`str`, *optional*):
             Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`). It samples
             on-policy rows and evaluation, at the speed of vLLM without drafts; gamma then comes from a forward pass
@@ -247,7 +247,7 @@ class MentorGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Folder that trainer and server see under the same name, for `vllm_weight_sync='folder'`. If not "
-            "set, `vllm_weights` in `output_dir`."
+            "set, `_vllm_weights` in `output_dir`."
         },
     )
     vllm_policy_server_base_url: str | None = field(

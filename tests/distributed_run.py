@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from helpers import make_tiny_model
+from mentor_trl.rollout import generation
 from mentor_trl.rollout.server import ServerError
 from served_helpers import make_served_trainer, stand_in
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
@@ -29,6 +30,8 @@ CASES = {
 }
 # The same splits with a server, to which the main process alone speaks
 SERVED = {f"served_{name}": CASES[name] for name in ("split_4_4", "split_3_5", "across")}
+# Rows of different length on the two processes
+SERVED["served_uneven"] = {"per_device_train_batch_size": 8, "max_completion_length": 400, "max_steps": 1}
 SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": "http://policy:8000"}
 # Trajectories in groups that lie across, of which every third prompt has none
 TRAJECTORIES = {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 0}
@@ -89,6 +92,28 @@ def train_with_trajectories(folder: Path) -> dict:
     return {"batches": batches, "weights": weights(trainer), "history": history(trainer)}
 
 
+def failing_push(folder: Path) -> str:
+    """The error of a run of sharded weights that the main process cannot write."""
+    params, write = generation.MixedVLLMGeneration._iter_named_params, generation.write_weights
+
+    def sharded(self):
+        for name, param in params(self):
+            torch.distributed.barrier()
+            yield name, param
+
+    def full(*args):
+        raise OSError("No space left")
+
+    generation.MixedVLLMGeneration._iter_named_params, generation.write_weights = sharded, full
+    try:
+        with stand_in():
+            make_served_trainer(folder / "unsent", max_steps=1, model=str(folder / "policy")).train()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    finally:
+        generation.MixedVLLMGeneration._iter_named_params, generation.write_weights = params, write
+
+
 def main(folder: Path) -> None:
     make_tiny_model(seed=0).save_pretrained(folder / "policy")  # by the main process alone
     torch.distributed.barrier()
@@ -122,6 +147,7 @@ def main(folder: Path) -> None:
             trainer.train()
         except ServerError as error:
             reports["broken"] = str(error)
+    reports["unsent"] = failing_push(folder)
     whole = make_trainer(folder / "whole", cls=RecordingTrainer, **RESUME)
     whole.train()
     reports["whole"] = report(whole)

@@ -70,6 +70,8 @@ def test_what_the_cases_cover(ranks):
     assert not sources[0][0].any() and sources[0][1].all()
     assert sources[1][0].tolist()[:4] == [False] * 3 + [True]
     assert ranks[0]["undefined_rewards"]["batches"][0]["rewards"].isnan().sum() == 2
+    lengths = [[batch["completion_mask"].size(1) for batch in r["served_uneven"]["batches"]] for r in ranks]
+    assert lengths[0] != lengths[1]
     assert not any(torch.isnan(r["undefined_rewards"]["batches"][0]["advantages"]).any() for r in ranks)
 
 
@@ -154,3 +156,8 @@ def test_a_failing_server_ends_all_processes_with_a_checkpoint(ranks, folder):
     assert ranks[1]["broken"] == "On the main process: the server is gone"
     states = [folder / "broken" / "checkpoint-2" / f"mentor_state_{rank}.pt" for rank in (0, 1)]
     assert all(state.exists() for state in states)
+
+
+def test_a_push_that_fails_leaves_no_process_behind(ranks):
+    """Bringing sharded weights together is collective: the main process goes on with it after its failure."""
+    assert [rank["unsent"] for rank in ranks] == ["No space left", "On the main process: No space left"]

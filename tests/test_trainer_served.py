@@ -10,9 +10,10 @@ from trl.trainer import grpo_trainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.errors import SetupError
+from mentor_trl.rollout import generation
 from mentor_trl.rollout.server import ServerError, WeightsLost, WrongServer
 from served_helpers import StandIn, make_served_trainer, stand_in
-from trainer_helpers import RecordingTrainer, history, make_trainer, same_weights, weights
+from trainer_helpers import RecordingTrainer, history, make_trainer, prompts, same_weights, weights
 
 
 LONGER = {"max_steps": 4, "expert_decay_steps": 9, "logging_steps": 2, "log_completions": True}
@@ -93,7 +94,11 @@ def test_the_server_gets_the_weights_of_every_step_and_keeps_its_expert(tmp_path
         trainer.train()
     assert seen == [True] * 3
     assert same_weights(servers[0].expert.state_dict(), make_tiny_model(seed=1).state_dict())
-    assert [path.name for path in (tmp_path / "vllm_weights").iterdir()] == servers[0].versions[-1:]
+    folder = tmp_path / "_vllm_weights"
+    assert [path.name for path in folder.iterdir()] == servers[0].versions[-1:]
+    (folder / "other-run-1").mkdir()
+    generation.remove_weights(folder, servers[0].versions[-1].split("-")[0])  # as at exit
+    assert [path.name for path in folder.iterdir()] == ["other-run-1"]
 
 
 def test_on_policy_rows_come_first_and_give_gamma(tmp_path):
@@ -130,6 +135,40 @@ def test_adapters_are_merged_into_what_the_server_gets(tmp_path):
     assert not same_weights(merged, make_tiny_model(seed=0).state_dict())
     for name, value in servers[0].policy.state_dict().items():
         torch.testing.assert_close(value, merged[name])
+
+
+def test_a_push_that_fails_takes_adapters_apart_again(tmp_path, monkeypatch):
+    def full(params, *args):
+        next(params)
+        raise OSError("No space left")
+
+    monkeypatch.setattr(generation, "write_weights", full)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with stand_in():
+        trainer = make_served_trainer(tmp_path, trainer_kwargs={"expert": None, "peft_config": config})
+        with pytest.raises(OSError, match="No space left"):
+            trainer.train()
+    assert not any(getattr(module, "merged", False) for module in trainer.model.modules())
+
+
+def test_weights_of_the_same_step_that_are_others_are_sent_as_well(tmp_path):
+    """Those of the best step, loaded at the end, and those that a second run begins with."""
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_completions/mean_length"}
+    best["greater_is_better"] = False
+    with stand_in() as servers:
+        trainer = make_served_trainer(
+            tmp_path / "best", **best, trainer_kwargs={"expert": None, "eval_dataset": prompts(8)}
+        )
+        trainer.train()
+        assert trainer.state.best_global_step < 3
+        trainer.evaluate()
+        assert same_weights(weights(trainer), servers[0].policy.state_dict())
+    with stand_in() as servers:
+        trainer = make_served_trainer(tmp_path / "again", max_steps=1)
+        trainer.train()
+        trainer.train()
+    assert len(servers[0].versions) == 2
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -115,9 +115,11 @@ class ColocateSampler:
         """
         self._wake("weights")
         weights = iter(weights)
-        self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
-        for _ in weights:  # an adapter is merged as long as these last
-            pass
+        try:
+            self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
+        finally:
+            for _ in weights:  # an adapter is merged as long as these last
+                pass
         self.llm.reset_prefix_cache()
 
     def sample(self, request: MixedRequest) -> MixedRollout:

@@ -1,5 +1,6 @@
 """TRL's vLLM backend for an engine that speaks for policy and expert."""
 
+import atexit
 import os
 import shutil
 import threading
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The Trainer leaves names with an underscore out of what it pushes to the Hub
+WEIGHTS_FOLDER = "_vllm_weights"
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -71,7 +75,7 @@ class EngineSettings:
             expert=expert,
             draft_length=args.draft_length,
             weight_sync=args.vllm_weight_sync,
-            weight_sync_dir=args.vllm_weight_sync_dir or os.path.join(args.output_dir, "vllm_weights"),
+            weight_sync_dir=args.vllm_weight_sync_dir or os.path.join(args.output_dir, WEIGHTS_FOLDER),
             read_timeout=args.vllm_read_timeout,
             policy_server_base_url=args.vllm_policy_server_base_url,
         )
@@ -138,6 +142,8 @@ class MixedVLLMGeneration(VLLMGeneration):
                 sampler: kind(sampler, self.group_port + port, self.accelerator.device)
                 for port, (sampler, kind) in enumerate(zip(self._servers, kinds))
             }
+        else:
+            atexit.register(remove_weights, Path(self.settings.weight_sync_dir).absolute(), self._run_id)
         policy_info = self.policy_sampler.info if self.policy_sampler is not None else None
         return {**self.sampler.info, "policy_server": policy_info}
 
@@ -245,15 +251,13 @@ class MixedVLLMGeneration(VLLMGeneration):
     def _sync_by_folder(self, version: str) -> None:
         root = Path(self.settings.weight_sync_dir).absolute()
 
-        def push() -> None:
-            write_weights(self._iter_named_params(), root / version, getattr(torch, self.info["dtype"]))
+        def push(params: Iterator[tuple[str, torch.Tensor]]) -> None:
+            write_weights(params, root / version, getattr(torch, self.info["dtype"]))
             for server in self._servers:
                 server.load_policy(str(root / version), version)
-            for old in root.glob(f"{self._run_id}-*"):
-                if old.name != version:
-                    shutil.rmtree(old)
+            remove_weights(root, self._run_id, keep=version)
 
-        self._on_main(push, others=self._drain)
+        self._send(push)
 
     def _sync_by_nccl(self, version: str) -> None:
         if self._weight_metadata is None:
@@ -262,15 +266,27 @@ class MixedVLLMGeneration(VLLMGeneration):
                 for name, param in self._iter_named_params()
             ]
         for index in range(1 if self.settings.policy_server_base_url is None else 2):
-            push = lambda server=index: self._nccl[self._servers[server]].push(
-                self._weight_metadata, self._iter_named_params(), version
+            self._send(
+                lambda params, server=index: self._nccl[self._servers[server]].push(
+                    self._weight_metadata, params, version
+                )
             )
-            self._on_main(push, others=self._drain)
 
-    def _drain(self) -> None:
-        """Take part in the collectives that bring sharded parameters together."""
-        for _ in self._iter_named_params():
-            pass
+    def _send(self, push: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
+        """
+        Let the main process push the parameters. All processes go through all of them, also where the push fails:
+        bringing sharded parameters together is collective, and adapters are merged as long as the parameters last.
+        """
+
+        def push_all() -> None:
+            params = self._iter_named_params()
+            try:
+                push(params)
+            finally:
+                if not params.gi_running:  # a transfer that hangs still holds them
+                    _exhaust(params)
+
+        self._on_main(push_all, others=lambda: _exhaust(self._iter_named_params()))
 
     # Rows
 
@@ -444,6 +460,18 @@ def bounded(call: Callable[[], None], seconds: float) -> None:
         raise ServerError(f"The policy's weights did not get through in {seconds:.0f} s. Look at the server's log.")
     if failures:
         raise ServerError(f"The policy's weights could not be transferred: {failures[0]}") from failures[0]
+
+
+def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:
+    for _ in params:
+        pass
+
+
+def remove_weights(root: str | Path, run_id: str, keep: str | None = None) -> None:
+    """Remove the weights that a run has written for its servers, except those of the version `keep`."""
+    for folder in Path(root).glob(f"{run_id}-*"):
+        if folder.name != keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def merge(requests: list[MixedRequest]) -> MixedRequest:

@@ -122,8 +122,9 @@ class MixedRollout:
         parts, first = [], 0
         for count in counts:
             rows = slice(first, first + count)
-            records = {name: getattr(self, name)[rows] for name in RECORDS}
             ids = self.completion_ids[rows]
+            longest = max(map(len, ids), default=0)
+            records = {name: getattr(self, name)[rows, :longest] for name in RECORDS}
             stats = {"tokens": sum(map(len, ids)), "replaced": int(records["replaced"].sum())}
             parts.append(MixedRollout(ids, **records, stats=stats | {"seconds": self.stats["seconds"]}))
             first += count
