@@ -211,12 +211,15 @@ def make_trainer(arm: Arm, args: argparse.Namespace, folders: dict[str, str], se
 
 
 def never_stop(trainer) -> None:
-    """Let rows end at their last token alone: the only stop id is one that the model does not have."""
-    beyond = [trainer.model.config.vocab_size]
-    trainer.eos_token_ids = trainer.generation_config.eos_token_id = beyond
-    trainer.generation_kwargs["eos_token_id"] = beyond
-    if trainer.use_vllm and isinstance(trainer, MentorGRPOTrainer):
-        trainer.vllm_generation.stop_token_ids = tuple(beyond)
+    """Let rows end at their last token alone."""
+    if trainer.use_vllm:  # TRL's own engine is told to ignore the end of a text
+        trainer.eos_token_ids = []
+        if isinstance(trainer, MentorGRPOTrainer):
+            trainer.vllm_generation.stop_token_ids = ()
+        return
+    # transformers takes no stop id at all for "those of the model", so one that the model does not have
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = [trainer.model.config.vocab_size]
+    trainer.generation_kwargs["eos_token_id"] = trainer.eos_token_ids
 
 
 class Turns(TrainerCallback):
@@ -238,10 +241,10 @@ class Turns(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.connection.recv()
         self.parts.clear()
-        self.started = self._now()
+        self.started, self.cpu_started = self._now(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds = self._now() - self.started
+        self.seconds, self.cpu = self._now() - self.started, time.process_time() - self.cpu_started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:  # the summary at the end
@@ -253,6 +256,7 @@ class Turns(TrainerCallback):
         self.connection.send(
             {
                 "seconds": self.seconds,
+                "cpu": self.cpu,  # of the trainer's process alone
                 "sampling": sampling,
                 "weights": self.parts["sync_weights"],
                 "rest": self.seconds - sampling - self.parts["sync_weights"],
@@ -336,7 +340,7 @@ def summarize(found: dict[str, list[dict]]) -> list[dict]:
     base, rows = next(iter(found.values())), []
     for name, steps in found.items():
         row = {"arm": name}
-        for part in ("seconds", "sampling", "weights", "rest"):
+        for part in ("seconds", "cpu", "sampling", "weights", "rest"):
             row[part] = statistics.median(step[part] for step in steps)
         row["spread"] = [pick(step["seconds"] for step in steps) for pick in (min, max)]
         ratios = [step["seconds"] / other["seconds"] for step, other in zip(steps, base)]
