@@ -15,7 +15,6 @@ measured cost of one expert pass over K drafts, in policy steps.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 from trl.trainer.utils import pad
 
+from common import add_noise, device_name, random_policy
 from mentor_trl import LocalSampler, MixedRequest
 from mentor_trl.rollout.decoder import Decoder, inference
 
@@ -50,29 +50,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_policy(args: argparse.Namespace) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(args.hidden // 64, 1),
-        num_key_value_heads=max(args.hidden // 128, 1),
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
-    # Entropies of about two nats instead of the log of the vocabulary
-    model.model.norm.weight.data *= 10.0
-    return model
+    return random_policy(args.hidden, args.layers, args.vocab, args.dtype, args.device)
 
 
 def make_expert(policy: LlamaForCausalLM, noise: float) -> LlamaForCausalLM:
     expert = LlamaForCausalLM(policy.config).to(policy.device, policy.dtype).eval()
     expert.load_state_dict(policy.state_dict())
-    weight = expert.lm_head.weight.data
-    generator = torch.Generator(weight.device).manual_seed(1)
-    weight += noise * weight.std() * torch.randn(weight.shape, generator=generator, device=weight.device).to(weight)
+    add_noise(expert, noise)
     return expert
 
 
@@ -254,10 +238,10 @@ def _cell(value) -> str:
 def main() -> None:
     args, console = parse_args(), Console(width=140)
     policy = make_policy(args)
-    device = platform.processor() or platform.machine() if args.device == "cpu" else torch.cuda.get_device_name()
+    device = device_name(args.device != "cpu")
     size = policy.num_parameters() / 1e6
     console.print(
-        f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {size:.1f}M parameters, vocabulary "
+        f"{device}, torch {torch.__version__}; {size:.1f}M parameters, vocabulary "
         f"{args.vocab:,}, {args.dtype}, {args.batch} rows x {args.tokens} tokens"
     )
     results = {"device": device, "arguments": vars(args), "parameters": policy.num_parameters()}

@@ -14,15 +14,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import queue
 import statistics
 import tempfile
 import time
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from common import device_name, save_models
 
 
 INF = float("inf")
@@ -49,32 +51,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save_models(args: argparse.Namespace, root: str) -> dict[str, str]:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(args.hidden // 64, 1),
-        num_key_value_heads=max(args.hidden // 128, 1),
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
-    # Entropies of about two nats instead of the log of the vocabulary
-    model.model.norm.weight.data *= 10.0
-    folders = {name: os.path.join(root, name) for name in ("policy", "expert")}
-    model.save_pretrained(folders["policy"])
-    weight = model.lm_head.weight.data
-    weight += args.noise * weight.std() * torch.randn(weight.shape, generator=torch.manual_seed(1)).to(weight)
-    model.save_pretrained(folders["expert"])
-    return folders
-
-
 def engine_kwargs(args: argparse.Namespace) -> dict:
     return {
         "skip_tokenizer_init": True,
@@ -88,8 +64,6 @@ def engine_kwargs(args: argparse.Namespace) -> dict:
 
 
 def prompts(args: argparse.Namespace) -> list[list[int]]:
-    import torch
-
     shape = (args.batch, args.prompt)
     return torch.randint(0, args.vocab, shape, generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -106,8 +80,6 @@ def timed(run, repeats: int) -> float:
 
 
 def plain(args: argparse.Namespace, folders: dict[str, str], results) -> None:
-    import torch
-
     from mentor_trl.vllm_plugin import engine_environment
 
     os.environ.update(engine_environment(cpu=not torch.cuda.is_available()))
@@ -163,26 +135,20 @@ def collect(target, *arguments) -> list[dict]:
     return found
 
 
-def device_name() -> str:
-    import torch
-
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-
-
 def main() -> None:
-    args = parse_args()
+    args, cuda = parse_args(), torch.cuda.is_available()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     with tempfile.TemporaryDirectory() as root:
-        folders = save_models(args, root)
+        folders = save_models(
+            root, args.noise, hidden=args.hidden, layers=args.layers, vocab=args.vocab, dtype=args.dtype
+        )
         found = collect(plain, args, folders)
         for draft_length in args.draft_length:
             found += collect(mixed, args, folders, draft_length)
     base = found[0]["tokens_per_second"]
     shape = f"{args.layers} layers of {args.hidden}, vocabulary {args.vocab}, {args.dtype}"
-    table = Table(title=f"{args.batch} rows of {args.prompt} + {args.tokens} tokens; {shape}; {device_name()}")
+    table = Table(title=f"{args.batch} rows of {args.prompt} + {args.tokens} tokens; {shape}; {device_name(cuda)}")
     for heading in ("arm", "K", "acceptance", "tokens/s", "of plain"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in found:
@@ -194,7 +160,7 @@ def main() -> None:
     Console().print(table)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"args": vars(args), "device": device_name(), "results": found}, file, indent=2)
+            json.dump({"args": vars(args), "device": device_name(cuda), "results": found}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # `ConnectionError` is what the offline mode raises
 HUB_ERRORS = (httpx.HTTPError, ConnectionError, LocalTokenNotFoundError, HFValidationError)
-# Rollout records, TRL's tables of completions, and the weights on their way to a vLLM server
-TRACES = ("rollouts", "completions", "vllm_weights")
+# Rollout records, and TRL's tables of completions
+TRACES = ("rollouts", "completions")
 
 
 def withheld(args: "MentorGRPOConfig", folder: str | Path) -> list[str]:

@@ -134,7 +134,7 @@ def test_pushes_while_training(stand_in, tmp_path, strategy):
 
 def test_weights_on_their_way_to_a_server_stay_behind(tmp_path):
     trainer = make_trainer(tmp_path, num_mixed_generations=0, vllm_weight_sync_dir=str(tmp_path / "sync" / "here"))
-    patterns = ["rollouts/*", "completions/*", "vllm_weights/*", "sync/here/*"]
+    patterns = ["rollouts/*", "completions/*", "sync/here/*"]
     assert withheld(trainer.args, tmp_path) == patterns
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == []
     trainer.args.hub_token, trainer.args.vllm_weight_sync_dir = TOKEN, "/dev/shm/elsewhere"
