@@ -138,11 +138,12 @@ def test_weights_on_their_way_to_a_server_stay_behind(tmp_path):
     assert withheld(trainer.args, tmp_path) == patterns
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == []
     trainer.args.hub_token, trainer.args.vllm_weight_sync_dir = TOKEN, "/dev/shm/elsewhere"
-    assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:3]]
+    assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:2]]
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == ["training_args.bin"]
     assert withheld(trainer.args, tmp_path.parent) == []
     trainer.args.vllm_weight_sync_dir = None
-    assert Path(EngineSettings.of(trainer.args, None).weight_sync_dir).relative_to(tmp_path).as_posix() in hub.TRACES
+    # The Trainer leaves out what begins so
+    assert Path(EngineSettings.of(trainer.args, None).weight_sync_dir).relative_to(tmp_path).name.startswith("_")
 
 
 @pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline\nmode"), httpx.ConnectError("no route")])
