@@ -11,6 +11,7 @@ from trl import GRPOConfig
 
 from helpers import SPECIAL_TOKENS, make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
+from mentor_trl.validation import check_supported
 from trainer_helpers import SETTINGS, letters_reward, make_trainer, prompts
 
 
@@ -37,8 +38,10 @@ def given(model, tokenizer=None, **kwargs):
         ({"generation_kwargs": {"num_beams": 2}}, "Remove it"),
         ({"temperature": 0.0}, "positive temperature"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "Use 'sum_then_normalize'"),
-        ({"use_vllm": True}, "Set it to False: mixed rollouts are sampled in process"),
-        ({"use_transformers_continuous_batching": True}, "Set it to False: mixed rollouts have their own engine"),
+        ({"use_transformers_continuous_batching": True}, "Set it to False: they have their own engine"),
+        ({"vllm_weight_sync": "disk"}, "choose one of 'auto', 'nccl', 'folder'"),
+        ({"vllm_read_timeout": 0.0}, "a positive number of seconds"),
+        ({"log_rollout_records": -1}, r"0 \(none\) or more"),
         ({"max_completion_length": None}, "need a limit, e.g. 512"),
         ({"branch_rule": "entropie"}, "choose one of 'entropy', 'threshold', 'random', 'always'"),
     ],
@@ -75,12 +78,16 @@ def test_tools_and_environments(kwargs, tmp_path):
 def test_fsdp(how, tmp_path, monkeypatch):
     if how == "accelerate":  # what `accelerate launch --use_fsdp` sets
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match=rf"FSDP is not supported.*Use DDP or DeepSpeed.*{PLAIN}"):
+        with pytest.raises(
+            ValueError, match=rf"FSDP is not supported.*Set `use_vllm=True`, use DDP or DeepSpeed.*{PLAIN}"
+        ):
             make_trainer(tmp_path)
     else:
         args = MentorGRPOConfig(str(tmp_path), **SETTINGS)
         args.fsdp = True
-        with pytest.raises(ValueError, match=rf"FSDP is not supported.*Use DDP or DeepSpeed.*{PLAIN}"):
+        with pytest.raises(
+            ValueError, match=rf"FSDP is not supported.*Set `use_vllm=True`, use DDP or DeepSpeed.*{PLAIN}"
+        ):
             MentorGRPOTrainer(make_tiny_model(), letters_reward, args, prompts(), expert=make_tiny_model(seed=1))
 
 
@@ -91,8 +98,16 @@ class Zero3:
 def test_zero3_without_gathered_parameters(tmp_path):
     args = MentorGRPOConfig(str(tmp_path), ds3_gather_for_generation=False, **SETTINGS)
     args.deepspeed_plugin = Zero3()
-    with pytest.raises(ValueError, match=rf"`ds3_gather_for_generation=False`.*Set it to True, or set {PLAIN}"):
+    with pytest.raises(
+        ValueError, match=rf"`ds3_gather_for_generation=False`.*Set it to True, set `use_vllm=True`, or set {PLAIN}"
+    ):
         MentorGRPOTrainer(make_tiny_model(), letters_reward, args, prompts(), expert=make_tiny_model(seed=1))
+
+
+def test_sharded_models_are_no_matter_where_vllm_samples(tmp_path):
+    args = MentorGRPOConfig(str(tmp_path), use_vllm=True, ds3_gather_for_generation=False, **SETTINGS)
+    args.fsdp, args.deepspeed_plugin = True, Zero3()
+    check_supported(args, None, None, None)
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
