@@ -16,6 +16,8 @@ from trainer_helpers import SETTINGS, letters_reward, make_trainer, prompts
 
 
 PLAIN = "`num_mixed_generations=0` for plain GRPO"
+FSDP = rf"FSDP is not supported.*Set `use_vllm=True`, use DDP or DeepSpeed.*{PLAIN}"
+ZERO3 = rf"`ds3_gather_for_generation=False`.*Set it to True, set `use_vllm=True`, or set {PLAIN}"
 
 
 def given(model, tokenizer=None, **kwargs):
@@ -79,14 +81,14 @@ def test_fsdp(how, tmp_path, monkeypatch):
     if how == "accelerate":  # what `accelerate launch --use_fsdp` sets
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         with pytest.raises(
-            ValueError, match=rf"FSDP is not supported.*Set `use_vllm=True`, use DDP or DeepSpeed.*{PLAIN}"
+            ValueError, match=FSDP
         ):
             make_trainer(tmp_path)
     else:
         args = MentorGRPOConfig(str(tmp_path), **SETTINGS)
         args.fsdp = True
         with pytest.raises(
-            ValueError, match=rf"FSDP is not supported.*Set `use_vllm=True`, use DDP or DeepSpeed.*{PLAIN}"
+            ValueError, match=FSDP
         ):
             MentorGRPOTrainer(make_tiny_model(), letters_reward, args, prompts(), expert=make_tiny_model(seed=1))
 
@@ -99,7 +101,7 @@ def test_zero3_without_gathered_parameters(tmp_path):
     args = MentorGRPOConfig(str(tmp_path), ds3_gather_for_generation=False, **SETTINGS)
     args.deepspeed_plugin = Zero3()
     with pytest.raises(
-        ValueError, match=rf"`ds3_gather_for_generation=False`.*Set it to True, set `use_vllm=True`, or set {PLAIN}"
+        ValueError, match=ZERO3
     ):
         MentorGRPOTrainer(make_tiny_model(), letters_reward, args, prompts(), expert=make_tiny_model(seed=1))
 
