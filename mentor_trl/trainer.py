@@ -435,7 +435,11 @@ class MentorGRPOTrainer(GRPOTrainer):
         )
         count, length = output["completion_ids"].shape
         rollout = self._rollout.padded(length)
-        trainer_logps = output["old_per_token_logps"][self._mixed_B] if self._corrects_engine else None
+        trainer_logps = None
+        if self._corrects_engine:
+            # Where a row is left out (`mask_truncated_completions`), TRL computes them without its tokens
+            kept = output["completion_mask"].bool()
+            trainer_logps = output["old_per_token_logps"].where(kept, torch.nan)[self._mixed_B]
         ratio_B_T, rho_B_T, where_B_T = self._correction(rollout, trainer_logps)
         rho = torch.ones((count, length), device=device)
         rho[self._mixed_B.to(device)] = rho_B_T.to(device)
@@ -471,7 +475,8 @@ class MentorGRPOTrainer(GRPOTrainer):
         """
         args, logps = self.args, rollout.logps
         if trainer_logps is not None:
-            logps = torch.where(rollout.branch, trainer_logps.to(logps), logps)
+            trainer_logps = trainer_logps.to(logps)
+            logps = torch.where(rollout.branch & ~trainer_logps.isnan(), trainer_logps, logps)
         if args.correction_level == "mixture":
             log_ratio, where = logps - rollout.mixed_logps, rollout.mask
         else:

@@ -81,6 +81,17 @@ def test_at_branch_points_the_ratio_takes_p_of_the_training_model(tmp_path, monk
     torch.testing.assert_close(rho[branch], expected[branch], rtol=1e-4, atol=1e-6)
 
 
+def test_rows_that_are_left_out_have_the_ratios_of_the_engine(tmp_path):
+    logged = []
+    for masked in (False, True):
+        with stand_in():
+            trainer = make_served_trainer(tmp_path / str(masked), max_steps=1, mask_truncated_completions=masked)
+            trainer.train()
+        (entry,) = (entry for entry in trainer.state.log_history if "mentor/branch_rate" in entry)
+        logged.append({name: value for name, value in entry.items() if "mentor/importance_ratio" in name})
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4)
+
+
 def test_the_server_gets_the_weights_of_every_step_and_keeps_its_expert(tmp_path):
     with stand_in() as servers:
         trainer = make_served_trainer(tmp_path, max_steps=3)

@@ -126,9 +126,11 @@ class ServerSampler:
         while True:
             try:
                 return self.check()
-            except WrongServer:
-                raise
             except (ServerError, httpx.TransportError) as error:
+                # A 5xx speaks of a stock server only where none has answered before
+                failing = hasattr(self, "info") and isinstance(error.__cause__, _Failed)
+                if isinstance(error, WrongServer) and not failing:
+                    raise
                 if time.monotonic() + pause > deadline:
                     raise ServerError(
                         f"No server answers at {self.url} ({type(error).__name__}: {error}), after "

@@ -253,6 +253,16 @@ def test_plain_vllm_is_named(status, fake, url):
         ServerSampler(url, patience=PATIENCE)
 
 
+def test_a_server_that_is_known_is_asked_again_after_5xx(fake, url):
+    sampler = ServerSampler(url, patience=PATIENCE)
+    fake.script["/collective_rpc"] = [500, 503]
+    with sampler.session() as session:
+        assert session.sample(MixedRequest([[1]], [1.0], 3, ())).completion_ids == [[1, 2, 3]]
+    fake.script["/collective_rpc"] = [404]
+    with pytest.raises(WrongServer, match="mentor-trl serve"), sampler.session():
+        pass
+
+
 def test_context_is_checked_before_anything_is_sent(fake, url):
     sampler = ServerSampler(url, patience=PATIENCE)
     with pytest.raises(ValueError, match="62 tokens"):
