@@ -72,9 +72,11 @@ def test_curves_by_hand():
 
 def test_curves_have_the_intervals_of_the_evaluation():
     rows = [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]
-    for found in pass_at_k_curves([make_set("a", rows)]).to_dict("records"):
-        expected = estimate(rows, found["k"])
-        assert (found["value"], found["low"], found["high"]) == (expected.value, expected.low, expected.high)
+    # Where prompts agree, the number of samples counts
+    for correct in (rows, [[1, 0, 1, 0]] * 20):
+        for found in pass_at_k_curves([make_set("a", correct)]).to_dict("records"):
+            expected = estimate(correct, found["k"])
+            assert (found["value"], found["low"], found["high"]) == (expected.value, expected.low, expected.high)
     # Two seeds of the same responses are not twice the prompts
     (twice,) = pass_at_k_curves([make_set("a", rows), make_set("a", rows)], ks=[1]).to_dict("records")
     expected = estimate([row + row for row in rows])
