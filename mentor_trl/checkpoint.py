@@ -93,7 +93,10 @@ def save_last_step(trainer: "MentorGRPOTrainer", step_start: StepStart | None) -
         step_start.restore()
     trainer._save_checkpoint(trainer.model, trial=None)
     folder = Path(trainer._get_output_dir(trial=None), f"checkpoint-{step}")
-    warnings.warn(f"The run ends here. Resume it from {folder}.", stacklevel=2)
+    mend = f"Resume it from {folder}."
+    if trainer.args.save_only_model:
+        mend = f"{folder} holds the model alone (`save_only_model`), which is not enough to resume."
+    warnings.warn(f"The run ends here. {mend}", stacklevel=2)
 
 
 def save_state(trainer: "MentorGRPOTrainer", folder: str) -> None:

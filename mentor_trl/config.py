@@ -87,10 +87,10 @@ class MentorGRPOConfig(GRPOConfig):
             Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`). It samples
             on-policy rows and evaluation, at the speed of vLLM without drafts; gamma then comes from a forward pass
             of the training model over the on-policy rows. If not set, the one server samples all rows.
-        vllm_read_timeout (`float`, *optional*, defaults to `1800.0`):
+        vllm_read_timeout (`float`, *optional*, defaults to `1200.0`):
             Seconds to wait for the server's answer to one request, which comes when its completion is finished. What
-            fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Keep `ddp_timeout`
-            above both, since other processes wait meanwhile.
+            fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Other processes wait
+            for the main one meanwhile: keep `ddp_timeout` above the sum.
 
         > Parameters that control the objective
 
@@ -258,10 +258,10 @@ class MentorGRPOConfig(GRPOConfig):
         },
     )
     vllm_read_timeout: float = field(
-        default=1800.0,
+        default=1200.0,
         metadata={
             "help": "Seconds to wait for the server's answer to one request, which comes when its completion is "
-            "finished. Keep `ddp_timeout` above it."
+            "finished. Keep `ddp_timeout` above the sum of this and `vllm_server_timeout`."
         },
     )
 

@@ -1,5 +1,7 @@
 """What is refused at construction, with the mend."""
 
+import warnings
+
 from accelerate.utils import parse_flag_from_env
 
 from .config import MentorGRPOConfig
@@ -89,6 +91,14 @@ def check_engine(args: MentorGRPOConfig, expert, model, quantization_config) -> 
         )
     if args.vllm_structured_outputs_regex is not None:
         raise SetupError(f"`vllm_structured_outputs_regex` is not supported with mixed rollouts. Unset it, {_PLAIN}.")
+    needed = args.vllm_read_timeout + args.vllm_server_timeout
+    if args.vllm_mode == "server" and args.world_size > 1 and args.ddp_timeout <= needed:
+        warnings.warn(
+            f"`ddp_timeout={args.ddp_timeout}` seconds are not above `vllm_read_timeout` and `vllm_server_timeout` "
+            f"together ({needed:.0f}): if the server fails, the processes that wait may end before the main one has "
+            "recovered, or saved a checkpoint. Raise `ddp_timeout`.",
+            stacklevel=4,
+        )
     if args.vllm_policy_server_base_url is not None and args.vllm_mode != "server":
         raise SetupError(
             f"`vllm_policy_server_base_url={args.vllm_policy_server_base_url!r}` needs `vllm_mode='server'`. Set "

@@ -80,16 +80,12 @@ def test_tools_and_environments(kwargs, tmp_path):
 def test_fsdp(how, tmp_path, monkeypatch):
     if how == "accelerate":  # what `accelerate launch --use_fsdp` sets
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(
-            ValueError, match=FSDP
-        ):
+        with pytest.raises(ValueError, match=FSDP):
             make_trainer(tmp_path)
     else:
         args = MentorGRPOConfig(str(tmp_path), **SETTINGS)
         args.fsdp = True
-        with pytest.raises(
-            ValueError, match=FSDP
-        ):
+        with pytest.raises(ValueError, match=FSDP):
             MentorGRPOTrainer(make_tiny_model(), letters_reward, args, prompts(), expert=make_tiny_model(seed=1))
 
 
@@ -100,9 +96,7 @@ class Zero3:
 def test_zero3_without_gathered_parameters(tmp_path):
     args = MentorGRPOConfig(str(tmp_path), ds3_gather_for_generation=False, **SETTINGS)
     args.deepspeed_plugin = Zero3()
-    with pytest.raises(
-        ValueError, match=ZERO3
-    ):
+    with pytest.raises(ValueError, match=ZERO3):
         MentorGRPOTrainer(make_tiny_model(), letters_reward, args, prompts(), expert=make_tiny_model(seed=1))
 
 

@@ -9,11 +9,13 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
+from mentor_trl import MentorGRPOConfig
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout import generation
 from mentor_trl.rollout.server import ServerError, WeightsLost, WrongServer
+from mentor_trl.validation import check_engine
 from served_helpers import StandIn, make_served_trainer, stand_in
-from trainer_helpers import RecordingTrainer, history, make_trainer, prompts, same_weights, weights
+from trainer_helpers import SETTINGS, RecordingTrainer, history, make_trainer, prompts, same_weights, weights
 
 
 LONGER = {"max_steps": 4, "expert_decay_steps": 9, "logging_steps": 2, "log_completions": True}
@@ -305,6 +307,7 @@ def test_a_wrong_server_fails_at_construction(tmp_path, monkeypatch):
         ({"expert_dtype": "bfloat16"}, "`expert_dtype='bfloat16'` applies to an expert that this process loads"),
         ({"vllm_structured_outputs_regex": "a+"}, "`vllm_structured_outputs_regex` is not supported"),
         ({"vllm_mode": "colocate"}, "No expert"),
+        ({"vllm_weight_sync": "nccl"}, "`vllm_weight_sync='nccl'` needs a CUDA device.*'folder'"),
         (
             {
                 "vllm_mode": "colocate",
@@ -324,3 +327,12 @@ def test_what_is_refused(settings, message, tmp_path):
         settings["trainer_kwargs"]["expert_processing_class"] = make_tiny_tokenizer()
     with stand_in(), pytest.raises(SetupError, match=message):
         make_served_trainer(tmp_path, **settings)
+
+
+def test_time_outs_that_do_not_fit_each_other_are_warned_of(tmp_path, monkeypatch):
+    settings = {**SETTINGS, "use_vllm": True, "vllm_mode": "server", "num_mixed_generations": 4}
+    args = MentorGRPOConfig(str(tmp_path), vllm_read_timeout=1700.0, vllm_server_timeout=200.0, **settings)
+    check_engine(args, None, None, None)  # one process waits for nobody
+    monkeypatch.setattr(MentorGRPOConfig, "world_size", 2)
+    with pytest.warns(UserWarning, match=r"`ddp_timeout=1800` seconds .* \(1900\).*Raise `ddp_timeout`"):
+        check_engine(args, None, None, None)

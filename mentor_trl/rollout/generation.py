@@ -2,8 +2,8 @@
 
 import atexit
 import os
+import re
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import ensure_master_addr_port
@@ -24,6 +23,7 @@ from ..experts import check_tokenizers, load_expert_tokenizer
 from ..vllm_plugin.options import model_shape
 from .colocate import ColocateSampler
 from .decoder import text_model
+from .nccl import DraftWeightClient, PolicyWeightClient
 from .server import Patience, PolicyServerSampler, ServerError, ServerSampler, WeightsLost
 from .types import MixedRequest, MixedRollout
 from .weights import write_weights
@@ -55,7 +55,7 @@ class EngineSettings:
             How weights reach the server: `"nccl"`, `"folder"`, or `"auto"`, NCCL from a CUDA device and else a folder.
         weight_sync_dir (`str`, *optional*):
             Folder, shared with the server, for `"folder"`.
-        read_timeout (`float`, *optional*, defaults to `1800.0`):
+        read_timeout (`float`, *optional*, defaults to `1200.0`):
             Seconds to wait for the server's answer to one request.
         policy_server_base_url (`str`, *optional*):
             Address of a server of the policy alone, for the rows that the expert has no part in.
@@ -65,7 +65,7 @@ class EngineSettings:
     draft_length: int = 8
     weight_sync: str = "auto"
     weight_sync_dir: str | None = None
-    read_timeout: float = 1800.0
+    read_timeout: float = 1200.0
     policy_server_base_url: str | None = None
 
     @classmethod
@@ -137,6 +137,11 @@ class MixedVLLMGeneration(VLLMGeneration):
         if self.settings.policy_server_base_url is not None:
             self.policy_sampler = PolicyServerSampler(self.settings.policy_server_base_url, patience=patience)
         if self.weight_sync == "nccl":
+            if self.accelerator.device.type != "cuda":
+                raise SetupError(
+                    f"`vllm_weight_sync='nccl'` needs a CUDA device, and the policy is on {self.accelerator.device}. "
+                    "Set it to 'folder', or leave it unset."
+                )
             kinds = (DraftWeightClient, PolicyWeightClient)
             self._nccl = {
                 sampler: kind(sampler, self.group_port + port, self.accelerator.device)
@@ -212,7 +217,7 @@ class MixedVLLMGeneration(VLLMGeneration):
                     f"{name} serves a policy ({served['policy']!r}) of another shape than the one that is trained: "
                     f"{served['policy_shape']}, and not {ours}. Start it with `--policy {policy.name_or_path}`."
                 )
-        if expert is not None and Path(expert).name != Path(info["expert"]).name:
+        if expert is not None and not same_model(expert, info["expert"]):
             raise SetupError(
                 f"{where} speaks for the expert {info['expert']!r}, and the configuration names {expert!r}. Serve "
                 "that expert, or leave `expert_model_name_or_path` unset to take the server's."
@@ -379,89 +384,6 @@ class _Described:
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
 
-class PolicyWeightClient(VLLMClient):
-    """
-    Sends the policy's weights over NCCL to a server that holds it alone.
-
-    Args:
-        sampler ([`ServerSampler`]):
-            Server.
-        group_port (`int`):
-            Port of the rendezvous.
-        device (`torch.device`):
-            Device of the policy.
-    """
-
-    def __init__(self, sampler: ServerSampler, group_port: int, device: torch.device):
-        super().__init__(base_url=sampler.url, group_port=group_port, connection_timeout=sampler.patience.connect)
-        self.sampler = sampler
-        self.device = device
-        self._sent: str | None = None
-
-    def _post(self, url: str, **kwargs: Any) -> dict:
-        return super()._post(url, timeout=self.sampler.patience.read, **kwargs)
-
-    def push(
-        self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str
-    ) -> None:
-        """
-        Replace the policy's weights on the server.
-
-        Args:
-            metadata (`list[tuple[str, str, list[int]]]`):
-                Name, data type and shape of each tensor.
-            params (`Iterator[tuple[str, torch.Tensor]]`):
-                The tensors.
-            version (`str`):
-                Name of these weights.
-
-        Raises:
-            [`ServerError`]: if the transfer fails, or does not end within the read time-out.
-        """
-        if self.sampler.wait()["weights_version"] != self._sent:
-            self.close_communicator()  # the server was started anew, and nobody is at the other end
-
-        def transfer() -> None:
-            if self.communicator is None:
-                self.init_communicator(self.device)
-            self.update_named_params(metadata, params)
-
-        self._sent = None
-        self.sampler.receive_policy(lambda: bounded(transfer, self.sampler.patience.read), version)
-        self._sent = version
-
-
-class DraftWeightClient(PolicyWeightClient):
-    """Sends them to a server that also holds the expert, which TRL's client would overwrite."""
-
-    def _start_weight_update(self) -> None:
-        self._post(f"{self.base_url}/start_draft_weight_update", json={})
-
-
-def bounded(call: Callable[[], None], seconds: float) -> None:
-    """
-    Run a call that may never return, such as an NCCL transfer whose other end has died.
-
-    Raises:
-        [`ServerError`]: if it fails, or is not done after `seconds`.
-    """
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise ServerError(f"The policy's weights did not get through in {seconds:.0f} s. Look at the server's log.")
-    if failures:
-        raise ServerError(f"The policy's weights could not be transferred: {failures[0]}") from failures[0]
-
-
 def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:
     for _ in params:
         pass
@@ -472,6 +394,24 @@ def remove_weights(root: str | Path, run_id: str, keep: str | None = None) -> No
     for folder in Path(root).glob(f"{run_id}-*"):
         if folder.name != keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def same_model(name: str, served: str) -> bool:
+    """
+    Whether two names may mean one model: two ids of the Hub only if they are equal, and otherwise, as a folder may lie
+    elsewhere on a server, by their last part. A snapshot in the Hub's cache counts as its id.
+
+    >>> same_model("org/expert", "org/expert"), same_model("org/expert", "other/expert")
+    (True, False)
+    >>> same_model("experts/mine", "/data/experts/mine"), same_model("experts/mine", "/data/experts/yours")
+    (True, False)
+    >>> same_model("org/expert", "/cache/models--org--expert/snapshots/0a1b")
+    True
+    """
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$", served)
+    served = "/".join(cached.groups()) if cached else served
+    ids = all(value.count("/") == 1 and not value.startswith((".", "~", "/")) for value in (name, served))
+    return name == served if ids else Path(name).name == Path(served).name
 
 
 def merge(requests: list[MixedRequest]) -> MixedRequest:

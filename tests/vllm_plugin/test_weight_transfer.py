@@ -5,7 +5,7 @@ import torch
 from test_server_client import PATIENCE, Fake, serving
 from trl.generation import vllm_client
 
-from mentor_trl.rollout.generation import DraftWeightClient, PolicyWeightClient, bounded
+from mentor_trl.rollout.nccl import DraftWeightClient, PolicyWeightClient, bounded
 from mentor_trl.rollout.server import ServerError, ServerSampler
 
 

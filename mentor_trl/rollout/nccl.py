@@ -1,0 +1,93 @@
+"""The policy's weights on their way to a server over NCCL."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from trl.generation.vllm_client import VLLMClient
+
+from .server import ServerError, ServerSampler
+
+
+class PolicyWeightClient(VLLMClient):
+    """
+    Sends the policy's weights over NCCL to a server that holds it alone.
+
+    Args:
+        sampler ([`ServerSampler`]):
+            Server.
+        group_port (`int`):
+            Port of the rendezvous.
+        device (`torch.device`):
+            Device of the policy.
+    """
+
+    def __init__(self, sampler: ServerSampler, group_port: int, device: torch.device):
+        super().__init__(base_url=sampler.url, group_port=group_port, connection_timeout=sampler.patience.connect)
+        self.sampler = sampler
+        self.device = device
+        self._sent: str | None = None
+
+    def _post(self, url: str, **kwargs: Any) -> dict:
+        return super()._post(url, timeout=self.sampler.patience.read, **kwargs)
+
+    def push(
+        self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str
+    ) -> None:
+        """
+        Replace the policy's weights on the server.
+
+        Args:
+            metadata (`list[tuple[str, str, list[int]]]`):
+                Name, data type and shape of each tensor.
+            params (`Iterator[tuple[str, torch.Tensor]]`):
+                The tensors.
+            version (`str`):
+                Name of these weights.
+
+        Raises:
+            [`ServerError`]: if the transfer fails, or does not end within the read time-out.
+        """
+        if self.sampler.wait()["weights_version"] != self._sent:
+            self.close_communicator()  # the server was started anew, and nobody is at the other end
+
+        def transfer() -> None:
+            if self.communicator is None:
+                self.init_communicator(self.device)
+            self.update_named_params(metadata, params)
+
+        self._sent = None
+        self.sampler.receive_policy(lambda: bounded(transfer, self.sampler.patience.read), version)
+        self._sent = version
+
+
+class DraftWeightClient(PolicyWeightClient):
+    """Sends them to a server that also holds the expert, which TRL's client would overwrite."""
+
+    def _start_weight_update(self) -> None:
+        self._post(f"{self.base_url}/start_draft_weight_update", json={})
+
+
+def bounded(call: Callable[[], None], seconds: float) -> None:
+    """
+    Run a call that may never return, such as an NCCL transfer whose other end has died.
+
+    Raises:
+        [`ServerError`]: if it fails, or is not done after `seconds`.
+    """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ServerError(f"The policy's weights did not get through in {seconds:.0f} s. Look at the server's log.")
+    if failures:
+        raise ServerError(f"The policy's weights could not be transferred: {failures[0]}") from failures[0]
