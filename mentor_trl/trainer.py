@@ -1,9 +1,7 @@
 """MENTOR as seams over TRL's GRPOTrainer: who samples which row, and what its tokens are worth."""
 
 import warnings
-from collections import defaultdict, deque
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,33 +29,19 @@ from .hub import model_files_only
 from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
 from .model_card import complete_card
 from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
+from .papers import LUFFY_PAPER, MENTOR_PAPER
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
 from .rollout.decoder import check_decoding
 from .rollout.generation import EngineSettings, mixed_generation, policy_logps
 from .rollout.server import ServerError
-from .trajectories import LUFFY_PAPER, TrajectoryRows, end_of_reply, shape_rows
+from .tables import evaluation_table, new_logs
+from .trajectories import TrajectoryRows, end_of_reply, shape_rows
 from .validation import check_dataset, check_engine, check_expert_given, check_supported, check_trajectories
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-_PAPER = {
-    "title": "Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs",
-    "id": "2510.04140",
-    # docstyle-ignore
-    "citation": """\
-@inproceedings{jiang2026selective,
-    title     = {{Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs}},
-    author    = {Zishang Jiang and Jinyi Han and Tingyun Li and Xinyi Wang and Sihang Jiang and Jiaqing Liang and
-                 Zhaoqian Dai and Shuguang Ma and Fei Yu and Yanghua Xiao},
-    year      = 2026,
-    booktitle = {International Conference on Learning Representations},
-    note      = {arXiv:2510.04140}
-}""",
-}
 
 
 class MentorGRPOTrainer(GRPOTrainer):
@@ -99,7 +83,7 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "mentor"]
     _name = "MENTOR"
-    _paper = _PAPER
+    _paper = MENTOR_PAPER
 
     def __init__(
         self,
@@ -181,7 +165,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         self.expert_name: str | None = None
         self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
-        self.logs_by_mode = {"train": self._logs, "eval": _new_logs()}
+        self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
         self._mixed_B: torch.Tensor | None = None
         self._rollout: MixedRollout | None = None
         self._parts: list[tuple[str, list[int], MixedRollout]] = []
@@ -592,27 +576,9 @@ class MentorGRPOTrainer(GRPOTrainer):
             return super().log(logs, start_time)
         # `eval`, or `eval_NAME` where there are several evaluation datasets
         name = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
-        with self._evaluation_table(name):
+        with evaluation_table(self, name):
             super().log(logs, start_time)
-        self.logs_by_mode["eval"] = _new_logs()
-
-    @contextmanager
-    def _evaluation_table(self, name: str):
-        """TRL names its table by the step alone: give that of an evaluation its own name, and keep training's."""
-        folder, log_completions = Path(self.args.output_dir, "completions"), self.log_completions
-        table = folder / f"completions_{self.state.global_step:05d}.parquet"
-        # The summary that ends training comes in this mode as well, after an evaluation at the last step
-        self.log_completions = log_completions and len(self._logs["prompt"]) > 0
-        writes = self.accelerator.is_main_process and self.log_completions
-        kept = table.rename(table.with_suffix(".kept")) if writes and table.exists() else None
-        try:
-            yield
-        finally:
-            self.log_completions = log_completions
-            if writes and table.exists():
-                table.replace(folder / f"completions_{name}_{self.state.global_step:05d}.parquet")
-            if kept is not None:
-                kept.rename(table)
+        self.logs_by_mode["eval"] = new_logs()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
@@ -655,14 +621,3 @@ def scatter(parts: list[tuple[list[int], list[Any]]], count: int) -> list[Any]:
         for row, value in zip(rows, part, strict=True):
             values[row] = value
     return values
-
-
-def _new_logs() -> dict[str, Any]:
-    return {
-        "images": deque(),
-        "prompt": deque(),
-        "completion": deque(),
-        "rewards": defaultdict(deque),
-        "advantages": deque(),
-        "extra": defaultdict(deque),
-    }

@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LUFFY_PAPER = {
-    "title": "Learning to Reason under Off-Policy Guidance",
-    "id": "2504.14945",
-    # docstyle-ignore
-    "citation": """\
-@article{yan2025learning,
-    title   = {{Learning to Reason under Off-Policy Guidance}},
-    author  = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and
-               Yue Zhang},
-    year    = 2025,
-    journal = {arXiv preprint arXiv:2504.14945}
-}""",
-}
-
-
 class TrajectoryRows:
     """
     The rows of rollout batches that are expert trajectories: the last `per_group` of each group, wherever groups
