@@ -70,14 +70,14 @@ def test_learns_like_the_engine_in_process(folders, server, tmp_path):
     for name, where in (("local", None), ("served", server)):
         runs = []
         for seed in (1, 2, 3):
-            trainer = trainer_of(tmp_path / f"{name}{seed}", folders, where, max_steps=20, seed=seed)
+            trainer = trainer_of(tmp_path / f"{name}{seed}", folders, where, max_steps=30, seed=seed)
             trainer.train()
             runs.append([batch["rewards"][~batch["mentor_mixed"]].mean().item() for batch in trainer.batches])
         curves[name] = [sum(values) / 3 for values in zip(*runs, strict=True)]
     last = {name: sum(curve[-5:]) / 5 for name, curve in curves.items()}
     first = {name: curve[0] for name, curve in curves.items()}
-    assert all(last[name] > first[name] + 0.15 for name in curves), curves
-    # 5 batches of 16 on-policy rows for each of 3 seeds: the standard error of a difference is below 0.02
+    assert all(last[name] > first[name] + 0.3 for name in curves), curves
+    # By then rewards are close to 1 and seeds differ by some 0.03; on the way there they differ by more than engines
     assert abs(last["served"] - last["local"]) < 0.1, curves
     off = [h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "reward" in h]
     assert max(off) < 1e-3
