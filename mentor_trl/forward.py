@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
@@ -45,7 +46,9 @@ def policy_entropies(
 
     (prompt, prompt_mask), (completion, mask) = padded(prompts, "left"), padded(completions, "right")
     with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
-        _, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        # TRL's own, as the trainer's keeps what it computes for the loss
+        _, entropies, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+            trainer,
             trainer.model,
             torch.cat([prompt, completion], dim=1),
             torch.cat([prompt_mask, mask], dim=1),
@@ -53,5 +56,4 @@ def policy_entropies(
             batch_size=size,
             compute_entropy=True,
         )
-    trainer._loss_pass = None  # this was not the loss's
     return entropies[:rows][mask[:rows].bool()]

@@ -53,6 +53,8 @@ class PolicyWeightClient(VLLMClient):
             self.close_communicator()  # the server was started anew, and nobody is at the other end
 
         def transfer() -> None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a new thread begins on the first one
             if self.communicator is None:
                 self.init_communicator(self.device)
             self.update_named_params(metadata, params)
