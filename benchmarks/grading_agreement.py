@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mentor_trl.data import load_dataset_dict
 from mentor_trl.evaluation import TASKS
-from mentor_trl.evaluation.grading import CORRECT, grade_math
+from mentor_trl.evaluation.graded_rows import CORRECT, grade_math
 from mentor_trl.evaluation.harness import TASK_FOLDER
 from mentor_trl.evaluation.problems import _find_file, load_problems
 from mentor_trl.rewards import extract_boxed

@@ -27,7 +27,7 @@ from trl.trainer.utils import pad
 
 from common import add_noise, device_name, random_policy
 from mentor_trl import LocalSampler, MixedRequest
-from mentor_trl.rollout.decoder import Decoder, inference
+from mentor_trl.rollout.local.decoder import Decoder, inference
 
 
 def parse_args() -> argparse.Namespace:

@@ -95,7 +95,7 @@ def plain(args: argparse.Namespace, folders: dict[str, str], results) -> None:
 
 def mixed(args: argparse.Namespace, folders: dict[str, str], draft_length: int, results) -> None:
     from mentor_trl.rollout import MixedRequest
-    from mentor_trl.rollout.colocate import ColocateSampler
+    from mentor_trl.rollout.vllm.colocate import ColocateSampler
 
     sampler = ColocateSampler(folders["policy"], folders["expert"], draft_length=draft_length, **engine_kwargs(args))
     rows, last = prompts(args), {}

@@ -25,8 +25,8 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from .config import MentorGRPOConfig
-    from .experts import load_expert
-    from .rewards import accuracy_reward, format_reward
+    from .experts.load import load_expert
+    from .rewards.accuracy import accuracy_reward, format_reward
     from .rollout import ColocateSampler, LocalSampler, MixedRequest, MixedRollout, MixedSampler, ServerSampler
     from .trainer import MentorGRPOTrainer
 

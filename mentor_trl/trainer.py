@@ -11,11 +11,11 @@ from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from .analysis.records import collect_records, save_records
-from .checkpoint import StepStart, load_state, save_last_step, save_state
+from .algorithms.guidance import Guidance
+from .algorithms.luffy import TrajectoryRows, end_of_reply, shape_rows
 from .config import MentorGRPOConfig
 from .errors import SetupError
-from .experts import (
+from .experts.load import (
     check_context_length,
     check_expert_source,
     check_stop_ids,
@@ -24,19 +24,20 @@ from .experts import (
     resolve_expert,
     untouched_rng,
 )
-from .forward import policy_entropies
-from .hub import model_files_only
-from .metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
-from .model_card import complete_card
-from .objective import Guidance, correction_weights, fold_correction, mixed_policy_advantages
-from .papers import LUFFY_PAPER, MENTOR_PAPER
+from .objective import correction_weights, fold_correction, mixed_policy_advantages
+from .publishing.card import complete_card
+from .publishing.hub import model_files_only
+from .publishing.papers import LUFFY_PAPER, MENTOR_PAPER
 from .rollout import LocalSampler, MixedRequest, MixedRollout, mixed_rows
-from .rollout.decoder import check_decoding
-from .rollout.generation import EngineSettings, mixed_generation, policy_logps
-from .rollout.server import ServerError
-from .tables import evaluation_table, new_logs
-from .trajectories import TrajectoryRows, end_of_reply, shape_rows
-from .validation import check_dataset, check_engine, check_expert_given, check_supported, check_trajectories
+from .rollout.local.decoder import check_decoding
+from .rollout.vllm.backend import EngineSettings, mixed_generation, policy_logps
+from .rollout.vllm.server import ServerError
+from .training.checkpoint import StepStart, load_state, save_last_step, save_state
+from .training.forward import policy_entropies
+from .training.metrics import PREFIX, guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
+from .training.rollout_log import collect_records, save_records
+from .training.tables import evaluation_table, new_logs
+from .training.validation import check_dataset, check_engine, check_expert_given, check_supported, check_trajectories
 
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from helpers import make_tiny_model
-from mentor_trl.rollout import generation
-from mentor_trl.rollout.server import ServerError
+from mentor_trl.rollout.vllm import backend as generation
+from mentor_trl.rollout.vllm.server import ServerError
 from served_helpers import make_served_trainer, stand_in
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
 

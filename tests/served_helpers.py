@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import make_tiny_model
-from mentor_trl.rollout import LocalSampler, generation
-from mentor_trl.rollout.server import Patience, ServerError
+from mentor_trl.rollout import LocalSampler
+from mentor_trl.rollout.vllm import backend as generation
+from mentor_trl.rollout.vllm.server import Patience, ServerError
 from mentor_trl.vllm_plugin.options import model_shape
 from trainer_helpers import RecordingTrainer, make_trainer
 

@@ -12,9 +12,10 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from mentor_trl import MentorGRPOConfig, serving
-from mentor_trl.scripts import data, plot, train
-from mentor_trl.scripts.train import make_parser, resolve_reward_funcs
+from mentor_trl import MentorGRPOConfig
+from mentor_trl.cli import data, plot, train
+from mentor_trl.cli import serve as serving
+from mentor_trl.cli.train import make_parser, resolve_reward_funcs
 from served_helpers import stand_in
 
 

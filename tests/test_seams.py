@@ -22,7 +22,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, nanstd, shuffle_sequence_dict, split_tensor_dict
 
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
-from mentor_trl.model_card import HEADING
+from mentor_trl.publishing.card import HEADING
 from trainer_helpers import make_trainer
 
 

@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import load_expert
-from mentor_trl.rollout.local import LocalSession
+from mentor_trl.rollout.local.sampler import LocalSession
 from trainer_helpers import (
     RecordingTrainer,
     advantages_by_hand,
@@ -750,7 +750,7 @@ def test_float32_head_samples_from_the_policy_that_is_trained(tmp_path):
 
 
 def test_records_of_rollouts_are_kept_where_asked_for(tmp_path):
-    from mentor_trl.analysis.records import read_records
+    from mentor_trl.training.rollout_log import read_records
 
     trainer = make_trainer(tmp_path, cls=RecordingTrainer, log_rollout_records=6, num_mixed_generations=4)
     trainer.train()

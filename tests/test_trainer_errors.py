@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from helpers import SPECIAL_TOKENS, make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
-from mentor_trl.validation import check_supported
+from mentor_trl.training.validation import check_supported
 from trainer_helpers import SETTINGS, letters_reward, make_trainer, prompts
 
 

@@ -201,7 +201,7 @@ def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
 
     Args:
         curves (`pd.DataFrame`):
-            Result of [`~mentor_trl.analysis.pass_at_k.pass_at_k_curves`].
+            Result of [`~mentor_trl.analysis.pass_at_k_curves.pass_at_k_curves`].
     """
     tasks, labels = list(dict.fromkeys(curves["task"])), list(dict.fromkeys(curves["label"]))
     colors, columns = color_of(labels), min(len(tasks), 3)

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .records import RolloutRecord
+from ..training.rollout_log import RolloutRecord
 
 
 AGREED, REPLACED = "agreed", "replaced"

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mentor_trl.data import MENTOR_SYSTEM_PROMPT
+from mentor_trl.data.loading import MENTOR_SYSTEM_PROMPT
 from mentor_trl.errors import SetupError
 
 from . import TASKS
-from .grading import CORRECT
+from .graded_rows import CORRECT
 
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def make_model(
     """
     require_lm_eval()
     if backend == "server":
-        from .server import make_server_model
+        from .chat_server import make_server_model
 
         return make_server_model(model, base_url, model_args or {}, apply_chat_template, seed)
     if backend not in BACKENDS:
@@ -213,7 +213,7 @@ def _prepare_vllm() -> None:
         raise SetupError(
             "The back-end `vllm` needs vLLM, which is not installed; run `pip install 'mentor-trl[vllm]'`"
         )
-    from mentor_trl.scripts.serve import name_vllm
+    from mentor_trl.cli.vllm_command import name_vllm
 
     name_vllm()
 

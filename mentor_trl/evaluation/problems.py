@@ -12,8 +12,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.data import FILE_FORMATS, DataError, extract_solution, load_dataset_dict
-from mentor_trl.rewards import extract_boxed
+from mentor_trl.data.loading import FILE_FORMATS, DataError, extract_solution, load_dataset_dict
+from mentor_trl.rewards.accuracy import extract_boxed
 
 
 if TYPE_CHECKING:

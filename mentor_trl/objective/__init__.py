@@ -2,7 +2,6 @@
 
 from .advantages import mixed_policy_advantages
 from .correction import correction_weights, fold_correction
-from .guidance import Guidance, alpha_at, entropy_threshold
 from .mixture import (
     acceptance_probability,
     branch_weight,
@@ -15,11 +14,11 @@ from .mixture import (
     posterior_replaced,
     residual,
 )
+from .schedule import alpha_at, entropy_threshold
 from .shaping import shaping_weights
 
 
 __all__ = [
-    "Guidance",
     "acceptance_probability",
     "alpha_at",
     "branch_weight",

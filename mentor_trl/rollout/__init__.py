@@ -1,9 +1,9 @@
 """Engines that sample on-policy and mixed rollouts."""
 
-from .colocate import ColocateSampler
-from .local import LocalSampler
-from .server import ServerSampler
+from .local.sampler import LocalSampler
 from .types import MixedRequest, MixedRollout, MixedSampler, mixed_rows
+from .vllm.colocate import ColocateSampler
+from .vllm.server import ServerSampler
 
 
 __all__ = [

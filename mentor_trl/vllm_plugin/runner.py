@@ -15,9 +15,9 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
+from .mixing import Round, RowTensors, exponential_race, policy_probs, sample_round
 from .records import RecordStore
 from .requests import RULES, RowOptions, parse_row
-from .sampler import Round, RowTensors, exponential_race, policy_probs, sample_round
 
 
 @dataclass

@@ -5,11 +5,11 @@ import json
 import pytest
 from evaluation.test_report import make_run
 
-from mentor_trl import cli
-from mentor_trl.analysis.pass_at_k import pass_at_k_curves
+from mentor_trl.analysis.pass_at_k_curves import pass_at_k_curves
 from mentor_trl.analysis.results import make_table, read_results
 from mentor_trl.analysis.samples import read_samples
-from mentor_trl.evaluation.report import collect, summarize, write_samples
+from mentor_trl.cli import main as cli
+from mentor_trl.evaluation.summary import collect, summarize, write_samples
 
 
 @pytest.fixture

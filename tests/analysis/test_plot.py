@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from mentor_trl import cli
 from mentor_trl.analysis import figures
 from mentor_trl.analysis.runs import read_runs
 from mentor_trl.analysis.style import COLORS, color_of
+from mentor_trl.cli import main as cli
+from mentor_trl.cli import plot
 from mentor_trl.errors import SetupError
-from mentor_trl.scripts import plot
 
 
 pytest.importorskip("matplotlib")

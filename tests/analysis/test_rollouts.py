@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import make_letter_tokenizer
-from mentor_trl.analysis.records import (
+from mentor_trl.analysis.rendering import mark, print_rollout, to_html, visible
+from mentor_trl.errors import SetupError
+from mentor_trl.rollout import MixedRollout
+from mentor_trl.training.rollout_log import (
     RolloutRecord,
     choose_rows,
     collect_records,
@@ -19,9 +22,6 @@ from mentor_trl.analysis.records import (
     save_records,
     token_texts,
 )
-from mentor_trl.analysis.rendering import mark, print_rollout, to_html, visible
-from mentor_trl.errors import SetupError
-from mentor_trl.rollout import MixedRollout
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ import subprocess
 import pandas as pd
 import pytest
 
-from mentor_trl.analysis.pass_at_k import pass_at_k_curves
+from mentor_trl.analysis.pass_at_k_curves import pass_at_k_curves
 from mentor_trl.analysis.samples import Sample, SampleSet, keep_tasks, read_samples
 from mentor_trl.analysis.words import REASONING_WORDS, count_words, word_rates
 from mentor_trl.errors import SetupError

@@ -1,6 +1,6 @@
 import pytest
 
-from mentor_trl.evaluation.grading import choice_letter, grade_choice, grade_math, grade_responses, process_results
+from mentor_trl.evaluation.graded_rows import choice_letter, grade_choice, grade_math, grade_responses, process_results
 
 
 RIGHT = [
@@ -64,7 +64,9 @@ def test_choice_without_box():
 def test_a_set_is_graded_in_one_batch_and_in_order(monkeypatch):
     calls = []
     grade = grade_math
-    monkeypatch.setattr("mentor_trl.evaluation.grading.grade_math", lambda *args: calls.append(args) or grade(*args))
+    monkeypatch.setattr(
+        "mentor_trl.evaluation.graded_rows.grade_math", lambda *args: calls.append(args) or grade(*args)
+    )
     docs = [{"answer": "2", "choices": 0}, {"answer": "B", "choices": 4}, {"answer": "3", "choices": 0}]
     resps = [[r"\boxed{2}", r"\boxed{3}"], [r"\boxed{B}", ""], ["", r"\boxed{3}"]]
     verdicts = grade_responses(resps, docs)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from helpers import make_tiny_model, make_tiny_tokenizer
-from mentor_trl import cli
+from mentor_trl.cli import eval as script
+from mentor_trl.cli import main as cli
 from mentor_trl.data import MENTOR_SYSTEM_PROMPT
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS, harness
 from mentor_trl.evaluation.harness import Settings, generation_kwargs
-from mentor_trl.evaluation.report import read_samples
-from mentor_trl.scripts import eval as script
+from mentor_trl.evaluation.summary import read_samples
 
 
 pytest.importorskip("lm_eval")
@@ -259,7 +259,7 @@ def test_launch_options_go_through_accelerate(monkeypatch):
 
 def test_results_go_to_the_card(tmp_path, data_dir, tiny_model_dir, monkeypatch):
     pushed = []
-    monkeypatch.setattr("mentor_trl.evaluation.card.push_card", lambda *args: pushed.append(args) or "url")
+    monkeypatch.setattr("mentor_trl.evaluation.model_index.push_card", lambda *args: pushed.append(args) or "url")
     card = tmp_path / "card"
     card.mkdir()
     options = f"--tasks math500 --max_new_tokens 4 --model_card {card} --push_results org/model".split()

@@ -8,9 +8,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS
-from mentor_trl.evaluation.card import push_card, write_card
 from mentor_trl.evaluation.harness import TaskRun
-from mentor_trl.evaluation.report import collect, model_index, read_samples, summarize, to_markdown, write_samples
+from mentor_trl.evaluation.model_index import push_card, write_card
+from mentor_trl.evaluation.summary import collect, model_index, read_samples, summarize, to_markdown, write_samples
 
 
 def make_run(task: str = "aime24", num_samples: int = 4) -> TaskRun:

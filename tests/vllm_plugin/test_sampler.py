@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mentor_trl.objective import branch_weight, entropy_from_logps
-from mentor_trl.vllm_plugin.sampler import RowTensors, exponential_race, policy_probs, sample_round
+from mentor_trl.vllm_plugin.mixing import RowTensors, exponential_race, policy_probs, sample_round
 from statistics_helpers import misfit
 
 

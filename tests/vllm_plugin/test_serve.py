@@ -11,8 +11,8 @@ import pytest
 
 from helpers import make_letter_tokenizer
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.server import Patience, ServerError, ServerSampler, WrongServer
-from mentor_trl.rollout.weights import write_weights
+from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
+from mentor_trl.rollout.vllm.weights import write_weights
 from server_process import SERVER_OPTIONS, free_port, serving, serving_models
 from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model
@@ -50,7 +50,7 @@ def sampler(server):
 
 
 def test_health(server, sampler, folders, policy, expert, capsys):
-    from mentor_trl.cli import main
+    from mentor_trl.cli.main import main
 
     for command in (["health", server.url], ["serve", "--check", server.url]):
         assert main(command) == 0
@@ -131,7 +131,7 @@ def test_killed_and_restarted_in_the_middle(server, sampler, expert, tmp_path):
 def test_a_plain_server_is_named(expert, folders, tmp_path):
     port = free_port()
     options = [word for option in SERVER_OPTIONS.items() for word in option]
-    command = [sys.executable, "-m", "mentor_trl.scripts.serve", folders(expert), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "mentor_trl.cli.vllm_command", folders(expert), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--enforce-eager", *options]
     with serving(command, tmp_path / "log.txt", port) as server:
         server.wait_until_ready()

@@ -5,8 +5,8 @@ import torch
 from test_server_client import PATIENCE, Fake, serving
 from trl.generation import vllm_client
 
-from mentor_trl.rollout.nccl import DraftWeightClient, PolicyWeightClient, bounded
-from mentor_trl.rollout.server import ServerError, ServerSampler
+from mentor_trl.rollout.vllm.nccl import DraftWeightClient, PolicyWeightClient, bounded
+from mentor_trl.rollout.vllm.server import ServerError, ServerSampler
 
 
 pytestmark = pytest.mark.vllm

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mentor_trl.rollout import MixedRequest, MixedRollout
-from mentor_trl.rollout.colocate import ColocateSampler
+from mentor_trl.rollout.vllm.colocate import ColocateSampler
 from statistics_helpers import forward_logps, make_peaked_model
 
 

@@ -1,0 +1,59 @@
+"""State of the guidance over a run: alpha and gamma."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..objective import alpha_at, branch_weight, entropy_threshold
+
+
+@dataclass
+class Guidance:
+    """
+    State of the guidance over a run; everything of it that changes is in [`Guidance.state_dict`].
+
+    Args:
+        schedule (`str`, *optional*, defaults to `"cosine"`), alpha_0 (`float`, *optional*, defaults to `1.0`),
+        decay_steps (`int`, *optional*, defaults to `120`):
+            See [`~mentor_trl.objective.alpha_at`].
+        quantile (`float`, *optional*, defaults to `0.95`), minimum (`float`, *optional*, defaults to `0.1`),
+        fixed (`float`, *optional*):
+            See [`~mentor_trl.objective.entropy_threshold`].
+        batches (`int`, *optional*, defaults to `0`):
+            Rollout batches generated so far.
+        gamma (`float`, *optional*):
+            Threshold of the last rollout batch with mixed rows, in nats.
+        share (`float`, *optional*, defaults to `0.0`):
+            Mean of min(1, H / gamma) over that batch's on-policy tokens: the weight of the branch rule `"random"`.
+    """
+
+    schedule: str = "cosine"
+    alpha_0: float = 1.0
+    decay_steps: int = 120
+    quantile: float = 0.95
+    minimum: float = 0.1
+    fixed: float | None = None
+    batches: int = 0
+    gamma: float | None = None
+    share: float = 0.0
+
+    @property
+    def alpha(self) -> float:
+        """alpha of the coming rollout batch."""
+        return alpha_at(self.batches, self.schedule, self.alpha_0, self.decay_steps)
+
+    @property
+    def over(self) -> bool:
+        """Whether alpha is 0 from now on."""
+        return self.alpha_0 == 0.0 or (self.schedule != "constant" and self.batches >= self.decay_steps)
+
+    def update(self, entropies: torch.Tensor) -> None:
+        """Set gamma and the share from the on-policy token entropies, `(N,)` in nats, of all processes."""
+        self.gamma = entropy_threshold(entropies, self.quantile, self.minimum, self.fixed)
+        self.share = branch_weight(entropies.cpu().double(), self.gamma).mean().item() if entropies.numel() else 0.0
+
+    def state_dict(self) -> dict:
+        return {"batches": self.batches, "gamma": self.gamma, "share": self.share}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.batches, self.gamma, self.share = state["batches"], state["gamma"], state["share"]

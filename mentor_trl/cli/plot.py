@@ -1,0 +1,283 @@
+"""`mentor-trl plot`: figures, tables and rollouts from the files that training and evaluation leave on disk."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SetupError
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..analysis.figures import PanelCurves
+
+LABELS_HELP = "a name for each input, in their order; inputs of one name are seeds of one setting"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Parser of `mentor-trl plot`."""
+    parser = argparse.ArgumentParser(
+        prog="mentor-trl plot",
+        description="Figures, tables and rollouts from what training and evaluation leave on disk.",
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(title="what to plot", dest="kind", metavar="KIND", required=True)
+    _add_training(kinds)
+    _add_guidance(kinds)
+    _add_words(kinds)
+    _add_pass_at_k(kinds)
+    _add_table(kinds)
+    _add_rollout(kinds)
+    return parser
+
+
+def _add(kinds, name: str, run: Callable, text: str, inputs: str, metavar: str) -> argparse.ArgumentParser:
+    parser = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("inputs", nargs="+", metavar=metavar, help=inputs)
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help=f"{LABELS_HELP} (default: their folders)")
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--output", "-o", default=default, metavar="FILE", help=f"figure to write: .png, .pdf or .svg ({default})"
+    )
+
+
+def _add_smooth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--smooth", type=int, default=1, metavar="N", help="moving mean over N logged values; 1 is none (1)"
+    )
+
+
+def _add_training(kinds) -> None:
+    runs = "folder of a run (its output_dir, or a checkpoint)"
+    parser = _add(kinds, "training", training, "accuracy, entropy and length against the step", runs, "RUN")
+    parser.add_argument(
+        "--panels",
+        nargs="+",
+        choices=("accuracy", "reward", "entropy", "length"),
+        default=["accuracy", "entropy", "length"],
+        help="panels to draw (accuracy entropy length)",
+    )
+    parser.add_argument(
+        "--accuracy", default="accuracy_reward", metavar="NAME", help="reward function to draw (accuracy_reward)"
+    )
+    parser.add_argument(
+        "--eval",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        dest="evaluation",
+        help="draw the evaluations made during training, on the dataset NAME if there were several",
+    )
+    _add_smooth(parser)
+    _add_output(parser, "training.png")
+
+
+def _add_guidance(kinds) -> None:
+    runs = "folder of a run with mixed rollouts"
+    parser = _add(kinds, "guidance", guidance, "what the expert did, against the step", runs, "RUN")
+    _add_smooth(parser)
+    _add_output(parser, "guidance.png")
+
+
+def _add_words(kinds) -> None:
+    from ..analysis.words import REASONING_WORDS
+
+    samples = "samples of `mentor-trl eval` or completions tables of training: .jsonl, .parquet, or a folder of them"
+    parser = _add(kinds, "words", words, "share of the responses that contain words of reasoning", samples, "SAMPLES")
+    parser.add_argument(
+        "--words",
+        nargs="+",
+        default=list(REASONING_WORDS),
+        metavar="WORD",
+        help=f"words to count, whole and in any case ({' '.join(REASONING_WORDS)})",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all)")
+    parser.add_argument("--all", action="store_true", help="count all responses to a prompt, not the first alone")
+    parser.add_argument("--source", metavar="SOURCE", help="only rows of this source: on_policy, mixed or eval")
+    _add_output(parser, "words.png")
+
+
+def _add_pass_at_k(kinds) -> None:
+    samples = "samples of `mentor-trl eval`, with their grades: .jsonl, .parquet, or a folder of them"
+    parser = _add(kinds, "pass-at-k", pass_at_k, "pass@k against k", samples, "SAMPLES")
+    parser.add_argument("--k", nargs="+", type=int, metavar="K", help="numbers of tries (default: 1, 2, 4, ...)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all)")
+    _add_output(parser, "pass_at_k.png")
+
+
+def _add_table(kinds) -> None:
+    results = "results of `mentor-trl eval`: results.json or its folder"
+    parser = _add(kinds, "table", table, "models against evaluation sets", results, "RESULTS")
+    parser.add_argument("--metric", help="metric of the table, as pass@32 (default: pass@1 or avg@n, as evaluated)")
+    parser.add_argument("--output", "-o", metavar="FILE", help="also write the table: .md or .csv")
+
+
+def _add_rollout(kinds) -> None:
+    text = "rollouts as text, with the tokens at which the expert spoke"
+    parser = kinds.add_parser("rollout", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    parser.set_defaults(run=rollout)
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run trained with `log_rollout_records`")
+    parser.add_argument("--step", type=int, metavar="N", help="training step (default: the last with records)")
+    parser.add_argument(
+        "--row", type=int, nargs="+", metavar="I", help="rows to show (default: the first of a mixed rollout)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the rows of the step instead of showing any")
+    parser.add_argument("--html", metavar="FILE", help="write a page of HTML instead of printing")
+
+
+def main(args: list[str]) -> int:
+    """
+    Run `mentor-trl plot`.
+
+    Args:
+        args (`list[str]`):
+            Arguments after the command's name.
+
+    Returns:
+        `int`: exit code. A mistake in the arguments or the files ends the process with code 2 and one line.
+    """
+    from rich.console import Console
+
+    parser = make_parser()
+    options = parser.parse_args(args)
+    try:
+        options.run(options, Console())
+    except (SetupError, OSError) as error:
+        print(f"mentor-trl plot {options.kind}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def training(options: argparse.Namespace, console: "Console") -> None:
+    from ..analysis.figures import plot_training
+    from ..analysis.runs import read_runs
+    from ..analysis.style import check_output, save_figure
+
+    check_output(options.output)
+    runs = read_runs(options.inputs, options.labels)
+    if options.evaluation:
+        runs = [run.evaluations(None if options.evaluation is True else options.evaluation) for run in runs]
+    figure, shown = plot_training(
+        runs, options.panels, options.accuracy, options.smooth, evaluation=bool(options.evaluation)
+    )
+    _tell_dropped(shown)
+    _tell_saved(console, save_figure(figure, options.output))
+
+
+def guidance(options: argparse.Namespace, console: "Console") -> None:
+    from ..analysis.figures import plot_guidance
+    from ..analysis.runs import read_runs
+    from ..analysis.style import check_output, save_figure
+
+    check_output(options.output)
+    figure, shown = plot_guidance(read_runs(options.inputs, options.labels), options.smooth)
+    _tell_dropped(shown)
+    _tell_saved(console, save_figure(figure, options.output))
+
+
+def words(options: argparse.Namespace, console: "Console") -> None:
+    from ..analysis.figures import plot_words
+    from ..analysis.samples import keep_tasks, read_samples
+    from ..analysis.style import check_output, save_figure
+    from ..analysis.words import word_rates
+
+    check_output(options.output)
+    sets = keep_tasks(read_samples(options.inputs, options.labels), options.tasks)
+    rates = word_rates(sets, options.words, options.all, options.source)
+    _print_frame(console, rates.pivot_table(index="word", columns="label", values="rate", sort=False), "rate")
+    _tell_saved(console, save_figure(plot_words(rates), options.output))
+
+
+def pass_at_k(options: argparse.Namespace, console: "Console") -> None:
+    from ..analysis.figures import plot_pass_at_k
+    from ..analysis.pass_at_k_curves import pass_at_k_curves
+    from ..analysis.samples import keep_tasks, read_samples
+    from ..analysis.style import check_output, save_figure
+
+    check_output(options.output)
+    sets = keep_tasks(read_samples(options.inputs, options.labels), options.tasks)
+    curves = pass_at_k_curves(sets, options.k)
+    for task, rows in curves.groupby("task", sort=False):
+        frame = rows.pivot_table(index="k", columns="label", values="value", sort=False).sort_index()
+        _print_frame(console, frame, f"pass@k, {task}")
+    points = curves.groupby("task")["k"].transform("nunique")
+    if points.max() > 1:  # a task with one sample a prompt has no curve
+        alone = dict.fromkeys(curves.loc[points == 1, "task"])
+        curves = curves[points > 1]
+        if alone:
+            print(f"Note: not drawn, for there is one k only: {', '.join(alone)}.", file=sys.stderr)
+    _tell_saved(console, save_figure(plot_pass_at_k(curves), options.output))
+
+
+def table(options: argparse.Namespace, console: "Console") -> None:
+    from ..analysis.results import make_table, read_results
+
+    output = Path(options.output) if options.output else None
+    if output and output.suffix not in (".md", ".csv"):
+        raise SetupError(f"The table's name {output} must end in .md or .csv.")
+    made = make_table(read_results(options.inputs, options.labels), options.metric)
+    console.print(made.to_rich())
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(made.to_markdown() if output.suffix == ".md" else made.to_csv(), encoding="utf-8")
+        _tell_saved(console, output)
+
+
+def rollout(options: argparse.Namespace, console: "Console") -> None:
+    from ..analysis.rendering import print_rollout, to_html, to_list
+    from ..training.rollout_log import choose_rows, read_records
+
+    records = read_records(options.run_folder, options.step)
+    if options.list:
+        console.print(to_list(records))
+        return
+    chosen = choose_rows(records, options.row)
+    if options.html:
+        title = f"{Path(options.run_folder).resolve().name}, step {chosen[0].step}"
+        page = Path(options.html)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(to_html(chosen, title), encoding="utf-8")
+        _tell_saved(console, page)
+        return
+    for record in chosen:
+        print_rollout(record, console)
+
+
+def _tell_dropped(shown: "list[PanelCurves]") -> None:
+    dropped = {
+        label: max(curve.dropped for lines in curves for curve in lines)
+        for label in shown[0].curves
+        for curves in [[one.curves[label].values() for one in shown]]
+    }
+    for label, count in dropped.items():
+        if count:
+            print(
+                f"Note: the runs of {label!r} differ in their steps: up to {count} steps of a panel, which not all of "
+                "them logged, are left out.",
+                file=sys.stderr,
+            )
+
+
+def _tell_saved(console: "Console", path: Path) -> None:
+    console.print(f"Saved {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_frame(console: "Console", frame, title: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left")
+    made.add_column(frame.index.name)
+    for name in frame.columns:
+        made.add_column(Text(str(name)), justify="right")
+    for key, row in frame.iterrows():
+        made.add_row(Text(str(key)), *("-" if value != value else f"{value:.3f}" for value in row))
+    console.print(made)

@@ -1,0 +1,304 @@
+"""
+Train a model with MENTOR; what `mentor-trl train` launches.
+
+```bash
+mentor-trl train --config recipes/SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml
+accelerate launch mentor_trl/cli/train.py --config recipes/SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml
+```
+"""
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mentor_trl.errors import SetupError
+
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from mentor_trl.cli.parser import MentorArgumentParser
+    from mentor_trl.config import MentorGRPOConfig
+    from mentor_trl.data.loading import MentorScriptArguments
+    from mentor_trl.trainer import MentorGRPOTrainer
+
+
+# Reward functions that read the column `solution` of every row.
+NEED_SOLUTION = {"accuracy_reward", "reasoning_accuracy_reward"}
+# Module that proves that a tracker is installed, and the package that brings it.
+TRACKERS = {
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+}
+
+
+class UsageError(SetupError):
+    """An option of the command line or the config file cannot be used; the message names the mend."""
+
+
+def make_parser(prog: str | None = None) -> "MentorArgumentParser":
+    """
+    Build the parser of the script.
+
+    Args:
+        prog (`str`, *optional*):
+            Name of the program in help and error messages.
+    """
+    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments
+
+    from mentor_trl.cli.parser import MentorArgumentParser, help_sections
+    from mentor_trl.config import MentorGRPOConfig
+    from mentor_trl.data.loading import MentorScriptArguments
+
+    sections = help_sections(
+        {
+            "expert and mixed rollouts": (MentorGRPOConfig, GRPOConfig),
+            "data and rewards": (MentorScriptArguments, ScriptArguments),
+            "dataset": (ScriptArguments, None),
+            "dataset mixture": (DatasetMixtureConfig, None),
+            "model": (ModelConfig, None),
+        }
+    )
+    return MentorArgumentParser(
+        (MentorScriptArguments, MentorGRPOConfig, ModelConfig, DatasetMixtureConfig),
+        sections=sections,
+        prog=prog,
+        description="Train a model with mixed-policy GRPO. A config file sets any field below; flags override it.",
+        epilog="Options of `accelerate launch` (--num_processes, --mixed_precision, ...) are accepted too, and "
+        "--accelerate_config takes the path of a config file or a name of TRL's (single_gpu, multi_gpu, zero1, "
+        "zero2, zero3, fsdp1, fsdp2).",
+    )
+
+
+def resolve_reward_funcs(names: list[str]) -> list[Callable]:
+    """
+    Return the reward functions of these names.
+
+    Args:
+        names (`list[str]`):
+            Names of known reward functions, or dotted import paths (the working directory is searched too).
+    """
+    from trl.rewards import get_soft_overlong_punishment, reasoning_accuracy_reward, think_format_reward
+
+    from mentor_trl.rewards.accuracy import accuracy_reward, format_reward
+
+    known = {
+        "accuracy_reward": accuracy_reward,
+        "format_reward": format_reward,
+        "reasoning_accuracy_reward": reasoning_accuracy_reward,
+        "think_format_reward": think_format_reward,
+        "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
+    }
+    return [known[name] if name in known else _import_reward_func(name, list(known)) for name in names]
+
+
+def _import_reward_func(path: str, known: list[str]) -> Callable:
+    module_path, _, name = path.rpartition(".")
+    if not module_path:
+        near = difflib.get_close_matches(path, known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(
+            f"Unknown reward function '{path}' in `reward_funcs`, known are {known}, or a dotted path{hint}"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"The module of reward function '{path}' cannot be imported: {error}; check the dotted path, install the "
+            f"package, or run from the folder that holds it (now: {os.getcwd()})"
+        ) from error
+    if not callable(getattr(module, name, None)):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UsageError(f"Module {module_path} has no function '{name}', only {functions}")
+    return getattr(module, name)
+
+
+def check_options(script_args: "MentorScriptArguments", training_args: "MentorGRPOConfig") -> None:
+    """Refuse what would fail only after the model is loaded."""
+    num_rewards = len(script_args.reward_funcs or []) + bool(script_args.reward_model_name_or_path)
+    if num_rewards == 0:
+        raise UsageError("No reward is given; set `reward_funcs`, for example to [accuracy_reward, format_reward]")
+    weights = training_args.reward_weights
+    if weights is not None and len(weights) != num_rewards:
+        raise UsageError(
+            f"`reward_weights` holds {len(weights)} numbers for {num_rewards} rewards; give one for each, the reward "
+            "model first"
+        )
+    for tracker in training_args.report_to:
+        modules, package = TRACKERS.get(tracker, ((), tracker))
+        if modules and not any(importlib.util.find_spec(module) for module in modules):
+            raise UsageError(
+                f"`report_to` names {tracker}, which is not installed; run `pip install {package}`, or set "
+                "`report_to` to none"
+            )
+
+
+def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+    """
+    Return the checkpoint to resume from.
+
+    Args:
+        value (`str` or `bool`, *optional*):
+            Path of a checkpoint; `True` or `"true"` for the last one in `output_dir`; `False`, `"false"` or `None` for
+            none.
+        output_dir (`str`):
+            Folder of the checkpoints.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if value is None or str(value).lower() in ("false", "none", ""):
+        return None
+    if str(value).lower() != "true":
+        if not Path(value).is_dir():
+            raise UsageError(f"`resume_from_checkpoint` is {value}, which is not a folder; give a checkpoint, or true")
+        return str(value)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if last is None:
+        raise UsageError(
+            f"`resume_from_checkpoint` is true, but {output_dir} holds no checkpoint-N folder; set it to false for "
+            "the first run, or check `output_dir` and `save_strategy`"
+        )
+    return last
+
+
+def _has_chat_template(training_args: "MentorGRPOConfig", model_args: "ModelConfig") -> bool:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    return bool(getattr(processor, "chat_template", None))
+
+
+def main(
+    script_args: "MentorScriptArguments",
+    training_args: "MentorGRPOConfig",
+    model_args: "ModelConfig",
+    dataset_args: "DatasetMixtureConfig",
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """
+    Load the data, build the trainer, train and save.
+
+    Args:
+        script_args ([`~mentor_trl.data.MentorScriptArguments`]):
+            Data and rewards.
+        training_args ([`~mentor_trl.MentorGRPOConfig`]):
+            Training, the expert and mixed rollouts.
+        model_args ([`~trl.ModelConfig`]):
+            Model, quantization and PEFT.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            Mixture of datasets.
+        recipe (`dict[str, Any]`, *optional*):
+            The options that were set, which are saved as `recipe.yaml` and shown in the model card.
+    """
+    from mentor_trl.data.loading import load_prompt_datasets
+    from mentor_trl.publishing.hub import make_repository
+    from mentor_trl.publishing.recipe import save
+
+    if not model_args.model_name_or_path:
+        raise UsageError("No model is given; set `model_name_or_path` to a Hub id or a folder")
+    check_options(script_args, training_args)
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    names = script_args.reward_funcs or []
+    reward_funcs = resolve_reward_funcs(names)
+    if script_args.reward_model_name_or_path:
+        reward_funcs.insert(0, script_args.reward_model_name_or_path)
+    train_dataset, eval_dataset = load_prompt_datasets(
+        script_args,
+        dataset_args,
+        has_chat_template=_has_chat_template(training_args, model_args),
+        require_solution=bool(NEED_SOLUTION & set(names)),
+        with_eval=training_args.eval_strategy != "no",
+    )
+    if training_args.push_to_hub and training_args.process_index == 0:
+        make_repository(training_args)
+    # Only now the slow imports and the model: everything above fails within seconds.
+    trainer = _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset)
+    trainer.recipe = recipe
+    if recipe is not None and trainer.is_world_process_zero():
+        save(recipe, training_args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.print("Training completed.")
+    _publish(trainer, script_args.dataset_name)
+    trainer.accelerator.end_training()
+
+
+def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
+    """Save the model with its card and, where asked to, push both in one commit (`save_model` would push a first)."""
+    from mentor_trl.publishing.hub import HUB_ERRORS, is_hub_id, one_line, withheld
+
+    args, print_once = trainer.args, trainer.accelerator.print
+    # The Hub refuses a card that names a file as its dataset
+    dataset_name = dataset_name if dataset_name and is_hub_id(dataset_name) else None
+    if not args.push_to_hub:
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(model_name=Path(args.output_dir).absolute().name, dataset_name=dataset_name)
+        print_once(f"Model saved to {args.output_dir}.")
+        return
+    try:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    except HUB_ERRORS as error:
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ["checkpoint-*", *withheld(args, args.output_dir)])
+        raise UsageError(
+            f"The model is trained and saved in {args.output_dir}, but could not be pushed to {trainer.hub_model_id}: "
+            f"{one_line(error)}; push it later with: hf upload {trainer.hub_model_id} {args.output_dir} . "
+            f"{excluded}"
+        ) from error
+    print_once(f"Model saved to {args.output_dir} and pushed to https://huggingface.co/{trainer.hub_model_id}.")
+
+
+def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset):
+    from trl import get_peft_config, get_quantization_config
+
+    from mentor_trl.trainer import MentorGRPOTrainer
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    try:
+        return MentorGRPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except OSError as error:  # what transformers raises for a model or file that is not there
+        name = model_args.model_name_or_path
+        raise UsageError(f"The models could not be loaded (`model_name_or_path` is {name!r}): {error}") from error
+
+
+def run(args: list[str] | None = None) -> int:
+    """Parse the command line and train; a mistake of the user ends in one line on stderr and exit code 2."""
+    parser = make_parser(prog="mentor-trl train")
+    try:
+        parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
+    except (ValueError, ImportError) as error:  # raised by the checks of the config dataclasses
+        parser.error(str(error))
+    try:
+        main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))
+    except SetupError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())

@@ -1,0 +1,110 @@
+"""lm-eval's client of OpenAI-compatible servers, with a seed of its own for each sample of a prompt."""
+
+import json
+import os
+from collections import Counter
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import httpx
+import requests
+from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+from mentor_trl.errors import SetupError
+from mentor_trl.rewards.accuracy import _text as completion_text
+
+
+DEFAULTS = {"num_concurrent": 32, "timeout": 7200, "max_retries": 3, "tokenizer_backend": None}
+
+
+class _SeedPerSample:
+    """lm-eval sends one seed with every request, so that a server which honours it gives the same sample 32 times."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._drawn: Counter[str] = Counter()
+
+    def _create_payload(self, messages: Any, *args: Any, seed: int = 0, **kwargs: Any) -> dict:
+        prompt = json.dumps(messages)
+        seed += self._drawn[prompt]
+        self._drawn[prompt] += 1
+        return super()._create_payload(messages, *args, seed=seed, **kwargs)
+
+    def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Send the requests; what still fails after the retries is an error of the set-up."""
+        try:
+            return super().generate_until(*args, **kwargs)
+        except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
+            raise SetupError(
+                f"The server refuses or does not answer: {error or type(error).__name__}; what it said is above. "
+                "Prompt and `max_new_tokens` must fit its context length, and `timeout` in `model_args` its speed"
+            ) from error
+
+
+class ServerCompletions(_SeedPerSample, LocalCompletionsAPI):
+    """Completions of a text, `/completions`."""
+
+
+class ServerChatCompletions(_SeedPerSample, LocalChatCompletion):
+    """Completions of messages, `/chat/completions`."""
+
+    def parse_generations(self, outputs: dict | list[dict], **kwargs: Any) -> list[str]:
+        """Return the texts, with reasoning that the server has parsed out of them put back."""
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        choices = [sorted(output["choices"], key=lambda choice: choice["index"]) for output in outputs]
+        return [completion_text([choice["message"]]) for output in choices for choice in output]
+
+
+def make_server_model(
+    model: str, base_url: str | None, model_args: dict[str, Any], apply_chat_template: bool, seed: int
+) -> ServerCompletions | ServerChatCompletions:
+    """
+    Make the client of a server, after a look at what it serves.
+
+    Args:
+        model (`str`):
+            Name under which the server has the model.
+        base_url (`str`, *optional*):
+            Address of the server, with or without `/v1`.
+        model_args (`dict`):
+            Further arguments of lm-eval's client, such as `num_concurrent`, `timeout` or `header`.
+        apply_chat_template (`bool`):
+            Whether to send messages or text.
+        seed (`int`):
+            Seed of the first sample of each prompt; the next ones get the next numbers.
+    """
+    if not base_url:
+        raise SetupError(
+            "The back-end `server` needs the server's address; set `base_url`, as http://127.0.0.1:8000/v1"
+        )
+    root = _root(base_url)
+    _check_served(root, model)
+    client = ServerChatCompletions if apply_chat_template else ServerCompletions
+    route = "chat/completions" if apply_chat_template else "completions"
+    return client(**{**DEFAULTS, **model_args, "model": model, "base_url": f"{root}/{route}", "seed": seed})
+
+
+def _root(base_url: str) -> str:
+    root = base_url.rstrip("/").removesuffix("/completions").removesuffix("/chat")
+    parts = urlsplit(root)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise SetupError(f"`base_url` is {base_url}; give an address as http://127.0.0.1:8000/v1")
+    return root if parts.path else f"{root}/v1"
+
+
+def _check_served(root: str, model: str) -> None:
+    key = os.environ.get("OPENAI_API_KEY")
+    header = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        reply = httpx.get(f"{root}/models", headers=header, timeout=30.0)
+        reply.raise_for_status()
+        served = [entry["id"] for entry in reply.json()["data"]]
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == 404:  # a server without a list of models
+            return
+        raise SetupError(f"The server at {root} refuses: {error}; check `base_url` and OPENAI_API_KEY") from error
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise SetupError(f"No server answers at {root} ({error or type(error).__name__}); check `base_url`") from error
+    if model not in served:
+        raise SetupError(f"The server at {root} serves {', '.join(served)}, not '{model}'; set `model` to one of them")

@@ -1,0 +1,113 @@
+r"""
+Grading of completions: the last `\boxed{}` after `</think>`, compared by math-verify, or a letter for choices.
+
+The functions have the signatures that lm-eval's task files ask for. All completions of a set are graded in one batch,
+so that the worker processes of [`~mentor_trl.rewards.grading.Grader`] share the work.
+"""
+
+import re
+from collections.abc import Sequence
+from statistics import fmean
+
+from mentor_trl.rewards.accuracy import THINK_END, accuracy_reward, extract_boxed
+
+
+CORRECT, WRONG, NO_ANSWER = "correct", "wrong", "no answer"
+
+_STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boldsymbol|mbox)\s*\{([^{}]*)\}")
+_LETTER = re.compile(r"\(?([A-Za-z])(?:[).:,]|$)")
+
+
+def choice_letter(answer: str) -> str | None:
+    r"""
+    Return the letter that an answer to a multiple-choice question gives, or `None`.
+
+    >>> [choice_letter(answer) for answer in ("B", r"\text{(b) } 12", "C. a prime", "A prime", "12")]
+    ['B', 'B', 'C', None, None]
+    """
+    match = _LETTER.match(_STYLE.sub(r"\1", answer).replace("$", "").strip())
+    return match[1].upper() if match else None
+
+
+def grade_choice(completion: str, letter: str) -> str:
+    r"""
+    Grade an answer to a multiple-choice question.
+
+    Args:
+        completion (`str`):
+            Completion that gives a letter in its last `\boxed{}` after `</think>`.
+        letter (`str`):
+            Letter of the correct choice.
+
+    Returns:
+        `str`: `"correct"`, `"wrong"` or `"no answer"`.
+    """
+    answer = extract_boxed(completion.rpartition(THINK_END)[2])
+    if answer is None:
+        return NO_ANSWER
+    return CORRECT if choice_letter(answer) == letter else WRONG
+
+
+def grade_math(completions: Sequence[str], answers: Sequence[str]) -> list[str]:
+    r"""
+    Grade short answers with math-verify.
+
+    An answer that math-verify cannot parse counts as given if the completion's `\boxed{}` holds the same text.
+
+    Args:
+        completions (`Sequence[str]`):
+            Completions.
+        answers (`Sequence[str]`):
+            The correct answer of each.
+
+    Returns:
+        `list[str]`: for each completion `"correct"`, `"wrong"`, `"no answer"`, `"timeout"`, `"crash"` (of the
+        verifier) or `"unparseable solution"` (wrong, and the correct answer cannot be parsed).
+    """
+    columns: dict[str, list] = {}
+    accuracy_reward(list(completions), list(answers), log_extra=columns.__setitem__)
+    rows = zip(columns["accuracy_verdict"], columns["accuracy_answer"], answers)
+    return [
+        CORRECT if verdict == "unparseable solution" and _same_text(given, answer) else verdict
+        for verdict, given, answer in rows
+    ]
+
+
+def _same_text(one: str, other: str) -> bool:
+    return "".join(one.split()) == "".join(other.split())
+
+
+def grade_responses(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
+    """
+    Grade all completions of a set; lm-eval's `filter_fn`.
+
+    Args:
+        resps (`Sequence[Sequence[str]]`):
+            Completions of each problem.
+        docs (`Sequence[dict]`):
+            Problems, as [`~mentor_trl.evaluation.problems.load_problems`] returns them.
+
+    Returns:
+        `list[list[str]]`: a verdict in place of each completion.
+    """
+    pairs = [(text, doc) for texts, doc in zip(resps, docs) for text in texts]
+    short = [(text, doc["answer"]) for text, doc in pairs if not doc["choices"]]
+    graded = iter(grade_math(*zip(*short)) if short else ())
+    verdicts = iter([grade_choice(text, doc["answer"]) if doc["choices"] else next(graded) for text, doc in pairs])
+    return [[next(verdicts) for _ in texts] for texts in resps]
+
+
+def process_results(doc: dict, results: list[list[str]]) -> dict[str, float]:
+    """
+    Average the verdicts of one problem; lm-eval's `process_results`.
+
+    Args:
+        doc (`dict`):
+            Problem.
+        results (`list[list[str]]`):
+            The verdicts of its completions, as the only item.
+
+    Returns:
+        `dict[str, float]`: `accuracy`, the share of correct completions.
+    """
+    return {"accuracy": fmean(verdict == CORRECT for verdict in results[0])}

@@ -1,0 +1,404 @@
+"""Loading an expert, and checking that it can speak inside the policy's rollouts."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils import cached_file
+
+from ..errors import SetupError
+from ..rollout.local.decoder import text_model
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config import MentorGRPOConfig
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Leave every random state as it was found: loading an expert must not change what the policy samples."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def rng_state() -> tuple:
+    """Random states of Python, NumPy, and torch on the CPU and on CUDA."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_rng_state(state: tuple) -> None:
+    """Set what [`rng_state`] returned."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def replicated_loading() -> Iterator[None]:
+    """Under ZeRO-3, `from_pretrained` shards what it loads; inside, every process gets the whole model."""
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def load_expert(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    trust_remote_code: bool = False,
+    **init_kwargs: Any,
+) -> PreTrainedModel:
+    """
+    Load a frozen expert.
+
+    Args:
+        model (`str`):
+            Model id, local folder, or PEFT adapter (merged into its base model, unless that is quantized).
+        revision (`str`, *optional*):
+            Revision of the model or adapter.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the weights.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize to 4 bits.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize to 8 bits.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that the repository ships.
+        **init_kwargs:
+            Further arguments of `from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] in evaluation mode, without gradients.
+
+    Raises:
+        `ValueError`: if there is no model or adapter at `model`.
+    """
+    kwargs = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, **init_kwargs}
+    if load_in_4bit or load_in_8bit:
+        kwargs |= _quantization(dtype, load_in_4bit, load_in_8bit)
+    with untouched_rng(), replicated_loading():
+        try:
+            if is_adapter(model, revision):
+                expert = _load_adapter(model, kwargs)
+            else:
+                expert = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        except (OSError, HFValidationError, RepositoryNotFoundError) as error:
+            raise _not_found(model, error) from error
+    return freeze(expert)
+
+
+def _quantization(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> dict[str, Any]:
+    if not torch.accelerator.is_available():
+        raise SetupError(
+            "`expert_load_in_4bit` and `expert_load_in_8bit` need an accelerator, and there is none. Leave them "
+            "unset, or set `expert_dtype='bfloat16'` to save memory."
+        )
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=True,
+    )
+    # A quantized model cannot be moved to its device afterwards
+    return {"quantization_config": config, "device_map": {"": torch.accelerator.current_device_index()}}
+
+
+def _not_found(name: str, error: Exception) -> SetupError:
+    return SetupError(
+        f"No expert could be loaded from `expert_model_name_or_path={name!r}`: {error}\nGive a model id of the Hub, "
+        "or a folder that holds a model (config.json) or a PEFT adapter (adapter_config.json)."
+    )
+
+
+def check_expert_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """
+    Check that there is an expert to load, before anything large is.
+
+    Args:
+        name (`str`):
+            Model id, folder or adapter.
+        revision (`str`, *optional*):
+            Revision.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that the repository ships.
+
+    Raises:
+        `SetupError`: if there is none.
+    """
+    if is_adapter(name, revision):
+        return
+    try:
+        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, HFValidationError, RepositoryNotFoundError) as error:
+        raise _not_found(name, error) from error
+
+
+def is_adapter(model: str, revision: str | None) -> bool:
+    if os.path.isdir(model):
+        return os.path.exists(os.path.join(model, "adapter_config.json"))
+    try:
+        return cached_file(model, "adapter_config.json", revision=revision) is not None
+    except (OSError, EntryNotFoundError, LocalEntryNotFoundError):
+        return False
+
+
+def _load_adapter(model: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    from peft import AutoPeftModelForCausalLM
+
+    expert = AutoPeftModelForCausalLM.from_pretrained(model, **kwargs)
+    return expert if "quantization_config" in kwargs else expert.merge_and_unload()
+
+
+def resolve_expert(
+    source: "str | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", args: "MentorGRPOConfig"
+) -> tuple[PreTrainedModel, "PreTrainedTokenizerBase", str | None]:
+    """
+    The expert, its tokenizer and its name, from what a trainer was given.
+
+    Args:
+        source (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Id, folder, adapter folder, or model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; loaded from where the expert came from when not given.
+        args ([`MentorGRPOConfig`]):
+            Configuration, whose `expert_*` fields apply to an expert that is loaded.
+    """
+    if isinstance(source, str):
+        name, revision = source, args.expert_model_revision
+        expert = load_expert(
+            source,
+            revision=revision,
+            dtype=args.expert_dtype,
+            load_in_4bit=args.expert_load_in_4bit,
+            load_in_8bit=args.expert_load_in_8bit,
+            trust_remote_code=args.trust_remote_code,
+            **(args.expert_model_init_kwargs or {}),
+        )
+    else:
+        name, revision = expert_name(source), None
+        if any(hasattr(parameter, "ds_id") for parameter in source.parameters()):
+            raise SetupError(
+                "The expert is sharded by ZeRO-3, and every process needs the whole of it. Pass its name, or load it "
+                "with `mentor_trl.load_expert`."
+            )
+        expert = freeze(source)
+    if tokenizer is None:
+        tokenizer = load_expert_tokenizer(name, revision, args.trust_remote_code)
+    return expert, tokenizer, name
+
+
+def freeze(expert: PreTrainedModel) -> PreTrainedModel:
+    """Evaluation mode, no gradients."""
+    return expert.eval().requires_grad_(False)
+
+
+def expert_name(expert) -> str | None:
+    """Model id or folder that an instantiated expert came from."""
+    if is_peft_model(expert):
+        return expert.active_peft_config.base_model_name_or_path
+    return getattr(expert.config, "_name_or_path", None) or None
+
+
+def load_expert_tokenizer(
+    name: str | None, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """
+    The expert's tokenizer, which proves that its tokens are the policy's.
+
+    Args:
+        name (`str`, *optional*):
+            Model id or folder of the expert.
+        revision (`str`, *optional*):
+            Revision.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that the repository ships.
+
+    Raises:
+        `ValueError`: if there is none to load.
+    """
+    reason = "the expert was passed as a model that names no origin"
+    if name:
+        for source in (name, _adapter_base(name, revision)):
+            if source is None:
+                continue
+            try:
+                with untouched_rng():
+                    return AutoTokenizer.from_pretrained(
+                        source, revision=revision if source == name else None, trust_remote_code=trust_remote_code
+                    )
+            except (OSError, ValueError, KeyError) as error:
+                reason = f"none can be loaded from {source!r} ({error})"
+    raise SetupError(
+        f"The expert's tokenizer is needed to check that its tokens are the policy's, but {reason}. Pass it as "
+        "`expert_processing_class`, or save it in the expert's folder."
+    )
+
+
+def _adapter_base(name: str, revision: str | None) -> str | None:
+    if not is_adapter(name, revision):
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+
+
+def check_tokenizers(tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase") -> int:
+    """
+    Check that the tokenizers of policy and expert define the same tokens.
+
+    Args:
+        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizers of policy and expert.
+
+    Returns:
+        `int`: number of ids that they define, counted up to the largest.
+
+    Raises:
+        `ValueError`: naming the first tokens that differ.
+    """
+    ours = {index: token for token, index in tokenizer.get_vocab().items()}
+    theirs = {index: token for token, index in expert_tokenizer.get_vocab().items()}
+    different = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    if different:
+        shown = "; ".join(f"id {i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in different[:5])
+        raise SetupError(
+            f"Policy and expert have different vocabularies: {len(different)} of {len(ours.keys() | theirs.keys())} "
+            f"ids differ (policy / expert): {shown}. Mixed rollouts need the same tokens: choose an expert of the "
+            "policy's family, or train one from the policy."
+        )
+    return max(ours) + 1
+
+
+def check_vocabulary(
+    policy, expert, tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase"
+):
+    """
+    Check that policy and expert share one vocabulary, token by token. Embeddings may be padded differently.
+
+    Args:
+        policy, expert ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Models.
+        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Their tokenizers.
+
+    Raises:
+        `ValueError`: naming the first tokens that differ, or the model with too few rows.
+    """
+    needed = check_tokenizers(tokenizer, expert_tokenizer)
+    for name, model in (("policy", policy), ("expert", expert)):
+        weight = text_model(model).get_output_embeddings().weight
+        rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor in place of its shards
+        if rows < needed:
+            raise SetupError(
+                f"The {name}'s output embedding has {rows} rows, and the tokenizer defines {needed} ids. Call "
+                f"`resize_token_embeddings({needed})` on the {name} and save it."
+            )
+
+
+def stop_token_ids(model, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Every id with which a model ends a completion: of its generation config, its config and its tokenizer."""
+    base = text_model(model)
+    ids: list[int] = []
+    for value in (
+        base.generation_config.eos_token_id if base.generation_config is not None else None,
+        base.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    ):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        ids += [index for index in values if index is not None and index not in ids]
+    return ids
+
+
+def check_stop_tokens(
+    stop: list[int], expert, expert_tokenizer: "PreTrainedTokenizerBase", extend: bool = False
+) -> list[int]:
+    """
+    The one stop set of policy and mixed rollouts.
+
+    Args:
+        stop (`list[int]`):
+            Stop ids of the policy.
+        expert ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Expert.
+        expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        extend (`bool`, *optional*, defaults to `False`):
+            Whether ids that only the expert ends with are added to the set.
+
+    Returns:
+        `list[int]`: the stop set.
+
+    Raises:
+        `ValueError`: if the expert has other stop ids and `extend` is `False`.
+    """
+    return check_stop_ids(stop, stop_token_ids(expert, expert_tokenizer), expert_tokenizer, extend)
+
+
+def check_stop_ids(
+    stop: list[int], expert_stop: list[int], tokenizer: "PreTrainedTokenizerBase", extend: bool = False
+) -> list[int]:
+    """[`check_stop_tokens`] for an expert that is known by its stop ids alone."""
+    own = [index for index in expert_stop if index not in stop]
+    if own and not extend:
+        names = ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)!r})" for index in own)
+        raise SetupError(
+            f"The expert ends its completions with ids that do not end the policy's: {names}; the policy stops at "
+            f"{stop}. Set `extend_stop_tokens=True` to stop both at either, or correct the `eos_token_id` of the "
+            "expert's generation config."
+        )
+    return [*stop, *own]
+
+
+def check_context_length(model, name: str, longest_prompt: int, max_completion_length: int) -> None:
+    """
+    Check that no rollout can outgrow a model's context.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy or expert.
+        name (`str`):
+            What the error calls it.
+        longest_prompt (`int`):
+            Tokens of the longest prompt.
+        max_completion_length (`int`):
+            Limit of a completion, in tokens.
+
+    Raises:
+        `ValueError`: naming the lengths and what to change.
+    """
+    limit = getattr(text_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest_prompt + max_completion_length > limit:
+        raise SetupError(
+            f"A prompt of {longest_prompt} tokens and `max_completion_length={max_completion_length}` exceed the "
+            f"{name}'s context of {limit} tokens. Lower `max_completion_length` to {max(limit - longest_prompt, 0)} "
+            f"or less, drop the longest prompts, or choose another {name}."
+        )

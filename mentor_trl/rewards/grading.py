@@ -1,0 +1,333 @@
+"""
+Grading of answers in worker processes that may hang, crash or run out of memory without harm to the training process.
+
+math-verify hands text written by a language model to sympy. `9^{9^{9^{9}}}` keeps it busy forever, inside a C call
+that no signal handler interrupts, and math-verify's own timeouts work on the main thread only. Here each answer has a
+deadline after which its worker is killed and replaced. The workers are plain subprocesses: nothing is forked from a
+process that holds a GPU, and no user script is imported a second time.
+"""
+
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+DEFAULT_TIMEOUT = 5.0
+DEFAULT_MEMORY_LIMIT = 1024**3
+MAX_DEFAULT_WORKERS = 4
+START_TIMEOUT = 120.0
+MAX_FAILED_STARTS = 3
+CACHE_SIZE = 65536
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What became of one answer.
+
+    Args:
+        correct (`bool`, *optional*):
+            Whether the answer equals the gold answer. `None` when the gold answer cannot be parsed.
+        failure (`str`, *optional*):
+            `"timeout"` or `"crash"` when the verifier gave no verdict; `correct` is then `False`, or `None` when the
+            verifier did not get past the gold answer.
+    """
+
+    correct: bool | None
+    failure: str | None = None
+
+
+class _Worker:
+    """One subprocess and the thread that moves its replies to a queue as `(worker, reply)`, `None` at the end."""
+
+    def __init__(self, command: list[str], replies: queue.SimpleQueue):
+        # Unbuffered pipes: a lock inside a buffer could stay held in a forked child. A session of its own: an
+        # interrupt typed at the terminal is for the training process, which then closes its workers.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
+        self.ready = False
+        self.task: Pair | None = None
+        self.gold_parsed = False
+        self.deadline: float | None = time.monotonic() + START_TIMEOUT
+        self._reader = threading.Thread(target=self._read, args=(replies,), daemon=True)
+        self._reader.start()
+
+    def _read(self, replies: queue.SimpleQueue) -> None:
+        rest = b""
+        while chunk := self.process.stdout.read(65536):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                replies.put((self, json.loads(line)))
+        replies.put((self, None))
+
+    def send(self, pair: Pair, timeout: float) -> None:
+        line = json.dumps({"gold": pair[0], "answer": pair[1], "timeout": timeout}).encode() + b"\n"
+        view = memoryview(line)
+        while view:
+            view = view[self.process.stdin.write(view) :]
+        self.task, self.gold_parsed, self.deadline = pair, False, time.monotonic() + timeout
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if threading.current_thread() is not self._reader:  # a collected grader is finalized on any thread
+            self._reader.join()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def forget(self) -> None:
+        """Lets go of a worker that belongs to the parent of this forked process."""
+        self.process.returncode = 0
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@dataclass
+class _Batch:
+    """The state of one call of [`Grader.grade`]."""
+
+    waiting: deque[Pair]
+    verdicts: dict[Pair, Verdict]
+    # Gold answers that brought a worker down: their other answers need not pay for it again.
+    fatal_golds: dict[str, Verdict] = field(default_factory=dict)
+
+
+class Grader:
+    r"""
+    A pool of worker processes that compare answers with gold answers by math-verify.
+
+    Workers start at the first call, stay until [`Grader.close`] or the end of the process, and are replaced when they
+    hang, crash or grow. A pool serves any thread; calls from several threads take turns. A forked child starts workers
+    of its own. The answers that hang add about `timeout * (their number) / num_workers` seconds to a call.
+
+    Args:
+        timeout (`float`, *optional*, defaults to `5.0`):
+            Seconds that parsing one gold answer may take, and again grading one answer. Starting a worker does not
+            count.
+        num_workers (`int`, *optional*):
+            Number of worker processes. Defaults to the number of CPU cores, 4 at most.
+        memory_limit (`int`, *optional*, defaults to `1073741824`):
+            Bytes of address space of one worker, where the system can limit it. `0` for no limit.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards.grading import Grader
+
+    >>> with Grader() as grader:
+    ...     grader.grade([(r"\frac{1}{2}", "0.5"), ("72", "9^{9^{9^{9}}}")])
+    [Verdict(correct=True, failure=None), Verdict(correct=False, failure='timeout')]
+    ```
+    """
+
+    def __init__(
+        self,
+        timeout: float = DEFAULT_TIMEOUT,
+        num_workers: int | None = None,
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    ):
+        if timeout <= 0:
+            raise ValueError(f"timeout must be positive, got {timeout}. Pass the seconds one answer may take.")
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
+        self.timeout = timeout
+        self.num_workers = num_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+        self.command = [sys.executable, str(Path(__file__).with_name("grading_worker.py")), str(memory_limit)]
+        self._cache: OrderedDict[Pair, Verdict] = OrderedDict()
+        self._workers: list[_Worker] = []
+        self._reset()
+        _graders.add(self)
+        # Also runs at the end of the process.
+        weakref.finalize(self, _stop_workers, self._workers)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._replies: queue.SimpleQueue = queue.SimpleQueue()
+        self._failed_starts = 0
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers. A later call of [`Grader.grade`] starts new ones."""
+        with self._lock:
+            _stop_workers(self._workers)
+
+    def grade(self, pairs: Iterable[Pair]) -> list[Verdict]:
+        r"""
+        Compares answers with their gold answers.
+
+        Args:
+            pairs (`Iterable[tuple[str, str]]`):
+                Pairs of gold answer and answer, both without `\boxed{}`.
+
+        Returns:
+            `list[Verdict]`:
+                One verdict a pair, in the order of the pairs.
+        """
+        pairs = list(pairs)
+        with self._lock:
+            verdicts = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
+            batch = _Batch(deque(pair for pair in dict.fromkeys(pairs) if pair not in verdicts), verdicts)
+            self._failed_starts = 0
+            try:
+                while batch.waiting or any(worker.task for worker in self._workers):
+                    self._dispatch(batch)
+                    self._collect(batch)
+            finally:
+                for worker in [worker for worker in self._workers if worker.task]:
+                    self._drop(worker)
+            self._remember(batch.verdicts)
+            return [batch.verdicts[pair] for pair in pairs]
+
+    def _dispatch(self, batch: _Batch) -> None:
+        busy = sum(worker.task is not None for worker in self._workers)
+        while len(self._workers) < min(self.num_workers, busy + len(batch.waiting)):
+            self._start()
+        for worker in [worker for worker in self._workers if worker.ready and worker.task is None]:
+            while batch.waiting and batch.waiting[0][0] in batch.fatal_golds:
+                pair = batch.waiting.popleft()
+                batch.verdicts[pair] = batch.fatal_golds[pair[0]]
+            if not batch.waiting:
+                return
+            try:
+                worker.send(batch.waiting[0], self.timeout)
+                batch.waiting.popleft()
+            except OSError:  # it died while idle, which is no answer's fault
+                self._drop(worker)
+
+    def _collect(self, batch: _Batch) -> None:
+        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        if not deadlines:
+            return
+        try:
+            worker, reply = self._replies.get(timeout=max(0.0, min(deadlines) - time.monotonic()))
+        except queue.Empty:
+            now = time.monotonic()
+            for worker in [worker for worker in self._workers if worker.deadline is not None]:
+                if worker.deadline <= now:
+                    self._fail(worker, "timeout", batch)
+            return
+        if worker not in self._workers:
+            return
+        if reply is None:
+            self._fail(worker, "crash", batch)
+        elif "ready" in reply:
+            worker.ready, worker.deadline, self._failed_starts = True, None, 0
+        elif "gold" in reply:
+            worker.gold_parsed, worker.deadline = True, time.monotonic() + self.timeout
+        else:
+            batch.verdicts[worker.task] = Verdict(reply["correct"])
+            worker.task = worker.deadline = None
+            if reply["retire"]:
+                self._drop(worker)
+
+    def _fail(self, worker: _Worker, failure: str, batch: _Batch) -> None:
+        task, ready = worker.task, worker.ready
+        self._drop(worker)
+        if not ready:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise RuntimeError(
+                    f"The grading worker failed to start {MAX_FAILED_STARTS} times in a row. Its own error is above; "
+                    f"run `{' '.join(self.command)} < /dev/null` to see it again."
+                )
+        elif task is not None:
+            verdict = Verdict(False if worker.gold_parsed else None, failure)
+            batch.verdicts[task] = verdict
+            if not worker.gold_parsed:
+                batch.fatal_golds[task[0]] = verdict
+
+    def _remember(self, verdicts: dict[Pair, Verdict]) -> None:
+        # A failure may be the machine's fault, so that the same answer is tried again next time.
+        for pair, verdict in verdicts.items():
+            if verdict.failure is None:
+                self._cache[pair] = verdict
+                self._cache.move_to_end(pair)
+        while len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+
+    def _start(self) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("Grading needs math-verify. Install it with `pip install math-verify`.")
+        self._workers.append(_Worker(self.command, self._replies))
+
+    def _drop(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.stop()
+
+    def _after_fork(self) -> None:
+        while self._workers:
+            self._workers.pop().forget()
+        self._reset()
+
+
+def _stop_workers(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().stop()
+
+
+_graders: "weakref.WeakSet[Grader]" = weakref.WeakSet()
+_default: Grader | None = None
+
+
+def get_grader() -> Grader:
+    """
+    Returns the grader of this process that the reward functions use, made at the first call.
+
+    Returns:
+        `Grader`:
+            The grader given to [`set_grader`], or one with the default arguments.
+    """
+    global _default
+    if _default is None:
+        _default = Grader()
+    return _default
+
+
+def set_grader(grader: Grader | None) -> Grader | None:
+    """
+    Makes the reward functions use another grader, for another timeout, number of workers or memory limit.
+
+    Args:
+        grader (`Grader`, *optional*):
+            The grader to use from now on. `None` for one with the default arguments.
+
+    Returns:
+        `Grader`, *optional*:
+            The grader used so far. It is not closed.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards.grading import Grader, set_grader
+
+    >>> previous = set_grader(Grader(timeout=10.0, num_workers=8))
+    ```
+    """
+    global _default
+    previous, _default = _default, grader
+    return previous
+
+
+def _after_fork_in_child() -> None:
+    for grader in list(_graders):
+        grader._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,1 @@
+"""The engine in process: transformers models behind ragged key-value caches."""

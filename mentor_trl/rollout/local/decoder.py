@@ -1,0 +1,290 @@
+"""One causal language model behind a ragged key-value cache."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from ...errors import SetupError
+from . import attention as ragged
+from .cache import RaggedCache
+
+
+# Bounds on what a single operation holds, whatever the number of rows, their length and the vocabulary
+MAX_LOGITS = 2**24
+MAX_PREFILL_TOKENS = 8192
+MAX_CATCH_UP = 256
+# Positions that a cache starts with, at most
+FIRST_RESERVE = 512
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def text_model(model) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+@contextmanager
+def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
+    """
+    Dropout off in every module, and an attention that takes a mask per row; the former state is restored on exit.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model.
+        attention (`str`, *optional*):
+            Attention implementation. A model set to `"eager"` keeps it, and one whose kernels cap the attention logits
+            or add sinks gets it, as only `"eager"` does so too.
+    """
+    base = text_model(model)
+    config = base.config.get_text_config()
+    former = config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None or not base._supports_sdpa
+    config._attn_implementation = "eager" if former == "eager" or (former != "sdpa" and capped) else attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = former
+        for module in training:
+            module.training = True
+
+
+class Decoder:
+    """
+    Incremental decoding of rows of different lengths, each of which can be rolled back on its own.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        slots (`int`, *optional*, defaults to `0`):
+            Number of rows of the cache to begin with.
+        autocast (`Callable[[], AbstractContextManager]`, *optional*):
+            Makes the mixed-precision context of the forward passes.
+        float32_head (`bool`, *optional*, defaults to `False`):
+            Whether the LM head runs in float32, outside of that context (TRL's `cast_lm_head_to_fp32`).
+    """
+
+    def __init__(
+        self,
+        model,
+        slots: int = 0,
+        autocast: Callable[[], AbstractContextManager] | None = None,
+        float32_head: bool = False,
+    ):
+        self.model = text_model(model)
+        self.config = self.model.config.get_text_config()
+        embedding = self.model.get_input_embeddings().weight
+        self.device, self.num_embeddings = embedding.device, embedding.size(0)
+        self.lm_head = self.model.get_output_embeddings()
+        self.vocab_size = self.lm_head.weight.size(0)
+        self.autocast = autocast or nullcontext
+        self.float32_head = float32_head
+        self.cache = RaggedCache(slots)
+        self.prompts: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def max_length(self) -> int | None:
+        """Context length in tokens, `None` where the model names none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return self.model.num_parameters()
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows whose logits are held at once."""
+        return max(1, MAX_LOGITS // self.vocab_size)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int, length: int):
+        """
+        Hidden states of new tokens, which enter the cache.
+
+        Args:
+            ids (`torch.Tensor` of shape `(B, Q)`):
+                Token ids.
+            positions (`torch.Tensor` of shape `(B, Q)`):
+                Their positions. A token attends to all positions up to its own.
+            rows (`torch.Tensor` of shape `(B,)` or `int`):
+                Slots; an `int` B stands for the first B.
+            length (`int`):
+                One more than the largest position.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q, D)`.
+        """
+        # a policy with a larger padded vocabulary may emit ids that the expert has no embedding of
+        ids = ids.to(self.device).clamp(max=self.num_embeddings - 1)
+        positions = positions.to(self.device)
+        self.cache.reserve(length)
+        self.cache.place(rows, positions, length)
+        with self.autocast():
+            outputs = self.model.base_model(
+                input_ids=ids,
+                attention_mask=self._mask(positions, length),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return outputs.last_hidden_state
+
+    def _mask(self, positions: torch.Tensor, length: int):
+        keys = torch.arange(length, device=positions.device)
+        queries = positions[:, None, :, None]
+        causal = keys <= queries
+        window = getattr(self.config, "sliding_window", None)
+        layer_types = set(getattr(self.config, "layer_types", None) or ())
+        if window is None or layer_types == {"full_attention"}:
+            return self._as_attention_mask(causal)
+        sliding = self._as_attention_mask(causal & (keys > queries - window))
+        if not layer_types:
+            return sliding
+        return {"full_attention": self._as_attention_mask(causal), "sliding_attention": sliding}
+
+    def _as_attention_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        if self.config._attn_implementation != "eager":
+            return allowed
+        zero = torch.zeros((), dtype=self.model.dtype, device=allowed.device)
+        return torch.where(allowed, zero, torch.finfo(self.model.dtype).min)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `(N, V)` of hidden states `(N, D)`, as the model itself makes them."""
+        hidden = hidden.to(self.lm_head.weight.device)
+        if self.float32_head:
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = self.lm_head(hidden.float())
+        else:
+            with self.autocast():
+                logits = self.lm_head(hidden)
+        logits = logits.to(self.device).float()
+        scale = getattr(self.config, "logit_scale", None)
+        divisor = getattr(self.config, "logits_scaling", None)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if scale is not None:
+            logits = logits * scale
+        if divisor is not None:
+            logits = logits / divisor
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> None:
+        """
+        Bring all but the last token of each prompt into its slot. A prompt that some slot holds already is copied, and
+        a prompt that several slots need is computed once.
+        """
+        held = {prompt: slot for slot, prompt in self.prompts.items()}
+        computed: dict[tuple[int, ...], int] = {}
+        known, repeated = [], []
+        for slot, prompt in zip(slots, prompts, strict=True):
+            if self.prompts.get(slot) == prompt:
+                continue
+            if prompt in held:
+                known.append((held[prompt], slot))
+            elif prompt in computed:
+                repeated.append((computed[prompt], slot))
+            else:
+                computed[prompt] = slot
+        length = max(len(prompt) for prompt in prompts) - 1
+        self.prompts.update(zip(slots, prompts, strict=True))
+        if known and length:
+            self.cache.reserve(length)
+            self.cache.copy_rows(*map(list, zip(*known, strict=True)), length)
+        self._compute(sorted(computed.items(), key=lambda item: len(item[0])))
+        if repeated and length:
+            self.cache.copy_rows(*map(list, zip(*repeated, strict=True)), length)
+
+    def _compute(self, items: list[tuple[tuple[int, ...], int]]) -> None:
+        while items:
+            size = max(1, MAX_PREFILL_TOKENS // max(len(items[-1][0]), 1))
+            chunk, items = items[-size:], items[:-size]
+            length = max(len(prompt) for prompt, _ in chunk) - 1
+            if length == 0:
+                continue
+            ids = torch.zeros((len(chunk), length), dtype=torch.long)
+            for i, (prompt, _) in enumerate(chunk):
+                ids[i, : len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
+            rows = torch.tensor([slot for _, slot in chunk], device=self.device)
+            self.forward(ids, torch.arange(length).expand_as(ids), rows, length)
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of slots, and their prompts, onto other slots."""
+        if self.cache.capacity:
+            self.cache.copy_rows(sources, targets, length)
+        held = [self.prompts.get(source) for source in sources]
+        for target, prompt in zip(targets, held):
+            if prompt is None:
+                self.prompts.pop(target, None)
+            else:
+                self.prompts[target] = prompt
+
+
+@torch.no_grad()
+def check_decoding(model, name: str) -> None:
+    """
+    Compare a few tokens decoded through the ragged cache with the model's own forward pass.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        name (`str`):
+            What the errors call it.
+
+    Raises:
+        `ValueError`: if the architecture keeps a state that cannot be rolled back (state-space and linear-attention
+        layers), attends in a way that is not supported, or makes its logits in a way that is not known.
+    """
+    base = text_model(model)
+    config = base.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    reason = f"its layers are of the types {', '.join(sorted(unknown))}" if unknown else None
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        reason = f"{model.active_peft_config.peft_type.value} puts virtual tokens before the prompt"
+    if reason is None:
+        try:
+            reason = _decoding_difference(base)
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"decoding it in steps fails with {type(error).__name__}: {error}"
+    if reason is not None:
+        raise SetupError(
+            f"The {name} ({type(base).__name__}) cannot sample mixed rollouts: {reason}. Use a transformer with full "
+            "or sliding-window attention (Llama, Qwen, Mistral, Gemma, ...), or set `num_mixed_generations` to 0."
+        )
+
+
+def _decoding_difference(base: PreTrainedModel) -> str | None:
+    """How decoding in steps differs from a forward pass beyond rounding, or `None`."""
+    size = min(base.get_input_embeddings().weight.size(0), base.get_output_embeddings().weight.size(0))
+    decoder = Decoder(base, slots=2)
+    ids = (torch.arange(10).view(2, 5) % size).to(decoder.device)
+    starts = torch.tensor([1, 3], device=decoder.device)
+    positions = starts.unsqueeze(1) + torch.arange(2, device=decoder.device)
+    # "sdpa" stands for the model's own kernels, which may refuse the data type or device it has before training
+    with inference(base, attention="sdpa"):
+        expected = base(input_ids=ids, use_cache=False).logits.float().to(decoder.device)
+        states = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        direct = decoder.logits(states)
+    with inference(base):
+        decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :4].tolist())])
+        hidden = decoder.forward(ids.gather(1, positions), positions, 2, 5)
+        stepped = decoder.logits(hidden.flatten(0, 1)).view(2, 2, -1)
+    if expected.isnan().any():
+        return "its logits are NaN (check the checkpoint and the data type)"
+    # Half precision rounds logits to 3 digits at best, and the two ways round differently
+    scale = expected.abs().max().clamp(min=1.0)
+    exact = base.dtype == torch.float32
+    if not ((direct - expected).abs().max() / scale) <= (1e-4 if exact else 2e-2):
+        return "it makes its logits from the hidden states in a way that is not known"
+    expected = expected.gather(1, positions.unsqueeze(-1).expand_as(stepped))
+    difference = (stepped.log_softmax(-1) - expected.log_softmax(-1)).abs()
+    difference = difference.max().item() if exact else difference.median().item()
+    if not difference <= (1e-2 if exact else 0.5):
+        return f"its log-probabilities differ by {difference:.2g} nats when decoded in steps"
+    return None

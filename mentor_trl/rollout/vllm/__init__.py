@@ -1,0 +1,1 @@
+"""The vLLM engine, in a server or in this process."""

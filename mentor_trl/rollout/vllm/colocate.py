@@ -1,0 +1,214 @@
+"""Engine in process: one vLLM engine whose target is the expert and whose draft is the policy."""
+
+import itertools
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...vllm_plugin.options import GAMMA, RECORD, RULE, SCORE, SHARE, engine_environment, engine_options
+from ...vllm_plugin.records import unpack
+from ..types import MixedRequest, MixedRollout
+from .wire import assemble
+
+
+class ColocateSampler:
+    """
+    Samples mixed rollouts with an in-process vLLM engine.
+
+    Args:
+        policy (`str`):
+            Model id or folder of the policy.
+        expert (`str`):
+            Model id or folder of the expert.
+        num_tokens (`int`, *optional*):
+            Number of ids that the tokenizer defines; ids from there on are never sampled.
+        draft_length (`int`, *optional*, defaults to `8`):
+            Tokens that the policy drafts between two passes of the expert.
+        **engine_kwargs:
+            Further arguments of `vllm.LLM`.
+
+    Example:
+    ```python
+    sampler = ColocateSampler("Qwen/Qwen2.5-3B", "open-r1/OpenR1-Qwen-7B", gpu_memory_utilization=0.5)
+    with sampler.session() as session:
+        rollout = session.sample(MixedRequest(prompt_ids, [0.5] * len(prompt_ids), 256, (tokenizer.eos_token_id,)))
+    ```
+    """
+
+    def __init__(
+        self, policy: str, expert: str, num_tokens: int | None = None, draft_length: int = 8, **engine_kwargs: Any
+    ):
+        os.environ.update(engine_environment(cpu=not torch.cuda.is_available()))
+        from vllm import LLM
+
+        from ...vllm_plugin.hooks import install
+
+        # An installation without its entry point (a source tree on the path) would else be a stock engine
+        install()
+        tensor_parallel = engine_kwargs.pop("tensor_parallel_size", 1)
+        options = engine_options(policy, expert, num_tokens, draft_length, tensor_parallel)
+        options["speculative_config"] |= engine_kwargs.pop("speculative_config", {})
+        self.llm = LLM(**options, **engine_kwargs)
+        self.info = next(info for info in self.llm.collective_rpc("mentor_info") if info is not None)
+        if "error" in self.info:
+            raise RuntimeError(f"The engine does not sample mixed rollouts: {self.info['error']}.")
+        self.sleeps = bool(engine_kwargs.get("enable_sleep_mode"))
+        self._asleep: set[str] = set()
+        self._sleep()
+
+    @contextmanager
+    def session(self) -> Iterator["ColocateSampler"]:
+        """
+        Hold the policy's current weights, see [`load_policy`][ColocateSampler.load_policy]. With `enable_sleep_mode`
+        the engine is awake inside, and its memory is free outside.
+        """
+        self._wake("weights", "kv_cache")
+        try:
+            yield self
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        if self.sleeps:
+            # Level 1 keeps the weights in the host's memory: level 2 drops them, and nobody would bring the expert's
+            self.llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *tags: str) -> None:
+        tags = [tag for tag in tags if tag in self._asleep]
+        if tags:
+            torch.accelerator.memory.empty_cache()
+            self.llm.wake_up(tags=tags)
+            self._asleep -= set(tags)
+
+    def load_policy(self, folder: str, version: str) -> None:
+        """
+        Replace the policy's weights; the expert's stay as they are.
+
+        Args:
+            folder (`str`):
+                Folder of safetensors files with the names of a transformers checkpoint.
+            version (`str`):
+                Name of these weights.
+        """
+        self._wake("weights")
+        for answer in self.llm.collective_rpc("mentor_load_policy", args=(str(folder), version)):
+            if "error" in answer:
+                raise ValueError(f"The policy's weights could not be replaced: {answer['error']}.")
+        self.llm.reset_prefix_cache()
+
+    def load_tensors(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
+        """
+        [`load_policy`][ColocateSampler.load_policy] from memory. Only where the engine runs in this very process, as
+        with `distributed_executor_backend="external_launcher"`.
+
+        Args:
+            weights (`Iterable[tuple[str, torch.Tensor]]`):
+                Names, as in a transformers checkpoint, and tensors.
+            version (`str`):
+                Name of these weights.
+        """
+        self._wake("weights")
+        weights = iter(weights)
+        try:
+            self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
+        finally:
+            for _ in weights:  # an adapter is merged as long as these last
+                pass
+        self.llm.reset_prefix_cache()
+
+    def sample(self, request: MixedRequest) -> MixedRollout:
+        """
+        Sample a request.
+
+        Args:
+            request ([`MixedRequest`]):
+                Rows to sample. Its `seed` does not repeat a run: vLLM's draws depend on how rows are batched.
+
+        Returns:
+            [`MixedRollout`], in the order of the request.
+
+        Raises:
+            `ValueError`: if a row does not fit the context of the engine, or if a model's logits are NaN.
+        """
+        from vllm import SamplingParams
+
+        check_context(request, self.info["max_model_len"])
+        started = time.perf_counter()
+        keys = record_keys(len(request.prompt_ids))
+        params = [SamplingParams(**sampling_params(request, row, key), extra_args=extra_args(request, row, key))
+                  for row, key in enumerate(keys)]  # fmt: skip
+        prompts = [{"prompt_token_ids": list(ids)} for ids in request.prompt_ids]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        completions = [list(output.outputs[0].token_ids) for output in outputs]
+        records = self.llm.collective_rpc("mentor_take_records", args=(keys,))[0]["rows"]
+        values = [
+            match_record(record, ids, len(prompt), row)
+            for row, (record, ids, prompt) in enumerate(zip(records, completions, request.prompt_ids))
+        ]
+        return assemble(request, completions, values, {"seconds": time.perf_counter() - started})
+
+
+_requests = itertools.count()
+
+
+def record_keys(rows: int) -> list[str]:
+    """Keys of a request's rows that no other request of any process has."""
+    name = f"{uuid.uuid4().hex}-{next(_requests)}"
+    return [f"{name}-{row}" for row in range(rows)]
+
+
+def sampling_params(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
+    """vLLM's sampling parameters of a row. Stop ids are explicit: the expert's own never decide where a row ends."""
+    return {
+        "temperature": request.temperature,
+        "max_tokens": request.max_new_tokens,
+        "stop_token_ids": list(request.stop_token_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+
+
+def extra_args(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
+    """Entries of a row that the plugin reads."""
+    return {
+        GAMMA: str(request.gamma[row]),
+        RULE: request.branch_rule,
+        SHARE: request.share,
+        RECORD: key,
+        SCORE: int(request.score_all),
+    }
+
+
+def check_context(request: MixedRequest, limit: int) -> None:
+    """Raise a `ValueError` if a row may outgrow the engine's context."""
+    for row, ids in enumerate(request.prompt_ids):
+        if len(ids) + request.max_new_tokens > limit:
+            raise ValueError(
+                f"The prompt of row {row} ({len(ids)} tokens) and max_completion_length={request.max_new_tokens} "
+                f"exceed the engine's context of {limit} tokens. Lower `max_completion_length`, drop prompts of more "
+                f"than {max(limit - request.max_new_tokens, 0)} tokens, or serve with a larger `--max-model-len`."
+            )
+
+
+def match_record(record: dict | None, ids: list[int], start: int, row: int) -> torch.Tensor:
+    """
+    Records `(T, 6)` of a completion.
+
+    Raises:
+        `RuntimeError`: if the engine did not record exactly these tokens.
+    """
+    if record is None:
+        raise RuntimeError(f"The engine has no records of row {row}. Was it restarted while the row was sampled?")
+    first, tokens, values = unpack(record)
+    if first != start or tokens[: len(ids)] != ids:
+        raise RuntimeError(
+            f"The engine's records of row {row} begin at token {first} with {tokens[:8]}, and the completion at "
+            f"{start} with {ids[:8]}. Please report this with the versions of vLLM and mentor-trl."
+        )
+    return values[: len(ids)]

@@ -1,0 +1,265 @@
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, load_dataset, load_from_disk
+
+from mentor_trl.cli import data as script
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT, DataError, MentorScriptArguments, load_prompt_datasets
+from mentor_trl.data.preparation import PRESETS, PromptArguments, normalize_problem, prepare_prompts
+from mentor_trl.data.preparation.sources import TEST_SETS, parse_test_set
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+MATH_ROWS = [
+    {"problem": "What is $1 + 1$?", "level": "Level 1", "solution": "It is $\\boxed{2}$."},
+    {"problem": "What is $\\dfrac{1}{2}$ of $1,000$?", "level": "Level 3", "solution": "\\boxed{500}"},
+    {"problem": "Find $x^2$ for $x = 3$.", "level": "Level 4", "solution": "First $3$, then $\\boxed{9}$"},
+    {"problem": "find $x^{2}$ for $x=3$", "level": "Level 4", "solution": "\\boxed{9}"},
+    {"problem": "No answer here", "level": "Level 5", "solution": "It is nine."},
+    {"problem": "  ", "level": "Level 5", "solution": "\\boxed{9}"},
+    {"problem": "What is $2 + 2$?", "level": 5, "solution": "\\boxed{4}"},
+    {"problem": "Which level?", "level": "Level ?", "solution": "\\boxed{4}"},
+]
+TEST_ROWS = [{"problem": "what is \\(\\frac12\\) of $1000$", "answer": 500.0, "level": 2}]
+
+
+def prepare(tmp_path, rows, preset="math", **options):
+    options = {"test_sets": ["none"], "eval_set": "none", "dataset_config": None, **options}
+    rows = [{**row, "level": str(row["level"])} if "level" in row else row for row in rows]
+    source = write(tmp_path / "rows.jsonl", rows)
+    return prepare_prompts(PromptArguments(**{**PRESETS[preset], "dataset_name": source, **options}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        ("What is $x^{2}$ ?", "what is \\( x^2 \\)", True),
+        ("\\left( \\tfrac{3}{4} \\right)", "(\\frac34)", True),
+        ("Janet’s 1,000 eggs", "janet's 1000 eggs", True),
+        ("\\text{if } x", "\\textbf{if} x", True),
+        ("x_{12}", "x_12", False),
+        ("\\frac{1}{23}", "\\frac{12}{3}", False),
+        ("(1, 2)", "(12)", False),
+        ("1.5", "15", False),
+        ("3 - 4", "3 + 4", False),
+        ("\\leftarrow 3", "arrow 3", False),
+    ],
+)
+def test_problems_are_compared_by_what_they_say(first, second, equal):
+    assert (normalize_problem(first) == normalize_problem(second)) is equal
+
+
+def test_every_dropped_row_is_on_the_account(tmp_path):
+    test = write(tmp_path / "test.jsonl", TEST_ROWS)
+    dataset, report = prepare(tmp_path, MATH_ROWS, eval_set=f"math500={test}", test_sets=["math500"])
+    assert dict(report.steps) == {
+        "level unknown": 1,
+        "level not in [3, 4, 5]": 1,
+        "no problem text": 1,
+        "no answer": 1,
+        "problem of math500 (1 problems)": 1,
+        "problem occurred before": 1,
+    }
+    assert report.loaded == 8 and report.kept == len(dataset["train"]) == 2
+    first, second = dataset["train"]
+    assert first["prompt"][0] == {"role": "system", "content": MENTOR_SYSTEM_PROMPT}
+    assert first["prompt"][1] == {"role": "user", "content": "Find $x^2$ for $x = 3$."}
+    assert (first["solution"], first["level"], first["source"]) == ("9", 4, "rows.jsonl")
+    assert (second["solution"], second["level"]) == ("4", 5)
+    (row,) = dataset["test"]
+    assert (row["solution"], row["level"], row["source"]) == ("500", 2, "math500")
+    assert row["prompt"][0]["content"] == MENTOR_SYSTEM_PROMPT
+
+
+def test_duplicates_are_counted_even_where_they_are_kept(tmp_path):
+    rows = [*MATH_ROWS, {"problem": "Find $x^2$ for $x = 3$.", "level": 4, "solution": "\\boxed{8}"}]
+    dataset, report = prepare(tmp_path, rows, keep_duplicates=True, system_prompt="none", conversational=False)
+    facts = dict(report.facts)
+    assert facts["rows whose problem occurred before"] == "2 (kept)"
+    assert facts["problems that occur with different answers"] == "1"
+    assert dataset["train"]["prompt"][1] == dataset["train"]["prompt"][-1] == "Find $x^2$ for $x = 3$."
+
+
+def test_gsm8k_and_custom_columns(tmp_path):
+    rows = [
+        {"question": "What is 1 + 1?", "answer": "2\n#### 1,002", "other": 7, "reply": "<think>a</think>\\boxed{2}"}
+    ]
+    assert prepare(tmp_path, rows, "gsm8k")[0]["train"]["solution"] == ["1002"]
+    dataset, report = prepare(
+        tmp_path, rows, "custom", solution_delimiter="####", trajectory_column="reply", keep_columns=["other"]
+    )
+    assert dataset["train"][0]["trajectory"] == rows[0]["reply"] and dataset["train"][0]["other"] == 7
+    assert dict(report.facts)["of these in the form `<think>...</think>...\\boxed{...}`"] == "1"
+
+
+def test_answers_that_cannot_be_verified(tmp_path):
+    rows = [{"problem": "a", "answer": "4"}, {"problem": "b", "answer": "???"}]
+    dataset, report = prepare(tmp_path, rows, "custom", verifiable_only=True)
+    assert dataset["train"]["solution"] == ["4"]
+    assert dict(report.steps)["answer that math-verify cannot parse"] == 1
+
+
+OPENR1_ROWS = [
+    {"problem": "one", "answer": "1", "generations": ["wrong", "long" * 9, "ok", "two"],
+     "correctness_math_verify": [False, True, True, True], "is_reasoning_complete": [True] * 4, "source": "aops"},
+    {"problem": "two", "answer": "2", "generations": ["x"], "correctness_math_verify": [False],
+     "is_reasoning_complete": [True], "source": "aops"},
+    {"problem": "three", "answer": "3", "generations": ["x"], "correctness_math_verify": [True],
+     "is_reasoning_complete": [False], "source": "aops"},
+    {"problem": "four", "answer": "4", "generations": ["y" * 11], "correctness_math_verify": [True],
+     "is_reasoning_complete": [True], "source": "aops"},
+]  # fmt: skip
+
+
+def test_openr1_keeps_correct_complete_and_short_generations(tmp_path, tiny_model_dir):
+    dataset, report = prepare(
+        tmp_path,
+        OPENR1_ROWS,
+        "openr1",
+        tokenizer=str(tiny_model_dir),
+        max_response_tokens=10,
+        all_generations=True,
+    )
+    (row,) = dataset["train"]
+    assert (row["trajectory"], row["trajectories"], row["solution"]) == ("ok", ["ok", "two"], "1")
+    assert row["source"] == "rows.jsonl/aops"
+    assert list(dict(report.steps).values())[-3:] == [1, 1, 1]
+
+
+def test_long_prompts_are_measured_with_the_chat_template(tmp_path, tiny_model_dir):
+    rows = [{"problem": "a" * 5, "answer": "1"}, {"problem": "a" * 6, "answer": "1"}]
+    # beginning of text, user, five letters, assistant
+    options = {"tokenizer": str(tiny_model_dir), "max_prompt_tokens": 8, "system_prompt": "none"}
+    dataset, report = prepare(tmp_path, rows, "custom", **options)
+    assert len(dataset["train"]) == 1 and dict(report.steps)["prompt of more than 8 tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"levels": [3, 7]}, ["[7]", "[1, 3, 4, 5]", "`levels`"]),
+        ({"prompt_column": "query"}, ["'query'", "`prompt_column`"]),
+        ({"solution_column": "answer"}, ["'answer'", "`solution_column`"]),
+        ({"keep_columns": ["subject"]}, ["'subject'", "`keep_columns`"]),
+        ({"level_column": None}, ["`level_column`"]),
+        ({"test_sets": ["math50"]}, ["'math50'", "did you mean 'math500'?"]),
+        ({"test_sets": ["math500=/absent.jsonl"]}, ["/absent.jsonl does not exist", "`test_sets`"]),
+        ({"test_sets": ["math500="]}, ["NAME=PATH"]),
+        ({"dataset_split": "test"}, ["no split 'test'", "`dataset_split`"]),
+        ({"dataset_name": "/absent.jsonl"}, ["/absent.jsonl does not exist"]),
+        ({"max_samples": 0}, ["`max_samples` is 0"]),
+        ({"max_prompt_tokens": 5}, ["`tokenizer`"]),
+        ({"max_prompt_tokens": 5, "tokenizer": "/absent"}, ["No tokenizer", "/absent"]),
+        ({"generations": True, "tokenizer": "x", "trajectory_column": "y"}, ["set one of them"]),
+        ({"all_generations": True}, ["`all_generations` needs `generations`"]),
+        ({"levels": [1], "solution_delimiter": "####"}, ["No row", "no answer"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path, options, parts):
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path, MATH_ROWS, **options)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_test_sets_are_named_or_given_by_path():
+    assert parse_test_set("olympiadbench", "test_sets") == ("olympiadbench", TEST_SETS["olympiadbench"])
+    name, test_set = parse_test_set("gsm8k=copy.jsonl", "test_sets")
+    assert (name, test_set.path, test_set.config, test_set.split) == ("gsm8k", "copy.jsonl", None, None)
+    assert test_set.solution_delimiter == "####"
+    assert parse_test_set("org/set", "test_sets")[1].path == "org/set"
+
+
+def run(tmp_path, *flags, rows=MATH_ROWS):
+    source = write(tmp_path / "rows.jsonl", [{**row, "level": str(row["level"])} for row in rows])
+    test = write(tmp_path / "test.jsonl", TEST_ROWS)
+    argv = ["math", "--dataset_name", source, "--test_sets", "none", "--eval_set", f"math500={test}", *flags]
+    return script.run(argv)
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "arrow"])
+def test_the_folder_is_read_by_the_libraries_and_by_the_trainer(tmp_path, output_format, capsys):
+    folder = str(tmp_path / "out")
+    assert run(tmp_path, "--output_dir", folder, "--output_format", output_format) == 0
+    read = load_dataset(folder) if output_format == "parquet" else load_from_disk(folder)
+    assert read.num_rows == {"train": 2, "test": 1}
+    train, test = load_prompt_datasets(MentorScriptArguments(dataset_name=folder), with_eval=True)
+    assert train["solution"] == ["9", "4"] and test["solution"] == ["500"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "mentor-trl data math --dataset_name" in card and "| level unknown | 1 | 7 |" in card
+    assert "problem of math500" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_exists_is_left_alone(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--output_dir", str(tmp_path / "out"))
+    assert stop.value.code == 2 and "already exists" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert "No output is given" in capsys.readouterr().err
+
+
+def test_upload_is_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, *args, **kwargs):
+            calls.append((args, kwargs))
+
+        def upload_folder(self, *, folder_path, **kwargs):
+            names = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()}
+            calls.append((names, kwargs))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert run(tmp_path, "--push_to_hub", "me/math", "--private") == 0
+    (created, options), (names, upload) = calls
+    assert created == ("me/math",) and options == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    assert names == {"README.md", "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"}
+    assert upload["repo_id"] == "me/math"
+
+
+def test_a_failed_upload_leaves_the_folder(tmp_path, monkeypatch, capsys):
+    def refuse(self, *args, **kwargs):
+        raise OSError("no way")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--push_to_hub", "me/math", "--output_dir", str(tmp_path / "out"))
+    assert "could not be uploaded" in capsys.readouterr().err and (tmp_path / "out" / "data").is_dir()
+
+
+def test_unknown_options_are_named_and_every_command_has_help(capsys):
+    with pytest.raises(SystemExit):
+        script.run(["math", "--level", "3"])
+    assert "did you mean 'levels'" in capsys.readouterr().err
+    assert script.run([]) == 0
+    overview = capsys.readouterr().out
+    for name in script.COMMANDS:
+        assert name in overview
+        with pytest.raises(SystemExit) as stop:
+            script.run([name, "--help"])
+        assert stop.value.code == 0 and "--output_dir" in capsys.readouterr().out
+
+
+def test_messages_are_taken_as_they_are(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "What is 1?"}], "answer": "1"}]
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    test = write(tmp_path / "test.jsonl", [{"question": "what is 2"}])
+    args = PromptArguments(dataset_name=str(path), system_prompt="none", test_sets=[test])
+    assert prepare_prompts(args)[0]["train"]["prompt"] == [rows[0]["prompt"]]
+    write(tmp_path / "test.jsonl", [{"question": "what is 1"}])
+    with pytest.raises(DataError, match="No row"):
+        prepare_prompts(args)

@@ -1,0 +1,81 @@
+from enum import Enum
+
+import yaml
+
+from mentor_trl.cli import train
+from mentor_trl.publishing.recipe import publishable, save, to_yaml
+
+
+TOKEN = "hf_" + "a" * 34
+
+
+class Choice(Enum):
+    ONE = "one"
+
+
+def test_secrets_and_places_stay_here():
+    options = {
+        "env": {"WANDB_API_KEY": "abc"},
+        "hub_token": "short",
+        "run_name": f"run {TOKEN}",
+        "dataset_name": "https://ada:pw@example.org/rows.jsonl",
+        "model_init_kwargs": {"token": "abc", "attn": {"api_key": 1, "x": 2}},
+        "vllm_server_base_url": "http://10.0.0.1:8000",
+        "resume_from_checkpoint": True,
+        "expert_model_name_or_path": "/home/ada/experts/big",
+        "output_dir": "~/runs/mentor",
+        "datasets": [{"path": "/data/rows.jsonl", "token": "abc"}],
+    }
+    kept, left_out = publishable(options)
+    assert kept == {
+        "model_init_kwargs": {"attn": {"x": 2}},
+        "expert_model_name_or_path": "big",
+        "output_dir": "mentor",
+        "datasets": [{"path": "rows.jsonl"}],
+    }
+    assert {"env", "hub_token", "run_name", "dataset_name", "model_init_kwargs.token"} <= set(left_out)
+    assert "model_init_kwargs.attn.api_key" in left_out and "datasets.token" in left_out
+    assert options["hub_token"] == "short"  # the run keeps what it was given
+
+
+def test_what_is_no_secret_stays():
+    options = {
+        "extend_stop_tokens": True,
+        "average_tokens_across_devices": False,
+        "hub_token": None,
+        "system_prompt": "/think\nstep by step",
+        "model_name_or_path": "Qwen/Qwen2.5-3B",
+        "learning_rate": 1e-6,
+        "hub_strategy": Choice.ONE,
+        "model_init_kwargs": '{"a": 1}',
+        "reward_weights": (0.9, 0.1),
+    }
+    kept = {**options, "hub_strategy": "one", "model_init_kwargs": {"a": 1}, "reward_weights": [0.9, 0.1]}
+    assert publishable(options) == (kept, [])
+    assert yaml.safe_load(to_yaml(options)) == kept
+
+
+def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        "env: {A: b}\nnum_processes: 1\nlearning_rate: 1e-6\nreward_funcs: format_reward\nseed: 1\nmax_steps: 3\n"
+        "generation_batch_size: 16\nhub_token: secret\nbf16: true\n"
+    )
+    argv = ["--config", "config.yaml", "--seed", "7", "--output_dir=out", "--use_cpu", "--bf16", "false"]
+    argv += ["--model_init_kwargs", '{"dtype": "float32"}', "--hub_strategy", "end"]
+    parser = train.make_parser()
+    first = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
+    options = parser.given_options(argv)
+    assert set(options) == {
+        *("num_processes", "learning_rate", "reward_funcs", "seed", "max_steps", "generation_batch_size", "hub_token"),
+        *("bf16", "output_dir", "use_cpu", "model_init_kwargs", "hub_strategy"),
+    }
+    path = save(options, "out")
+    assert "# Left out: hub_token\n" in path.read_text()
+    again = train.make_parser().parse_args_and_config(["--config", str(path)], fail_with_unknown_args=False)
+    for one, other in zip(first, again):
+        one, other = (vars(args) | {"hub_token": None} for args in (one, other))
+        skip = {"distributed_state", "deepspeed_plugin", "accelerator_config"}
+        assert {k: v for k, v in one.items() if k not in skip} == {k: v for k, v in other.items() if k not in skip}
+    # Parsing for the recipe changes nothing of the parser
+    assert parser.parse_args_and_config(["--output_dir", "x", "--use_cpu", "--bf16", "false"])[1].seed == 1
