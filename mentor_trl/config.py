@@ -5,10 +5,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS
 
-BRANCH_RULES = ("entropy", "threshold", "random", "always")
-ALPHA_SCHEDULES = ("cosine", "linear", "constant")
-CORRECTIONS = ("temper", "clip", "mask", "saturate")
+
 CORRECTION_LEVELS = ("conditional", "mixture")
 WEIGHT_SYNCS = ("auto", "nccl", "folder")
 

@@ -1,12 +1,10 @@
-"""Loading an expert, and checking that it can speak inside the policy's rollouts."""
+"""Loading an expert."""
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub.utils import (
@@ -15,44 +13,15 @@ from huggingface_hub.utils import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import cached_file
 
+from ..config import MentorGRPOConfig
 from ..errors import SetupError
-from ..rollout.local.decoder import text_model
+from ..random_state import untouched_rng
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ..config import MentorGRPOConfig
-
-
-@contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Leave every random state as it was found: loading an expert must not change what the policy samples."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-def rng_state() -> tuple:
-    """Random states of Python, NumPy, and torch on the CPU and on CUDA."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_rng_state(state: tuple) -> None:
-    """Set what [`rng_state`] returned."""
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager
@@ -98,7 +67,7 @@ def load_expert(
         [`~transformers.PreTrainedModel`] in evaluation mode, without gradients.
 
     Raises:
-        `ValueError`: if there is no model or adapter at `model`.
+        `SetupError`: if there is no model or adapter at `model`.
     """
     kwargs = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, **init_kwargs}
     if load_in_4bit or load_in_8bit:
@@ -179,8 +148,8 @@ def _load_adapter(model: str, kwargs: dict[str, Any]) -> PreTrainedModel:
 
 
 def resolve_expert(
-    source: "str | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", args: "MentorGRPOConfig"
-) -> tuple[PreTrainedModel, "PreTrainedTokenizerBase", str | None]:
+    source: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: MentorGRPOConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """
     The expert, its tokenizer and its name, from what a trainer was given.
 
@@ -230,7 +199,7 @@ def expert_name(expert) -> str | None:
 
 def load_expert_tokenizer(
     name: str | None, revision: str | None = None, trust_remote_code: bool = False
-) -> "PreTrainedTokenizerBase":
+) -> PreTrainedTokenizerBase:
     """
     The expert's tokenizer, which proves that its tokens are the policy's.
 
@@ -243,7 +212,7 @@ def load_expert_tokenizer(
             Whether to run code that the repository ships.
 
     Raises:
-        `ValueError`: if there is none to load.
+        `SetupError`: if there is none to load.
     """
     reason = "the expert was passed as a model that names no origin"
     if name:
@@ -269,136 +238,3 @@ def _adapter_base(name: str, revision: str | None) -> str | None:
     from peft import PeftConfig
 
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
-
-
-def check_tokenizers(tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase") -> int:
-    """
-    Check that the tokenizers of policy and expert define the same tokens.
-
-    Args:
-        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizers of policy and expert.
-
-    Returns:
-        `int`: number of ids that they define, counted up to the largest.
-
-    Raises:
-        `ValueError`: naming the first tokens that differ.
-    """
-    ours = {index: token for token, index in tokenizer.get_vocab().items()}
-    theirs = {index: token for token, index in expert_tokenizer.get_vocab().items()}
-    different = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
-    if different:
-        shown = "; ".join(f"id {i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in different[:5])
-        raise SetupError(
-            f"Policy and expert have different vocabularies: {len(different)} of {len(ours.keys() | theirs.keys())} "
-            f"ids differ (policy / expert): {shown}. Mixed rollouts need the same tokens: choose an expert of the "
-            "policy's family, or train one from the policy."
-        )
-    return max(ours) + 1
-
-
-def check_vocabulary(
-    policy, expert, tokenizer: "PreTrainedTokenizerBase", expert_tokenizer: "PreTrainedTokenizerBase"
-):
-    """
-    Check that policy and expert share one vocabulary, token by token. Embeddings may be padded differently.
-
-    Args:
-        policy, expert ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Models.
-        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Their tokenizers.
-
-    Raises:
-        `ValueError`: naming the first tokens that differ, or the model with too few rows.
-    """
-    needed = check_tokenizers(tokenizer, expert_tokenizer)
-    for name, model in (("policy", policy), ("expert", expert)):
-        weight = text_model(model).get_output_embeddings().weight
-        rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor in place of its shards
-        if rows < needed:
-            raise SetupError(
-                f"The {name}'s output embedding has {rows} rows, and the tokenizer defines {needed} ids. Call "
-                f"`resize_token_embeddings({needed})` on the {name} and save it."
-            )
-
-
-def stop_token_ids(model, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Every id with which a model ends a completion: of its generation config, its config and its tokenizer."""
-    base = text_model(model)
-    ids: list[int] = []
-    for value in (
-        base.generation_config.eos_token_id if base.generation_config is not None else None,
-        base.config.get_text_config().eos_token_id,
-        tokenizer.eos_token_id,
-    ):
-        values = value if isinstance(value, (list, tuple)) else [value]
-        ids += [index for index in values if index is not None and index not in ids]
-    return ids
-
-
-def check_stop_tokens(
-    stop: list[int], expert, expert_tokenizer: "PreTrainedTokenizerBase", extend: bool = False
-) -> list[int]:
-    """
-    The one stop set of policy and mixed rollouts.
-
-    Args:
-        stop (`list[int]`):
-            Stop ids of the policy.
-        expert ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Expert.
-        expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        extend (`bool`, *optional*, defaults to `False`):
-            Whether ids that only the expert ends with are added to the set.
-
-    Returns:
-        `list[int]`: the stop set.
-
-    Raises:
-        `ValueError`: if the expert has other stop ids and `extend` is `False`.
-    """
-    return check_stop_ids(stop, stop_token_ids(expert, expert_tokenizer), expert_tokenizer, extend)
-
-
-def check_stop_ids(
-    stop: list[int], expert_stop: list[int], tokenizer: "PreTrainedTokenizerBase", extend: bool = False
-) -> list[int]:
-    """[`check_stop_tokens`] for an expert that is known by its stop ids alone."""
-    own = [index for index in expert_stop if index not in stop]
-    if own and not extend:
-        names = ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)!r})" for index in own)
-        raise SetupError(
-            f"The expert ends its completions with ids that do not end the policy's: {names}; the policy stops at "
-            f"{stop}. Set `extend_stop_tokens=True` to stop both at either, or correct the `eos_token_id` of the "
-            "expert's generation config."
-        )
-    return [*stop, *own]
-
-
-def check_context_length(model, name: str, longest_prompt: int, max_completion_length: int) -> None:
-    """
-    Check that no rollout can outgrow a model's context.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Policy or expert.
-        name (`str`):
-            What the error calls it.
-        longest_prompt (`int`):
-            Tokens of the longest prompt.
-        max_completion_length (`int`):
-            Limit of a completion, in tokens.
-
-    Raises:
-        `ValueError`: naming the lengths and what to change.
-    """
-    limit = getattr(text_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest_prompt + max_completion_length > limit:
-        raise SetupError(
-            f"A prompt of {longest_prompt} tokens and `max_completion_length={max_completion_length}` exceed the "
-            f"{name}'s context of {limit} tokens. Lower `max_completion_length` to {max(limit - longest_prompt, 0)} "
-            f"or less, drop the longest prompts, or choose another {name}."
-        )

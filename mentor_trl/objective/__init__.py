@@ -1,8 +1,9 @@
 """The method as pure tensor functions: no model, no trainer, no I/O."""
 
 from .advantages import mixed_policy_advantages
-from .correction import correction_weights, fold_correction
+from .correction import CORRECTIONS, correction_weights, fold_correction
 from .mixture import (
+    BRANCH_RULES,
     acceptance_probability,
     branch_weight,
     couple,
@@ -10,15 +11,16 @@ from .mixture import (
     entropy_from_logps,
     match_vocabulary,
     mixture_logps,
-    posterior_coin,
-    posterior_replaced,
     residual,
 )
-from .schedule import alpha_at, entropy_threshold
+from .schedule import ALPHA_SCHEDULES, alpha_at, entropy_threshold
 from .shaping import shaping_weights
 
 
 __all__ = [
+    "ALPHA_SCHEDULES",
+    "BRANCH_RULES",
+    "CORRECTIONS",
     "acceptance_probability",
     "alpha_at",
     "branch_weight",
@@ -31,8 +33,6 @@ __all__ = [
     "match_vocabulary",
     "mixed_policy_advantages",
     "mixture_logps",
-    "posterior_coin",
-    "posterior_replaced",
     "residual",
     "shaping_weights",
 ]

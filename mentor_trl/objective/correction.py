@@ -9,6 +9,28 @@ import torch
 MAX_LOG_RATIO = 20.0
 
 
+def _temper(log_ratio: torch.Tensor, cap: float, exponent: float, **_) -> torch.Tensor:
+    return (exponent * log_ratio.clamp(max=math.log(cap))).exp()
+
+
+def _clip(log_ratio: torch.Tensor, cap: float, floor: float, **_) -> torch.Tensor:
+    return log_ratio.exp().clamp(floor, cap)
+
+
+def _mask(log_ratio: torch.Tensor, cap: float, **_) -> torch.Tensor:
+    ratio = log_ratio.exp()
+    return torch.where(ratio <= cap, ratio, torch.zeros_like(ratio))
+
+
+def _saturate(log_ratio: torch.Tensor, constant: float, **_) -> torch.Tensor:
+    ratio = log_ratio.exp()
+    return ratio / (ratio + constant)
+
+
+CORRECTIONS = {"temper": _temper, "clip": _clip, "mask": _mask, "saturate": _saturate}
+"""Weight rho of a log importance ratio, by kind."""
+
+
 def correction_weights(
     log_ratio_B_T: torch.Tensor,
     where_B_T: torch.Tensor,
@@ -48,6 +70,9 @@ def correction_weights(
     Returns:
         `torch.Tensor` of shape `(B, T)`, detached.
 
+    Raises:
+        `ValueError`: if there is no such kind.
+
     Example:
     ```python
     >>> log_ratio = torch.tensor([[0.0625, 4.0, torch.nan]]).log()
@@ -55,19 +80,10 @@ def correction_weights(
     tensor([[0.5000, 1.0000, 1.0000]])
     ```
     """
+    if kind not in CORRECTIONS:
+        raise ValueError(f"Unknown correction {kind!r}; choose one of {', '.join(map(repr, CORRECTIONS))}.")
     log_ratio = log_ratio_B_T.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if kind == "temper":
-        rho = (exponent * log_ratio.clamp(max=math.log(cap))).exp()
-    elif kind == "clip":
-        rho = log_ratio.exp().clamp(floor, cap)
-    elif kind == "mask":
-        ratio = log_ratio.exp()
-        rho = torch.where(ratio <= cap, ratio, torch.zeros_like(ratio))
-    elif kind == "saturate":
-        ratio = log_ratio.exp()
-        rho = ratio / (ratio + constant)
-    else:
-        raise ValueError(f"Unknown correction {kind!r}; choose 'temper', 'clip', 'mask' or 'saturate'.")
+    rho = CORRECTIONS[kind](log_ratio, cap=cap, floor=floor, exponent=exponent, constant=constant)
     return torch.where(where_B_T, rho, torch.ones_like(rho))
 
 

@@ -11,6 +11,8 @@ Shapes: `...` is any batch shape and `V` the vocabulary. Probabilities are natur
 float64; -inf is a probability of exactly 0.
 """
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -53,6 +55,15 @@ def entropy_from_logps(logps: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logps.exp()).sum(dim=-1)
 
 
+BRANCH_RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "entropy": lambda entropy, gamma, share: (entropy / gamma).clamp(0.0, 1.0),
+    "threshold": lambda entropy, gamma, share: (entropy >= gamma).to(entropy.dtype),
+    "random": lambda entropy, gamma, share: share,
+    "always": lambda entropy, gamma, share: torch.ones_like(entropy),
+}
+"""Weight w of the expert from the policy's entropy H, the threshold gamma (nats) and the batch's mean weight."""
+
+
 def branch_weight(
     entropy: torch.Tensor,
     gamma: torch.Tensor | float,
@@ -76,23 +87,20 @@ def branch_weight(
     Returns:
         `torch.Tensor` of shape `(...)` with values in [0, 1].
 
+    Raises:
+        `ValueError`: if there is no such rule.
+
     Example:
     ```python
     >>> branch_weight(torch.tensor([0.0, 0.5, 2.0]), 1.0)
     tensor([0.0000, 0.5000, 1.0000])
     ```
     """
+    if rule not in BRANCH_RULES:
+        raise ValueError(f"Unknown branch rule {rule!r}; choose one of {', '.join(map(repr, BRANCH_RULES))}.")
     gamma = torch.as_tensor(gamma, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
-    if rule == "entropy":
-        return (entropy / gamma).clamp(0.0, 1.0)
-    if rule == "threshold":
-        return (entropy >= gamma).to(entropy.dtype)
-    if rule == "random":
-        weight = torch.as_tensor(share, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
-    elif rule == "always":
-        weight = torch.ones_like(entropy)
-    else:
-        raise ValueError(f"Unknown branch rule {rule!r}; choose 'entropy', 'threshold', 'random' or 'always'.")
+    share = torch.as_tensor(share, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
+    weight = BRANCH_RULES[rule](entropy, gamma, share)
     return torch.where(gamma.isinf(), torch.zeros_like(weight), weight)
 
 
@@ -128,20 +136,20 @@ def acceptance_probability(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tens
     return (logs - logp).clamp(max=0.0).exp()
 
 
-def residual(logps: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+def residual(probs: torch.Tensor, expert_probs: torch.Tensor) -> torch.Tensor:
     """
     Unnormalized residual (s - p)+, from which a rejected draft is replaced. Its mass is the total variation of p, s.
 
     Args:
-        logps (`torch.Tensor` of shape `(..., V)`):
-            Policy log-probabilities.
-        logs (`torch.Tensor` of shape `(..., V)`):
-            Expert log-probabilities.
+        probs (`torch.Tensor` of shape `(..., V)`):
+            Policy probabilities.
+        expert_probs (`torch.Tensor` of shape `(..., V)`):
+            Expert probabilities.
 
     Returns:
         `torch.Tensor` of shape `(..., V)`.
     """
-    return (logs.exp() - logps.exp()).clamp(min=0.0)
+    return (expert_probs - probs).clamp(min=0.0)
 
 
 def couple(
@@ -171,7 +179,7 @@ def couple(
     tokens, replaced = draft.clone(), torch.zeros_like(draft, dtype=torch.bool)
     if rejected.numel() == 0:
         return tokens, replaced
-    mass = residual(logps[rejected], logs[rejected])
+    mass = residual(logps[rejected].exp(), logs[rejected].exp())
     # p = s up to rounding leaves nothing to draw from: the draft already is a sample of s
     some = mass.sum(dim=-1) > 0.0
     rejected, mass = rejected[some], mass[some]
@@ -198,41 +206,3 @@ def mixture_logps(logp: torch.Tensor, logs: torch.Tensor, weight: torch.Tensor) 
     """
     mixed = torch.logaddexp(torch.log1p(-weight) + logp, weight.log() + logs)
     return torch.where(weight == 0.0, logp, torch.where(weight == 1.0, logs, mixed))
-
-
-def posterior_coin(logp: torch.Tensor, logs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """
-    P(z = 1 | y) = w s(y) / m(y): the coin, drawn after the token.
-
-    An engine that samples from m without telling the coin yields branch points by this posterior, given its own p(y),
-    s(y) and w.
-
-    Args:
-        logp (`torch.Tensor` of shape `(...)`):
-            log p(y).
-        logs (`torch.Tensor` of shape `(...)`):
-            log s(y).
-        weight (`torch.Tensor` of shape `(...)`):
-            w in [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(...)`; 0 where m(y) = 0.
-    """
-    odds = weight.log() + logs - torch.log1p(-weight) - logp
-    return torch.where(weight == 0.0, torch.zeros_like(weight), torch.sigmoid(odds).nan_to_num(nan=0.0))
-
-
-def posterior_replaced(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-    """
-    P(replaced | y, z = 1) = (1 - p(y) / s(y))+: whether an expert token differs from its draft, drawn after the token.
-
-    Args:
-        logp (`torch.Tensor` of shape `(...)`):
-            log p(y).
-        logs (`torch.Tensor` of shape `(...)`):
-            log s(y).
-
-    Returns:
-        `torch.Tensor` of shape `(...)`; 0 where s(y) = 0.
-    """
-    return (-torch.expm1((logp - logs).clamp(max=0.0))).nan_to_num(nan=0.0)

@@ -5,6 +5,14 @@ import math
 import torch
 
 
+ALPHA_SCHEDULES = {
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+    "linear": lambda progress: 1.0 - progress,
+    "constant": lambda progress: 1.0,
+}
+"""alpha / alpha_0 at a share of the decay steps."""
+
+
 def alpha_at(batch: int, schedule: str = "cosine", alpha: float = 1.0, decay_steps: int = 120) -> float:
     """
     alpha at a rollout batch.
@@ -23,21 +31,22 @@ def alpha_at(batch: int, schedule: str = "cosine", alpha: float = 1.0, decay_ste
     Returns:
         `float`.
 
+    Raises:
+        `ValueError`: if there is no such schedule.
+
     Example:
     ```python
     >>> [alpha_at(k, decay_steps=4) for k in (0, 2, 4)]
     [1.0, 0.5, 0.0]
     ```
     """
+    if schedule not in ALPHA_SCHEDULES:
+        raise ValueError(
+            f"Unknown alpha schedule {schedule!r}; choose one of {', '.join(map(repr, ALPHA_SCHEDULES))}."
+        )
     if schedule == "constant":
         return alpha
-    if batch >= decay_steps:
-        return 0.0
-    if schedule == "cosine":
-        return alpha * (1.0 + math.cos(math.pi * batch / decay_steps)) / 2.0
-    if schedule == "linear":
-        return alpha * (1.0 - batch / decay_steps)
-    raise ValueError(f"Unknown alpha schedule {schedule!r}; choose 'cosine', 'linear' or 'constant'.")
+    return alpha * ALPHA_SCHEDULES[schedule](batch / decay_steps) if batch < decay_steps else 0.0
 
 
 def entropy_threshold(

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from ..experts.port import Expert
+
 
 FLOAT_RECORDS = ("entropies", "weights", "logps", "expert_logps", "mixed_logps")
 BOOL_RECORDS = ("branch", "replaced")
@@ -62,6 +64,11 @@ class MixedRequest:
         if not self.temperature > 0.0:
             raise ValueError(f"temperature is {self.temperature}; it must be positive.")
 
+    @property
+    def plain(self) -> bool:
+        """Whether every row is of the plain policy."""
+        return all(gamma == float("inf") for gamma in self.gamma)
+
 
 @dataclass
 class MixedRollout:
@@ -107,6 +114,11 @@ class MixedRollout:
         lengths = torch.tensor([len(ids) for ids in self.completion_ids], device=self.logps.device)
         return torch.arange(self.logps.size(1), device=self.logps.device) < lengths.unsqueeze(1)
 
+    @property
+    def has_entropies(self) -> bool:
+        """Whether the engine returned the policy's entropies."""
+        return bool(self.entropies[self.mask].isfinite().all())
+
     def padded(self, length: int) -> "MixedRollout":
         """The same rollout with records of at least `length` positions."""
         extra = max(length - self.entropies.size(1), 0)
@@ -132,14 +144,39 @@ class MixedRollout:
 
 
 class MixedSampler(Protocol):
-    """An engine. All engines draw from the same distribution; they differ in where the models live."""
+    """Samples requests. Every engine draws from the same distribution; they differ in where the models live."""
 
-    def session(self, *args, **kwargs) -> AbstractContextManager["MixedSampler"]:
+    def sample(self, request: MixedRequest) -> MixedRollout:
+        """Sample a request."""
+        ...
+
+
+class Engine(Protocol):
+    """
+    What a trainer samples with.
+
+    Args:
+        expert (`~mentor_trl.experts.port.Expert`, *optional*):
+            The expert where it is at hand for other questions; `None` where the engine alone can ask it.
+        expert_name (`str`, *optional*):
+            Model id or folder of the expert.
+        stop_token_ids (`list[int]`):
+            Ids that end a completion, of policy and expert alike.
+        remote (`bool`):
+            Whether a request may fail because another process does.
+    """
+
+    expert: Expert | None
+    expert_name: str | None
+    stop_token_ids: list[int]
+    remote: bool
+
+    def session(self) -> AbstractContextManager[MixedSampler]:
         """Hold the policy's current weights: requests made inside share what was computed for their prompts."""
         ...
 
-    def sample(self, request: MixedRequest) -> MixedRollout:
-        """Sample a request. Only inside a session."""
+    def release_expert(self) -> None:
+        """The expert is not needed any more."""
         ...
 
 

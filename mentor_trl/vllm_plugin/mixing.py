@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..objective.mixture import acceptance_probability, branch_weight, draw_coin
+from ..objective import acceptance_probability, branch_weight, draw_coin, residual
 
 
 @dataclass
@@ -155,7 +155,7 @@ def sample_round(
         accept = acceptance_probability(logp[asked], logs[asked])
         lost = coin[asked] & (torch.rand_like(accept) >= accept)
         first = _first_of_each_row(lost.nonzero().squeeze(1), asked, row)
-        mass = (expert[first].exp() - probs[asked[first]]).clamp(min=0.0)
+        mass = residual(probs[asked[first]], expert[first].exp())
         # p = s up to rounding leaves nothing to draw from: the draft already is a sample of s
         some = mass.sum(-1) > 0.0
         first, mass = first[some], mass[some]

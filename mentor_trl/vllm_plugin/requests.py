@@ -4,14 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..objective import BRANCH_RULES
 from .options import GAMMA, RECORD, RULE, SCORE, SHARE
 
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-
-
-RULES = ("entropy", "threshold", "random", "always")
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ def parse_row(extra_args: dict[str, Any] | None) -> RowOptions:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"`{SHARE}` is {share}; it must be in [0, 1].")
     rule = extra.get(RULE, "entropy")
-    if rule not in RULES:
-        raise ValueError(f"`{RULE}` is {rule!r}; choose one of {list(RULES)}.")
+    if rule not in BRANCH_RULES:
+        raise ValueError(f"`{RULE}` is {rule!r}; choose one of {list(BRANCH_RULES)}.")
     return RowOptions(gamma, rule, share, extra.get(RECORD), bool(int(extra.get(SCORE, 0))))
 
 

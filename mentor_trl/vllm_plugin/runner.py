@@ -15,9 +15,10 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
+from ..objective import BRANCH_RULES
 from .mixing import Round, RowTensors, exponential_race, policy_probs, sample_round
 from .records import RecordStore
-from .requests import RULES, RowOptions, parse_row
+from .requests import RowOptions, parse_row
 
 
 @dataclass
@@ -189,7 +190,9 @@ class MixedRunner:
             return self._tensors
         rows = [self._row(name) for name in names]
         self._names, self._options = list(names), dict(zip(names, rows))
-        kinds = {rule: [row.rule == rule for row in rows] for rule in RULES if any(row.rule == rule for row in rows)}
+        kinds = {
+            rule: [row.rule == rule for row in rows] for rule in BRANCH_RULES if any(row.rule == rule for row in rows)
+        }
         self._tensors = RowTensors(
             torch.tensor([row.gamma for row in rows]).to(device),
             torch.tensor([row.share for row in rows]).to(device),

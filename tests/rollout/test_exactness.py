@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from mentor_trl.objective import correction_weights, posterior_coin, posterior_replaced
+from mentor_trl.objective import correction_weights
 from mentor_trl.rollout import MixedRequest
 from statistics_helpers import ENGINES, Tree, chi_square, labelled, make_peaked_model, misfit, project, sequences
 
@@ -124,14 +124,14 @@ def test_joint_distribution_of_tokens_and_branch_points(gamma, sample, policy, e
 
 
 def test_posteriors_give_the_branch_points(sample, policy, expert):
-    """Frequency of branch given the first token, and of replaced given branch, equal the posteriors."""
+    """Frequencies of branch given the first token, w s / m, and of replaced given branch, (1 - p / s)+."""
     case = Case([(PROMPT, 2.0)])
     request = case.request(rows=4 * ROWS, max_new_tokens=1, seed=7)
     (tree,) = case.trees(policy, expert, request)
     rows = [row[0] for row in labelled(sample(policy, expert, request))]
-    logp, logs = torch.tensor(tree.p[()]).log(), torch.tensor(tree.s[()]).log()
-    coin = posterior_coin(logp, logs, torch.full_like(logp, tree.w[()]))
-    replaced = posterior_replaced(logp, logs)
+    p, s, w = torch.tensor(tree.p[()]), torch.tensor(tree.s[()]), tree.w[()]
+    coin = w * s / ((1 - w) * p + w * s)
+    replaced = (1 - p / s).clamp(min=0.0)
     for y in range(4):
         branches = [z for token, z, _ in rows if token == y]
         losses = [r for token, z, r in rows if token == y and z]

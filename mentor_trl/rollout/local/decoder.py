@@ -9,6 +9,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from ...errors import SetupError
+from ...experts.compatibility import context_length, text_model
 from . import attention as ragged
 from .cache import RaggedCache
 
@@ -21,11 +22,6 @@ MAX_CATCH_UP = 256
 FIRST_RESERVE = 512
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-def text_model(model) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 @contextmanager
@@ -90,8 +86,8 @@ class Decoder:
 
     @property
     def max_length(self) -> int | None:
-        """Context length in tokens, `None` where the model names none."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Context in tokens, see [`~mentor_trl.experts.compatibility.context_length`]."""
+        return context_length(self.config)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -224,6 +220,15 @@ class Decoder:
                 self.prompts.pop(target, None)
             else:
                 self.prompts[target] = prompt
+
+
+def refuse_nan(values: torch.Tensor, name: str) -> None:
+    """Raise a `ValueError` that names the model if there is a NaN."""
+    if values.isnan().any():
+        raise ValueError(
+            f"The {name}'s logits are NaN. Its weights are broken or its data type overflows: check the {name}'s "
+            "checkpoint, lower the learning rate, or load it in bfloat16 or float32."
+        )
 
 
 @torch.no_grad()

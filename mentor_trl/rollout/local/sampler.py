@@ -18,9 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...objective.mixture import branch_weight, couple, draw_coin, entropy_from_logps, match_vocabulary, mixture_logps
+from ...experts.compatibility import check_context
+from ...experts.port import Points
+from ...objective import branch_weight, draw_coin, entropy_from_logps, mixture_logps
 from ..types import BOOL_RECORDS, FLOAT_RECORDS, RECORDS, MixedRequest, MixedRollout
-from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_PREFILL_TOKENS, Decoder, inference
+from .decoder import FIRST_RESERVE, Decoder, inference, refuse_nan
+from .in_process import InProcessExpert
 
 
 class LocalSampler:
@@ -94,7 +97,9 @@ class LocalSession:
     def __init__(self, sampler: LocalSampler, policy, autocast, float32_head: bool):
         self.sampler = sampler
         self.policy = Decoder(policy, autocast=autocast, float32_head=float32_head)
-        self.expert = None if sampler.expert is None else Decoder(sampler.expert, autocast=autocast)
+        self.expert = None
+        if sampler.expert is not None:
+            self.expert = InProcessExpert(sampler.expert, self.policy.vocab_size, sampler.num_tokens, autocast)
 
     def sample(self, request: MixedRequest) -> MixedRollout:
         """
@@ -111,26 +116,13 @@ class LocalSession:
             `ValueError`: if a row does not fit the context of a model, if mixed rows are asked for without an expert,
             or if a model's logits are NaN.
         """
-        mixed = any(gamma != float("inf") for gamma in request.gamma)
-        if mixed and self.expert is None:
+        if not request.plain and self.expert is None:
             raise ValueError("The request has mixed rows (gamma < inf), and the sampler has no expert.")
-        for decoder, name in ((self.policy, "policy"), (self.expert if mixed else None, "expert")):
-            check_context(decoder, name, request)
+        lengths = [len(ids) for ids in request.prompt_ids]
+        check_context(lengths, request.max_new_tokens, self.policy.max_length, "the policy's")
+        if not request.plain:
+            check_context(lengths, request.max_new_tokens, self.expert.decoder.max_length, "the expert's")
         return _Run(self, request).run()
-
-
-def check_context(decoder: Decoder | None, name: str, request: MixedRequest) -> None:
-    """Raise a `ValueError` if a row of the request may outgrow the model's context."""
-    limit = None if decoder is None else decoder.max_length
-    if limit is None or not request.prompt_ids:
-        return
-    row, longest = max(enumerate(map(len, request.prompt_ids)), key=lambda item: item[1])
-    if longest + request.max_new_tokens > limit:
-        raise ValueError(
-            f"The prompt of row {row} ({longest} tokens) and max_completion_length={request.max_new_tokens} exceed "
-            f"the {name}'s context of {limit} tokens. Lower `max_completion_length` or drop prompts of more than "
-            f"{max(limit - request.max_new_tokens, 0)} tokens."
-        )
 
 
 @dataclass
@@ -174,8 +166,6 @@ class _Run:
         self.size = torch.ones(slots, dtype=torch.long, device=device)
         self.start = torch.ones(slots, dtype=torch.long, device=device)
         self.gamma = torch.ones(slots, device=device)
-        self.seen = torch.zeros(slots, dtype=torch.long, device=device)  # tokens in the expert's cache
-        self.unread = [True] * slots  # the expert has not read the slot's prompt
         self.rows: list[int] = []
         self.sizes: list[int] = []
         shape = (slots, request.max_new_tokens)
@@ -190,10 +180,11 @@ class _Run:
 
     def run(self) -> MixedRollout:
         started = time.perf_counter()
-        for decoder in filter(None, (self.policy, self.expert)):
-            width = self.tokens.size(1)
-            decoder.cache.reserve(min(width, FIRST_RESERVE), len(self.unread), bound=width)
-        self._admit(range(min(len(self.waiting), len(self.unread))))
+        slots, width = self.tokens.shape
+        self.policy.cache.reserve(min(width, FIRST_RESERVE), slots, bound=width)
+        if self.expert is not None:
+            self.expert.begin(slots, width, self.device)
+        self._admit(range(min(len(self.waiting), slots)))
         while self.active:
             draft = self._draft(self._draft_length())
             self.stats["drafted"] += int(draft.length.sum())
@@ -216,7 +207,8 @@ class _Run:
             self.tokens[slot, : len(prompt)] = torch.tensor(prompt, device=self.device)
             self.size[slot] = self.start[slot] = len(prompt)
             self.gamma[slot] = self.request.gamma[row]
-            self.unread[slot] = True
+            if self.expert is not None:
+                self.expert.admit(slot, prompt)
             if slot < self.active:
                 self.rows[slot], self.sizes[slot] = row, len(prompt)
             else:
@@ -231,7 +223,7 @@ class _Run:
             for row, size in zip(self.rows, self.sizes, strict=True)
         )
         if self.sampler.adaptive_draft_length and self.expert is not None and tokens >= 64:
-            cost = self.expert.num_parameters / self.policy.num_parameters
+            cost = self.expert.decoder.num_parameters / self.policy.num_parameters
             length = best_draft_length(1.0 - self.stats["replaced"] / tokens, length, cost)
         return min(length, left)
 
@@ -262,75 +254,46 @@ class _Run:
         """Draw y ~ p: tokens, log p(y) and entropies, `(B,)` each, from hidden states `(B, D)`."""
         parts = []
         for chunk in hidden.split(self.policy.rows_per_chunk):
-            logps = (self.policy.logits(chunk) / self.request.temperature).log_softmax(-1)
+            logps = self._logps(chunk)
             entropy = entropy_from_logps(logps)
-            _refuse_nan(entropy, "policy")
+            refuse_nan(entropy, "policy")
             token = torch.multinomial(logps.exp(), 1, generator=self.generator)
             parts.append((token.squeeze(1), logps.gather(1, token).squeeze(1), entropy))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _logps(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The policy's log-probabilities `(N, V)` after hidden states `(N, D)`."""
+        return (self.policy.logits(hidden) / self.request.temperature).log_softmax(-1)
 
     def _asked(self, draft: _Draft) -> torch.Tensor:
         asked = draft.coins | (draft.weights > 0.0) if self.request.score_all else draft.coins
         return asked & draft.valid
 
     def _consult(self, draft: _Draft) -> None:
-        """Let the expert read the drafts, couple those at branch points, and cut each row behind its first loss."""
-        hidden = self._expert_states(draft)
-        asked = self._asked(draft).nonzero()
-        drafted = torch.stack(draft.hidden, 1)
-        for points in asked.split(min(self.policy.rows_per_chunk, self.expert.rows_per_chunk)):
-            row, step = points.unbind(1)
-            offset = (self.size[row] - 1 - self.seen[row] + step).to(hidden.device)
-            logps = (self.policy.logits(drafted[row, step]) / self.request.temperature).log_softmax(-1)
-            logs = self._expert_logps(hidden[row.to(hidden.device), offset])
-            branch = draft.coins[row, step].nonzero().squeeze(1)
-            token, replaced = draft.tokens[row, step], torch.zeros_like(row, dtype=torch.bool)
-            token[branch], replaced[branch] = couple(token[branch], logps[branch], logs[branch], self.generator)
-            index = token.unsqueeze(1)
-            draft.tokens[row, step], draft.replaced[row, step] = token, replaced
-            draft.expert_logps[row, step] = logs.gather(1, index).squeeze(1)
-            draft.logps[row, step] = torch.where(replaced, logps.gather(1, index).squeeze(1), draft.logps[row, step])
-        lost = draft.replaced.any(1)
-        draft.length = torch.where(lost, draft.replaced.int().argmax(1) + 1, draft.length)
-
-    def _expert_logps(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = match_vocabulary(self.expert.logits(hidden), self.policy.vocab_size, self.sampler.num_tokens)
-        logs = (logits.to(self.device) / self.request.temperature).log_softmax(-1)
-        _refuse_nan(logs[:, 0], "expert")
-        return logs
-
-    def _expert_states(self, draft: _Draft) -> torch.Tensor:
-        """
-        Bring the expert's cache up to the last draft but one. Returns hidden states `(B, Q, D)`, where that before
-        draft k of a row stands at `size - 1 - seen + k`.
-        """
+        """Let the expert speak at branch points, and cut each row behind its first replaced draft."""
         B = self.active
-        unread = [slot for slot in range(B) if self.unread[slot]]
-        if unread:
-            self.expert.prefill(unread, [tuple(self.request.prompt_ids[self.rows[slot]]) for slot in unread])
-            self.seen[unread] = self.start[unread] - 1
-            for slot in unread:
-                self.unread[slot] = False
+        row, step = self._asked(draft).nonzero(as_tuple=True)
         steps = torch.arange(draft.tokens.size(1), device=self.device)
         self.tokens[:B].scatter_(1, self.size[:B].unsqueeze(1) + steps, draft.tokens)
-        most = max(1, min(MAX_CATCH_UP, MAX_PREFILL_TOKENS // B))
-        while True:
-            missing = self.size[:B] - 1 - self.seen[:B]
-            if int(missing.max()) <= most:
-                break
-            self._expert_pass(missing.clamp(max=most))
-        return self._expert_pass(missing + draft.length, keep=missing)
-
-    def _expert_pass(self, count: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Read `count (B,)` more tokens a row, of which `keep` (default all) are committed and count as seen."""
-        B, longest = self.active, int(count.max())
-        end = int((self.seen[:B] + count).max())
-        # Shorter rows are padded: what they write at or behind their own end is not attended to before it is rewritten
-        positions = (self.seen[:B].unsqueeze(1) + torch.arange(longest, device=self.device)).clamp(max=end)
-        hidden = self.expert.forward(self.tokens[:B].gather(1, positions), positions, B, end + 1)
-        if keep is None:
-            self.seen[:B] += count
-        return hidden
+        hidden = torch.stack(draft.hidden, 1)
+        points = Points(
+            tokens=self.tokens,
+            size=self.size[:B],
+            length=draft.length,
+            row=row,
+            step=step,
+            branch=draft.coins[row, step],
+            draft=draft.tokens[row, step],
+            policy_logps=lambda chunk: self._logps(hidden[row[chunk], step[chunk]]),
+            temperature=self.request.temperature,
+            generator=self.generator,
+        )
+        spoken = self.expert.consult(points)
+        draft.tokens[row, step], draft.replaced[row, step] = spoken.tokens, spoken.replaced
+        draft.expert_logps[row, step] = spoken.expert_logps
+        draft.logps[row, step] = torch.where(spoken.replaced, spoken.logps, draft.logps[row, step])
+        lost = draft.replaced.any(1)
+        draft.length = torch.where(lost, draft.replaced.int().argmax(1) + 1, draft.length)
 
     def _commit(self, draft: _Draft, consulted: bool) -> list[int]:
         """Append the drafts that stand; return the slots that are done."""
@@ -351,7 +314,7 @@ class _Run:
         self.tokens[row, self.start[row] + at] = draft.tokens[row, step]
         self.size[:B] += draft.length
         if consulted:
-            self.seen[:B] = self.size[:B] - 1
+            self.expert.committed(self.size[:B])
         last = draft.tokens.gather(1, draft.length.unsqueeze(1) - 1).squeeze(1)
         ended = torch.isin(last, self.stop) | (self.size[:B] - self.start[:B] == self.request.max_new_tokens)
         lengths, ended = draft.length.tolist(), ended.tolist()
@@ -383,13 +346,11 @@ class _Run:
         if targets:
             length = max(self.sizes[slot] for slot in sources)
             self.policy.move(sources, targets, length)
-            # What an unread slot of the expert holds belongs to an earlier row
-            read = [(source, target) for source, target in zip(sources, targets) if not self.unread[source]]
-            if read:
-                self.expert.move(*map(list, zip(*read)), length)
-            for state in (self.tokens, self.size, self.start, self.gamma, self.seen, *self.records.values()):
+            if self.expert is not None:
+                self.expert.move(sources, targets, length)
+            for state in (self.tokens, self.size, self.start, self.gamma, *self.records.values()):
                 state[targets] = state[sources]
-            for state in (self.rows, self.sizes, self.unread):
+            for state in (self.rows, self.sizes):
                 for source, target in zip(sources, targets):
                     state[target] = state[source]
         del self.rows[left:], self.sizes[left:]
@@ -433,11 +394,3 @@ def best_draft_length(acceptance: float, longest: int, cost: float) -> int:
         return sum(acceptance**i for i in range(length)) / (length + cost)
 
     return max(range(1, longest + 1), key=rate)
-
-
-def _refuse_nan(values: torch.Tensor, name: str) -> None:
-    if values.isnan().any():
-        raise ValueError(
-            f"The {name}'s logits are NaN. Its weights are broken or its data type overflows: check the {name}'s "
-            "checkpoint, lower the learning rate, or load it in bfloat16 or float32."
-        )
