@@ -57,7 +57,7 @@ def report(trainer) -> dict:
             name: batch[name]
             for name in (
                 "advantages",
-                "mentor_mixed",
+                "guided",
                 "rewards",
                 "row_advantages",
                 "alpha",
@@ -71,8 +71,8 @@ def report(trainer) -> dict:
         "batches": batches,
         "history": history(trainer),
         "weights": weights(trainer),
-        "guidance": trainer.guidance.state_dict(),
-        "seeds": [trainer._request([[1]], 1.0, source).seed for source in (0, 1)],
+        "guidance": trainer.algorithm.guidance.state_dict(),
+        "seeds": [trainer.algorithm._request([[1]], 1.0, source).seed for source in (0, 1)],
     }
 
 
@@ -83,7 +83,7 @@ def train_with_trajectories(folder: Path) -> dict:
     decode = trainer.processing_class.batch_decode
     batches = [
         {
-            "trajectory": batch["mentor_trajectory"],
+            "trajectory": batch["guided"],
             "prompts": decode(batch["prompt_ids"], skip_special_tokens=True),
             "completions": decode(batch["completion_ids"], skip_special_tokens=True),
         }

@@ -122,21 +122,21 @@ def test_every_parameter_is_trained(guided):
 
 def test_the_expert_is_not_trained(guided):
     trainer, _ = guided
-    expert = trainer.sampler.expert
+    expert = trainer.engine.sampler.expert
     assert same_weights(dict(expert.state_dict()), dict(make_tiny_model(seed=1).state_dict()))
     assert not any(p.requires_grad or p.grad is not None for p in expert.parameters())
 
 
 def test_mixed_rows_are_the_last_of_each_group(guided):
     for batch in guided[0].batches:
-        assert batch["mentor_mixed"].tolist() == ([False] * 4 + [True] * 4) * 2
+        assert batch["guided"].tolist() == ([False] * 4 + [True] * 4) * 2
 
 
 def test_records_agree_with_the_models(guided):
     """log p, H and log s of a rollout are those of plain forward passes over the finished sequences."""
     trainer, start = guided
     batch = trainer.batches[0]
-    mixed, rollout = batch["mentor_mixed"], batch["rollout"]
+    mixed, rollout = batch["guided"], batch["rollout"]
     policy = make_tiny_model(seed=0)
     policy.load_state_dict(start)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)[mixed]
@@ -184,7 +184,7 @@ def test_advantages_are_those_of_the_rewards_times_the_correction(kind, level, t
         rows = advantages_by_hand(batch["rewards"].tolist(), 8, 4, batch["alpha"])
         assert batch["row_advantages"] == pytest.approx(rows, abs=1e-5)
         rollout, row = batch["rollout"], -1
-        for i, mixed in enumerate(batch["mentor_mixed"].tolist()):
+        for i, mixed in enumerate(batch["guided"].tolist()):
             row += mixed
             for t in range(int(batch["completion_mask"][i].sum())):
                 rho = 1.0
@@ -201,7 +201,7 @@ def test_advantages_are_those_of_the_rewards_times_the_correction(kind, level, t
                 assert batch["advantages"][i, t].item() == pytest.approx(rho * rows[i], rel=1e-3, abs=1e-5)
     first = trainer.batches[0]
     assert 0 < first["rollout"].branch.sum() < first["rollout"].mask.sum()
-    assert (first["advantages"][first["mentor_mixed"]] > 0.0).any()
+    assert (first["advantages"][first["guided"]] > 0.0).any()
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -281,8 +281,8 @@ def test_alpha_falls_with_rollout_batches(settings, steps_per_batch, tmp_path):
     expected = [max(0.0, (1 + math.cos(math.pi * min(k, 3) / 3)) / 2) for k in range(count)]
     assert [batch["alpha"] for batch in trainer.batches] == pytest.approx(expected)
     assert [batch["global_step"] for batch in trainer.batches] == [int(k * steps_per_batch) for k in range(count)]
-    assert [bool(batch["mentor_mixed"].any()) for batch in trainer.batches] == [a > 0.0 for a in expected]
-    assert trainer.guidance.batches == count
+    assert [bool(batch["guided"].any()) for batch in trainer.batches] == [a > 0.0 for a in expected]
+    assert trainer.algorithm.guidance.batches == count
 
 
 def test_after_the_decay_it_is_plain_grpo(tmp_path):
@@ -290,7 +290,7 @@ def test_after_the_decay_it_is_plain_grpo(tmp_path):
         tmp_path, cls=RecordingTrainer, expert_decay_steps=2, max_steps=4, gradient_accumulation_steps=2
     )
     trainer.train()
-    assert trainer.sampler.expert is None
+    assert trainer.engine.sampler.expert is None
     entries = [entry for entry in history(trainer) if ours(entry)]
     assert [any("/mixed/" in name for name in entry) for entry in entries] == [True, True, False, False]
     assert [entry["mentor/alpha"] for entry in entries] == [1.0, pytest.approx(0.5), 0.0, 0.0]
@@ -314,7 +314,7 @@ class Calls:
 
 def test_evaluation_never_asks_the_expert(tmp_path):
     trainer = make_trainer(tmp_path, trainer_kwargs={"eval_dataset": prompts(2)})
-    calls = Calls(trainer.sampler.expert)
+    calls = Calls(trainer.engine.sampler.expert)
     metrics = trainer.evaluate()
     assert calls.count == 0 and "eval_reward" in metrics
     assert not [name for name in trainer.state.log_history[-1] if "mentor" in name]
@@ -507,8 +507,8 @@ def test_padding_to_a_multiple(tmp_path):
     for batch in trainer.batches:
         assert batch["completion_ids"].size(1) == batch["advantages"].size(1) == 16
         rows = advantages_by_hand(batch["rewards"].tolist(), 8, 4, batch["alpha"])
-        assert batch["advantages"][~batch["mentor_mixed"]].mean(1).tolist() == pytest.approx(
-            [a for a, mixed in zip(rows, batch["mentor_mixed"].tolist()) if not mixed], abs=1e-5
+        assert batch["advantages"][~batch["guided"]].mean(1).tolist() == pytest.approx(
+            [a for a, mixed in zip(rows, batch["guided"].tolist()) if not mixed], abs=1e-5
         )
 
 
@@ -556,7 +556,7 @@ def sampled_logp_gap(trainer: RecordingTrainer, start: dict[str, torch.Tensor]) 
     with torch.no_grad():
         logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, length)
     rollout = batch["rollout"].padded(length)
-    return (rollout.logps - logps[batch["mentor_mixed"]])[rollout.mask].abs().median().item()
+    return (rollout.logps - logps[batch["guided"]])[rollout.mask].abs().median().item()
 
 
 def test_bf16_autocast_samples_from_the_policy_that_is_trained(tmp_path):
@@ -577,7 +577,7 @@ def test_bf16_autocast_samples_from_the_policy_that_is_trained(tmp_path):
 
 def test_expert_in_bfloat16(tmp_path, tiny_expert_dir):
     trainer = make_trainer(tmp_path, expert_model_name_or_path=str(tiny_expert_dir), expert_dtype="bfloat16")
-    assert trainer.sampler.expert.dtype == torch.bfloat16 and trainer.model.dtype == torch.float32
+    assert trainer.engine.sampler.expert.dtype == torch.bfloat16 and trainer.model.dtype == torch.float32
     trainer.train()
     assert trainer.state.log_history[0]["mentor/branch_rate"] > 0.0
 
@@ -606,7 +606,7 @@ def test_an_adapter_is_an_expert(tmp_path, tiny_expert_dir):
     adapted.save_pretrained(tmp_path / "adapter")
     trainer = make_trainer(tmp_path / "a", expert_model_name_or_path=str(tmp_path / "adapter"))
     trainer.train()
-    expert = trainer.sampler.expert
+    expert = trainer.engine.sampler.expert
     assert not isinstance(expert, PeftModel)
     ids = torch.arange(10).view(1, -1)
     expected = adapted.eval()(input_ids=ids).logits
@@ -669,7 +669,7 @@ def test_extended_stop_tokens_end_both_sources(tmp_path):
     trainer.train()
     lasts = set()
     for batch in trainer.batches:
-        for ids, mask, mixed in zip(batch["completion_ids"], batch["completion_mask"].bool(), batch["mentor_mixed"]):
+        for ids, mask, mixed in zip(batch["completion_ids"], batch["completion_mask"].bool(), batch["guided"]):
             assert 20 not in ids[mask][:-1]
             lasts.add((bool(mixed), int(ids[mask][-1])))
     assert {(False, 20), (True, 20)} <= lasts

@@ -219,9 +219,9 @@ def test_context(who, tmp_path):
     short.config.max_position_embeddings = 32
     policy, expert = (short, long) if who == "policy" else (long, short)
     trainer = make_trainer(tmp_path, model=policy, max_completion_length=26, trainer_kwargs=given(expert))
-    assert trainer.sampler is not None  # the longest prompt has 6 tokens
+    assert trainer.engine.sampler is not None  # the longest prompt has 6 tokens
     with pytest.raises(
-        ValueError, match=rf"A prompt of 6 tokens.*exceed the {who}'s context of 32.*Lower .* to 26 or"
+        ValueError, match=rf"A prompt of 6 tokens.*exceed the {who}'s context of 32.*lower .* to 26 or"
     ):
         make_trainer(tmp_path, model=policy, max_completion_length=27, trainer_kwargs=given(expert))
 
@@ -234,7 +234,9 @@ def test_context_of_a_stream(tmp_path):
     files = str(tmp_path / "data.jsonl")
     stream = load_dataset("json", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
     trainer = make_trainer(tmp_path, train_dataset=stream, max_completion_length=30, trainer_kwargs=given(expert))
-    with pytest.raises(ValueError, match=r"exceed the expert's context of 32 tokens. Lower `max_completion_length`"):
+    with pytest.raises(
+        ValueError, match=r"exceed the expert's context of 32 tokens. To fit, lower `max_completion_length`"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 

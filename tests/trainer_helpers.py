@@ -76,22 +76,22 @@ class RecordingTrainer(MentorGRPOTrainer):
         self.batches: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
 
-    def _sample(self, prompt_ids):
-        self.prompt_ids = prompt_ids
-        return super()._sample(prompt_ids)
-
     def _generate_and_score_completions(self, inputs):
-        alpha, training = self.guidance.alpha, self.model.training
+        guidance, training = getattr(self.algorithm, "guidance", None), self.model.training
+        alpha = guidance.alpha if guidance else 0.0
         output = super()._generate_and_score_completions(inputs)
         if training:
+            part = self.batch.part("mixed")
             self.batches.append(
                 {
                     **output,
+                    "guided": output["mentor_source"] == 1,
                     "alpha": alpha,
-                    "gamma": self.guidance.gamma,
-                    "share": self.guidance.share,
-                    "rewards": self._weighted_rewards(),
-                    "rollout": self._rollout,
+                    "gamma": guidance and guidance.gamma,
+                    "share": guidance and guidance.share,
+                    "rewards": self._scored(output).rewards_N,
+                    "rollout": part and part.rollout,
+                    "prompt_tokens": self.batch.prompt_ids,
                     "global_step": self.state.global_step,
                     "row_advantages": list(self._logs["advantages"]),
                 }

@@ -1,40 +1,110 @@
 """
-Expert trajectories of a dataset in the place of rollouts: the baseline [LUFFY](https://huggingface.co/papers/2504.14945).
-
-Here: which rows they take, their tokens, and what their tokens are worth in the loss.
+[LUFFY](https://huggingface.co/papers/2504.14945): whole expert trajectories of the dataset in the place of some
+rollouts. A trajectory's tokens have the ratio 1 and are weighed by policy shaping.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
+from ..config import MentorGRPOConfig
 from ..errors import SetupError
-from ..objective import fold_correction, shaping_weights
-from ..rewards.accuracy import THINK_START
-from ..rollout import mixed_rows
+from ..objective import shaping_weights
+from ..rewards import THINK_START
+from ..rollout.types import mixed_rows
+from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
+from ..training.metrics import PREFIX
+from .base import Algorithm, Context, Rollouts
+from .papers import LUFFY_PAPER
+from .requirements import refuse_components, refuse_multimodal, warn_of_kl
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+PLAIN = "or set `num_trajectory_generations=0` for plain GRPO"
 
 
-class TrajectoryRows:
+class Luffy(Algorithm):
+    """LUFFY; see [`Algorithm`]. The payload of a batch holds the texts of its trajectories by row."""
+
+    name = "LUFFY"
+    tags = ["trl", "luffy"]
+    paper = LUFFY_PAPER
+    sources = ("on_policy", "trajectory")
+    text_only = "trajectories"
+
+    def __init__(self, args: MentorGRPOConfig):
+        super().__init__(args)
+        self.trajectories: Trajectories | None = None
+
+    @classmethod
+    def chosen(cls, args: MentorGRPOConfig) -> bool:
+        return args.num_trajectory_generations > 0
+
+    def check(self, train_dataset, eval_dataset, **components) -> None:
+        refuse_components(components, "expert trajectories", PLAIN)
+        columns = getattr(train_dataset, "column_names", None)
+        if isinstance(columns, list) and self.args.trajectory_column not in columns:
+            raise SetupError(
+                f"`train_dataset` has no column `{self.args.trajectory_column}` with expert trajectories; it has "
+                f"{', '.join(columns)}. Set `trajectory_column`, make the column with `mentor-trl data trajectories`, "
+                f"{PLAIN}."
+            )
+        super().check(train_dataset, eval_dataset, **components)
+
+    def prepare(self, context: Context) -> None:
+        super().prepare(context)
+        refuse_multimodal(context.multimodal, "num_trajectory_generations")
+        warn_of_kl(self.args.beta, "trajectory")
+        self.trajectories = Trajectories(
+            self.args.trajectory_column,
+            context.tokenizer,
+            context.stop_token_ids,
+            end_of_reply(context.tokenizer, context.stop_token_ids, **context.template),
+            self.args.max_completion_length,
+        )
+        self.trajectories.check(context.train_dataset)
+
+    def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
+        due = mixed_rows(first, len(inputs), self.args.num_generations, self.args.num_trajectory_generations)
+        texts = {row: self.trajectories.text(inputs[row]) for row in due.nonzero().flatten().tolist()}
+        texts = {row: text for row, text in texts.items() if text}
+        source_B = torch.tensor([int(row in texts) for row in range(len(inputs))])
+        conversational = is_conversational({"prompt": inputs[0]["prompt"]})
+        return RolloutBatch(self.sources, source_B, payload={"texts": texts, "conversational": conversational})
+
+    def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
+        # All rows are sampled, as TRL's engines assign groups by position; those of trajectories are thrown away
+        completion_ids, logps = rollouts.generate()
+        completion_ids, logps = list(completion_ids), None if logps is None else list(logps)
+        for row, text in batch.payload["texts"].items():
+            completion_ids[row] = self.trajectories.tokens(text, prompt_ids[row], batch.payload["conversational"])
+            if logps is not None:  # no engine drew them
+                logps[row] = [None] * len(completion_ids[row])
+        return batch.sampled(prompt_ids, completion_ids, logps)
+
+    def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
+        places = len(scored.source_N) // self.args.num_generations * self.args.num_trajectory_generations
+        missing = 1.0 - (scored.source_N == 1).sum().item() / places
+        return super().credit(batch, scored)._replace(metrics={f"{PREFIX}trajectory/missing": missing})
+
+    def reweigh(self, inputs: dict[str, Any], logps_B_T: torch.Tensor) -> Reweighed:
+        """Policy shaping under the current policy, see [`~mentor_trl.objective.shaping_weights`]."""
+        rows_B = inputs["mentor_source"] == 1
+        weights = shaping_weights(logps_B_T, self.args.trajectory_shaping)
+        weights = torch.where(rows_B.unsqueeze(1), weights, torch.ones_like(weights))
+        return Reweighed(weights, rows_B, "shaping")
+
+
+class Trajectories:
     """
-    The rows of rollout batches that are expert trajectories: the last `per_group` of each group, wherever groups
-    begin, as far as their prompt has a trajectory.
-
-    A trajectory becomes a completion as the policy itself would have written it behind the tokens of its prompt: the
-    tokens of its text alone, and the token that ends a reply. The prompt is the one of the other rows of its group.
+    Expert trajectories as completions: what the policy itself would have written behind the tokens of its prompt, the
+    tokens of the text alone and the token that ends a reply.
 
     Args:
         column (`str`):
             Column of the dataset with the text of the replies; `None` or empty where there is none.
-        per_group (`int`):
-            Rows of a group.
-        num_generations (`int`):
-            All rows of a group.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the policy.
         stop_ids (`Sequence[int]`):
@@ -49,67 +119,17 @@ class TrajectoryRows:
     def __init__(
         self,
         column: str,
-        per_group: int,
-        num_generations: int,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         reply_end_id: int | None = None,
         max_length: int | None = None,
     ):
-        self.column, self.per_group, self.num_generations = column, per_group, num_generations
-        self.tokenizer, self.stop_ids, self.max_length = tokenizer, set(stop_ids), max_length
+        self.column, self.tokenizer = column, tokenizer
+        self.stop_ids, self.max_length = set(stop_ids), max_length
         self.end_id, self.reply_end_id = tokenizer.eos_token_id, reply_end_id
         self.stop_texts = [str(added) for id, added in tokenizer.added_tokens_decoder.items() if id in self.stop_ids]
-        self.texts: dict[int, str] = {}
-        self.conversational = False
 
-    def begin(self, inputs: Sequence[dict[str, Any]], first: int) -> None:
-        """Take the trajectories of a process's rows, of which `first` is the global index of the first."""
-        due = mixed_rows(first, len(inputs), self.num_generations, self.per_group).nonzero().flatten().tolist()
-        texts = {row: self._text(inputs[row]) for row in due}
-        self.texts = {row: text for row, text in texts.items() if text}
-        self.conversational = is_conversational({"prompt": inputs[0]["prompt"]})
-
-    def end(self) -> None:
-        """From now on no row is a trajectory."""
-        self.texts = {}
-
-    def mask(self, count: int) -> torch.Tensor:
-        """Which of a process's rows are trajectories, `(count,)` `bool`."""
-        return torch.tensor([row in self.texts for row in range(count)], dtype=torch.bool)
-
-    def missing(self, trajectory_N: torch.Tensor) -> float:
-        """Share of the places, in a batch of N rows, that no trajectory filled."""
-        places = len(trajectory_N) // self.num_generations * self.per_group
-        return 1.0 - trajectory_N.sum().item() / places
-
-    def place(
-        self,
-        prompt_ids: list[list[int]],
-        completion_ids: list[list[int]],
-        logps: list[list[float | None]] | None,
-    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
-        """
-        Put the trajectories where rollouts were.
-
-        Args:
-            prompt_ids, completion_ids (`list[list[int]]`):
-                Token ids of a process's rows.
-            logps (`list[list[float | None]]`, *optional*):
-                Log-probabilities of the completions under the engine that sampled them.
-
-        Returns:
-            `tuple` of completions and log-probabilities, `None` for the tokens of trajectories: no engine drew them.
-        """
-        completion_ids = list(completion_ids)
-        logps = None if logps is None else list(logps)
-        for row, text in self.texts.items():
-            completion_ids[row] = self.completion(text, prompt_ids[row])
-            if logps is not None:
-                logps[row] = [None] * len(completion_ids[row])
-        return completion_ids, logps
-
-    def completion(self, text: str, prompt_ids: list[int]) -> list[int]:
+    def tokens(self, text: str, prompt_ids: list[int], conversational: bool = False) -> list[int]:
         """
         Token ids of a trajectory behind a prompt. What a chat template has opened in the prompt (`<think>`) is not
         opened again.
@@ -120,7 +140,7 @@ class TrajectoryRows:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not self.stop_ids.isdisjoint(ids):
             self._refuse(text, f"the end token {self.tokenizer.convert_ids_to_tokens(list(self.stop_ids & set(ids)))}")
-        end = self.reply_end_id if self.conversational and self.reply_end_id is not None else self.end_id
+        end = self.reply_end_id if conversational and self.reply_end_id is not None else self.end_id
         return [*ids, end][: self.max_length]
 
     def check(self, dataset) -> None:
@@ -132,18 +152,19 @@ class TrajectoryRows:
                 Training set. A stream is looked at batch by batch.
 
         Raises:
-            `ValueError`: if there is no trajectory at all, or one that is not the text of a reply.
+            [`SetupError`]: if there is no trajectory at all, or one that is not the text of a reply.
         """
         if not hasattr(dataset, "__len__"):
             return
-        texts = [self._text({self.column: value}) is not None for value in dataset[self.column]]
+        texts = [self.text({self.column: value}) is not None for value in dataset[self.column]]
         if not any(texts):
             raise SetupError(
                 f"No row of `train_dataset` has a trajectory in the column `{self.column}`. `mentor-trl data "
                 "trajectories` makes them; or set `num_trajectory_generations=0`."
             )
 
-    def _text(self, row: dict[str, Any]) -> str | None:
+    def text(self, row: dict[str, Any]) -> str | None:
+        """Trajectory of a row of the dataset, if it has one."""
         if self.column not in row:
             raise SetupError(
                 f"A row of `train_dataset` has no column `{self.column}`, only {', '.join(row)}. Set "
@@ -166,7 +187,7 @@ class TrajectoryRows:
         )
 
 
-def end_of_reply(tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int], **template) -> int:
+def end_of_reply(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], **template) -> int:
     """
     The token that ends a reply: the one that the chat template writes there if completions may end with it, otherwise
     (or without a template) the tokenizer's end of sequence.
@@ -187,29 +208,3 @@ def end_of_reply(tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int], 
     whole = tokenizer.apply_chat_template([user, reply], **render)
     same = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), len(before))
     return next((id for id in whole[same:] if id in stop_ids), tokenizer.eos_token_id)
-
-
-def shape_rows(inputs: dict[str, Any], logps_B_T: torch.Tensor, constant: float) -> torch.Tensor:
-    """
-    Make TRL's loss that of LUFFY on the rows that are trajectories: their ratio is 1, so that nothing is clipped, and
-    their advantages carry the weights of [`~mentor_trl.objective.shaping_weights`] under the current policy.
-
-    Args:
-        inputs (`dict[str, Any]`):
-            Batch of B rows that the loss is about to read, with `mentor_trajectory` `(B,)` `bool`. Its `advantages`
-            become `(B, T)`.
-        logps_B_T (`torch.Tensor` of shape `(B, T)`):
-            Log-probabilities of the loss's own forward pass, detached.
-        constant (`float`):
-            c.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: the weights, 1 on other rows.
-    """
-    rows = inputs["mentor_trajectory"].unsqueeze(1)
-    weights = shaping_weights(logps_B_T, constant)
-    weights = torch.where(rows, weights, torch.ones_like(weights))
-    inputs["advantages"] = fold_correction(inputs["advantages"], weights)
-    if inputs.get("old_per_token_logps") is not None:
-        inputs["old_per_token_logps"] = torch.where(rows, logps_B_T, inputs["old_per_token_logps"])
-    return weights

@@ -238,3 +238,29 @@ def _adapter_base(name: str, revision: str | None) -> str | None:
     from peft import PeftConfig
 
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+
+
+def check_expert_given(args: MentorGRPOConfig, expert) -> None:
+    """
+    Check that there is exactly one expert. A vLLM server brings its own.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+        expert:
+            Argument of the trainer.
+
+    Raises:
+        [`SetupError`]: if there is none, or two.
+    """
+    served = args.use_vllm and args.vllm_mode == "server"
+    if expert is None and args.expert_model_name_or_path is None and not served:
+        raise SetupError(
+            "No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, or set "
+            "`num_mixed_generations=0` for plain GRPO."
+        )
+    if expert is not None and args.expert_model_name_or_path is not None:
+        raise SetupError(
+            "The expert is given twice, as `expert=` and as "
+            f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
+        )

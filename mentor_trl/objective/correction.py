@@ -87,17 +87,17 @@ def correction_weights(
     return torch.where(where_B_T, rho, torch.ones_like(rho))
 
 
-def fold_correction(advantages_B: torch.Tensor, rho_B_T: torch.Tensor) -> torch.Tensor:
+def fold_correction(advantages: torch.Tensor, rho_B_T: torch.Tensor) -> torch.Tensor:
     """
     Per-token advantages A_it = rho_it A_i. As rho >= 0 is detached, it multiplies TRL's clipped term unchanged.
 
     Args:
-        advantages_B (`torch.Tensor` of shape `(B,)`):
-            Advantages of the rollouts.
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
+            Advantages of the rollouts or of their tokens.
         rho_B_T (`torch.Tensor` of shape `(B, T)`):
             Correction weights, 1 where there is nothing to correct.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`.
     """
-    return advantages_B.unsqueeze(1) * rho_B_T
+    return (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages) * rho_B_T

@@ -14,6 +14,10 @@ BOOL_RECORDS = ("branch", "replaced")
 RECORDS = FLOAT_RECORDS + BOOL_RECORDS
 
 
+class EngineError(RuntimeError):
+    """An engine failed for good, and not by what it was asked."""
+
+
 @dataclass(frozen=True)
 class MixedRequest:
     """
@@ -63,6 +67,15 @@ class MixedRequest:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if not self.temperature > 0.0:
             raise ValueError(f"temperature is {self.temperature}; it must be positive.")
+
+    @classmethod
+    def merged(cls, requests: "list[MixedRequest]") -> "MixedRequest":
+        """One request for the rows of several, in their order."""
+        return replace(
+            requests[0],
+            prompt_ids=[ids for request in requests for ids in request.prompt_ids],
+            gamma=[gamma for request in requests for gamma in request.gamma],
+        )
 
     @property
     def plain(self) -> bool:
@@ -119,6 +132,16 @@ class MixedRollout:
         """Whether the engine returned the policy's entropies."""
         return bool(self.entropies[self.mask].isfinite().all())
 
+    def policy_logps(self) -> list[list[float | None]]:
+        """
+        Log-probabilities as TRL's engine-mismatch correction takes them: log p of tokens that the policy sampled, and
+        `None` (no correction) at branch points, whose ratio is MENTOR's own.
+        """
+        return [
+            [None if expert else logp for logp, expert in zip(logps[: len(ids)], branch)]
+            for ids, logps, branch in zip(self.completion_ids, self.logps.tolist(), self.branch.tolist())
+        ]
+
     def padded(self, length: int) -> "MixedRollout":
         """The same rollout with records of at least `length` positions."""
         extra = max(length - self.entropies.size(1), 0)
@@ -164,12 +187,15 @@ class Engine(Protocol):
             Ids that end a completion, of policy and expert alike.
         remote (`bool`):
             Whether a request may fail because another process does.
+        released (`bool`):
+            Whether the expert is gone.
     """
 
     expert: Expert | None
     expert_name: str | None
     stop_token_ids: list[int]
     remote: bool
+    released: bool
 
     def session(self) -> AbstractContextManager[MixedSampler]:
         """Hold the policy's current weights: requests made inside share what was computed for their prompts."""

@@ -1,149 +1,99 @@
 """What a run needs, beyond the Trainer's own checkpoint, to resume to the same numbers."""
 
 import warnings
-from collections import defaultdict, deque
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..errors import SetupError
-from ..experts.load import rng_state, set_rng_state
+from ..random_state import rng_state, set_rng_state
+from .tables import BY_NAME, SINGLE
 
 
-if TYPE_CHECKING:
-    from ..trainer import MentorGRPOTrainer
-
-_LOGS = ("prompt", "completion", "advantages")
-_LOG_COLUMNS = ("rewards", "extra")
-
-
-def _path(folder: str, rank: int) -> Path:
-    return Path(folder, f"mentor_state_{rank}.pt")
+LOGS = tuple(name for name in SINGLE if name != "images")
+# Columns of the rows that version 0.1 kept; a row of either was of the second source
+_FORMER_SOURCES = ("mentor_mixed", "mentor_trajectory")
 
 
 class StepStart(TrainerCallback):
     """
-    Remembers what [`save_state`] saves as it was when the optimizer step under way began. If that step dies, the
-    weights are still those of its beginning, and so must be the rest of a checkpoint.
+    Remembers the state of a run as it was when the optimizer step under way began. If that step dies, the weights are
+    still those of its beginning, and so must be the rest of a checkpoint.
 
     Args:
-        trainer ([`MentorGRPOTrainer`]):
-            Trainer.
+        capture (`Callable[[], dict]`):
+            Gives the state.
+        forget_weights (`Callable[[], None]`):
+            Called where training begins and ends: TRL tells the weights that an engine has by their step, and those
+            of another run or of the best step may have it.
     """
 
-    def __init__(self, trainer: "MentorGRPOTrainer"):
-        self.trainer = trainer
+    def __init__(self, capture: Callable[[], dict[str, Any]], forget_weights: Callable[[], None]):
+        self.capture, self.forget_weights = capture, forget_weights
         self.state: dict[str, Any] | None = None
+        self.rng: tuple | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # TRL tells weights that the engine has by their step, and those of another run or of the best step may have it
-        self.trainer._last_loaded_step = -1
+        self.forget_weights()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._last_loaded_step = -1
+        self.forget_weights()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        logs = trainer.logs_by_mode["train"]
-        self.state = {
-            "guidance": trainer.guidance.state_dict(),
-            "step": trainer._step,
-            "buffered_inputs": trainer._buffered_inputs,
-            "tokens": trainer.state.num_input_tokens_seen,
-            "rng": rng_state(),
-            "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
-            "logs": {name: list(logs[name]) for name in _LOGS}
-            | {name: {key: list(values) for key, values in logs[name].items()} for name in _LOG_COLUMNS},
-        }
+        self.state, self.rng = self.capture(), rng_state()
 
-    def restore(self) -> None:
-        """Go back to the beginning of the step."""
-        trainer, state = self.trainer, self.state
-        trainer.guidance.load_state_dict(state["guidance"])
-        trainer._step, trainer._buffered_inputs = state["step"], state["buffered_inputs"]
-        trainer.state.num_input_tokens_seen = state["tokens"]
-        trainer._metrics["train"] = defaultdict(list, state["metrics"])
-        set_rng_state(state["rng"])
-        logs = trainer.logs_by_mode["train"]
-        for name in _LOGS:
-            logs[name].clear()
-        for name in _LOG_COLUMNS:
-            for values in logs[name].values():
-                values.clear()
-        _restore_logs(logs, state["logs"])
+    def restore_rng(self) -> None:
+        """Set the random states of the beginning of the step."""
+        set_rng_state(self.rng)
 
 
-def save_last_step(trainer: "MentorGRPOTrainer", step_start: StepStart | None) -> None:
+def save_state(folder: str, state: dict[str, Any], rank: int, num_processes: int) -> None:
     """
-    Save a checkpoint of the last finished optimizer step, for a run that is about to end with an error.
+    Save the state of a process.
+
+    TRL keeps the phase inside a rollout batch and what is left of it in memory only, and samples the batch again on
+    resuming; its metrics of a logging window that is under way would be lost as well.
 
     Args:
-        trainer ([`MentorGRPOTrainer`]):
-            Trainer.
-        step_start ([`StepStart`], *optional*):
-            State to go back to, if a step was under way.
-    """
-    step = trainer.state.global_step
-    if step == 0:
-        return
-    if step_start is not None and step_start.state is not None:
-        step_start.restore()
-    trainer._save_checkpoint(trainer.model, trial=None)
-    folder = Path(trainer._get_output_dir(trial=None), f"checkpoint-{step}")
-    mend = f"Resume it from {folder}."
-    if trainer.args.save_only_model:
-        mend = f"{folder} holds the model alone (`save_only_model`), which is not enough to resume."
-    warnings.warn(f"The run ends here. {mend}", stacklevel=2)
-
-
-def save_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
-    """
-    Save, for each process, the guidance, the phase inside the rollout batch, and what is left of that batch.
-
-    TRL keeps the phase (`_step`) and the generated batch in memory only, and samples the batch again on resuming; its
-    metrics of a logging window that is under way would be lost as well.
-
-    Args:
-        trainer ([`MentorGRPOTrainer`]):
-            Trainer.
         folder (`str`):
             Checkpoint folder.
+        state (`dict[str, Any]`):
+            State of the trainer, as [`load_state`] returns it.
+        rank, num_processes (`int`):
+            This process and their number.
     """
-    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
-    logs = trainer.logs_by_mode["train"]
-    state = {
-        "guidance": trainer.guidance.state_dict(),
-        "step": trainer._step,
-        "num_processes": trainer.accelerator.num_processes,
-        "epochs": int(trainer.state.epoch + 1e-6),
-        "metrics": dict(trainer._metrics["train"]),
-        "buffered_inputs": trainer._buffered_inputs if trainer._step % generate_every else None,
-        "logs": None,
-    }
-    if trainer.log_completions:
-        state["logs"] = {name: list(logs[name]) for name in _LOGS}
-        state["logs"] |= {name: {key: _plain(values) for key, values in logs[name].items()} for name in _LOG_COLUMNS}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    torch.save(state, _path(folder, trainer.accelerator.process_index))
+    path = _path(folder, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rest = {"buffered_inputs": state["buffered_inputs"], "num_processes": num_processes}
+    plain = {name: _plain(value) for name, value in state.items() if name not in rest}
+    part = path.with_suffix(".part")  # nobody who is killed here leaves half a file
+    torch.save(plain | rest, part)
+    part.replace(path)
 
 
-def load_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
+def load_state(folder: str, rank: int, num_processes: int, device: torch.device) -> dict[str, Any] | None:
     """
-    Restore what [`save_state`] saved.
+    Read what [`save_state`] saved.
 
     Args:
-        trainer ([`MentorGRPOTrainer`]):
-            Trainer, with its train dataloader made.
         folder (`str`):
             Checkpoint folder.
+        rank, num_processes (`int`):
+            This process and their number.
+        device (`torch.device`):
+            Where tensors go.
+
+    Returns:
+        `dict[str, Any]`; `None`, with a warning, where the folder holds no such state.
 
     Raises:
-        `ValueError`: if the checkpoint holds the rest of a rollout batch of another number of processes.
+        [`SetupError`]: if the checkpoint holds the rest of a rollout batch of another number of processes.
     """
-    rank, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
     # Without a shared disk each node has the files of its own processes only
     path = next((path for path in (_path(folder, rank), _path(folder, 0)) if path.exists()), None)
     if path is None:
@@ -152,26 +102,38 @@ def load_state(trainer: "MentorGRPOTrainer", folder: str) -> None:
             "anew, and the rollouts of a batch that was under way are sampled again.",
             stacklevel=2,
         )
-        return
-    state = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
-    if state["buffered_inputs"] is not None and state["num_processes"] != count:
+        return None
+    state = torch.load(path, map_location=device, weights_only=True)
+    saved_by = state.pop("num_processes")
+    if state["buffered_inputs"] is not None and saved_by != num_processes:
         raise SetupError(
-            f"{folder} was saved by {state['num_processes']} processes in the middle of a rollout batch, and there "
-            f"are {count} now. Resume with {state['num_processes']} processes, or from a checkpoint at the end of a "
-            "rollout batch."
+            f"{folder} was saved by {saved_by} processes in the middle of a rollout batch, and there are "
+            f"{num_processes} now. Resume with {saved_by} processes, or from a checkpoint at the end of a rollout "
+            "batch."
         )
-    trainer.guidance.load_state_dict(state["guidance"])
-    if trainer.sampler is not None and trainer.sampler.expert is None and not trainer.guidance.over:
-        raise SetupError(
-            f"{folder} is from a time when rollouts were mixed, and this trainer has freed its expert since. Build a "
-            "new trainer to go back."
-        )
-    trainer._step = state["step"]
-    trainer._buffered_inputs = state["buffered_inputs"]
-    trainer._metrics["train"] = defaultdict(list, state["metrics"])
-    _skip_epochs(trainer.train_sampler, state["epochs"])
-    if trainer.log_completions and state["logs"] is not None:
-        _restore_logs(trainer.logs_by_mode["train"], state["logs"])
+    return _current(state)
+
+
+def resume_advice(folder: str, save_only_model: bool) -> str:
+    """What to do with the checkpoint that a failing run leaves."""
+    if save_only_model:
+        return f"{folder} holds the model alone (`save_only_model`), which is not enough to resume."
+    return f"Resume it from {folder}."
+
+
+def _current(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 0.1 under the names of today."""
+    if "guidance" in state:
+        state["algorithm"] = state.pop("guidance")
+    for row in state["buffered_inputs"] or ():
+        for name in _FORMER_SOURCES:
+            if name in row:
+                row["mentor_source"] = row.pop(name).long()
+    return state
+
+
+def _path(folder: str, rank: int) -> Path:
+    return Path(folder, f"mentor_state_{rank}.pt")
 
 
 def _plain(value: Any) -> Any:
@@ -185,16 +147,27 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
-def _skip_epochs(sampler, epochs: int) -> None:
+def copy_logs(logs: dict[str, Any]) -> dict[str, Any]:
+    """Rows that wait for their table."""
+    return {name: list(logs[name]) for name in LOGS} | {
+        name: {column: list(values) for column, values in logs[name].items()} for name in BY_NAME
+    }
+
+
+def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Put back what [`copy_logs`] copied, in the place of what there is."""
+    for name in LOGS:
+        logs[name].clear()
+        logs[name].extend(saved[name])
+    for name in BY_NAME:
+        for values in logs[name].values():
+            values.clear()
+        for column, values in saved[name].items():
+            logs[name][column].extend(values)
+
+
+def skip_epochs(sampler, epochs: int) -> None:
     """TRL's sampler draws a permutation an epoch, from a generator that a resumed run starts anew."""
     if getattr(sampler, "shuffle", False):
         for _ in range(epochs):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-
-def _restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
-    for name in _LOGS:
-        logs[name].extend(saved[name])
-    for name in _LOG_COLUMNS:
-        for column, values in saved[name].items():
-            logs[name][column].extend(values)

@@ -1,4 +1,4 @@
-"""Metrics by source (on-policy, mixed or trajectory) and of the mixed rollouts. docs/metrics.md lists every name."""
+"""Metrics by source and of the mixed rollouts. docs/metrics.md lists every name."""
 
 import math
 from collections.abc import Callable
@@ -7,28 +7,31 @@ import torch
 from trl.trainer.utils import nanstd
 
 from ..rollout.types import MixedRollout
+from .batch import RolloutBatch, Scored
+from .processes import Processes
 
 
 PREFIX = "mentor/"
-SOURCES = ("on_policy", "mixed")
 
 
 def row_metrics(
-    mixed_N: torch.Tensor,
+    sources: tuple[str, ...],
+    source_N: torch.Tensor,
     rewards_N: torch.Tensor,
     rewards_per_func_N_F: torch.Tensor,
     func_names: list[str],
     advantages_N: torch.Tensor,
     lengths_N: torch.Tensor,
     truncated_N: torch.Tensor,
-    sources: tuple[str, str] = SOURCES,
 ) -> dict[str, float]:
     """
     Means over the rows of each source. A source without rows has no metrics.
 
     Args:
-        mixed_N (`torch.Tensor` of shape `(N,)`, `bool`):
-            Whether a row is mixed (or a trajectory); N rows of all processes.
+        sources (`tuple[str, ...]`):
+            Names of the sources.
+        source_N (`torch.Tensor` of shape `(N,)`, `int64`):
+            Source of each row; N rows of all processes.
         rewards_N (`torch.Tensor` of shape `(N,)`):
             Rewards, NaN where undefined.
         rewards_per_func_N_F (`torch.Tensor` of shape `(N, F)`):
@@ -41,14 +44,13 @@ def row_metrics(
             Completion lengths in tokens.
         truncated_N (`torch.Tensor` of shape `(N,)`, `bool`):
             Whether a completion ran into the length limit.
-        sources (`tuple[str, str]`, *optional*, defaults to `("on_policy", "mixed")`):
-            Names of the rows that are not, and that are, in `mixed_N`.
 
     Returns:
         `dict[str, float]`.
     """
     metrics = {}
-    for source, rows in zip(sources, (~mixed_N, mixed_N), strict=True):
+    for index, source in enumerate(sources):
+        rows = source_N == index
         if not rows.any():
             continue
         values = {
@@ -65,9 +67,39 @@ def row_metrics(
     return metrics
 
 
-def share_without_spread(rewards_N: torch.Tensor, mixed_N: torch.Tensor, num_generations: int) -> float:
+def batch_metrics(
+    batch: RolloutBatch,
+    scored: Scored,
+    advantages_N: torch.Tensor,
+    func_names: list[str],
+    end_ids: list[int],
+    processes: Processes,
+) -> dict[str, float]:
+    """
+    [`row_metrics`] of a rollout batch.
+
+    Args:
+        batch ([`~mentor_trl.training.batch.RolloutBatch`]), scored ([`~mentor_trl.training.batch.Scored`]):
+            Batch.
+        advantages_N (`torch.Tensor` of shape `(N,)`):
+            Advantages before correction.
+        func_names (`list[str]`):
+            Names of the reward functions.
+        end_ids (`list[int]`):
+            Ids at the end of completions that are not cut off.
+        processes ([`Processes`]):
+            Processes of the run.
+    """
+    ids = batch.completion_ids
+    lengths_N = processes.gather(torch.tensor([len(row) for row in ids]))
+    truncated_N = processes.gather(torch.tensor([row[-1] not in end_ids for row in ids]))
+    rewards = scored.rewards_N, batch.rewards_N_F, func_names
+    return row_metrics(batch.sources, scored.source_N, *rewards, advantages_N, lengths_N, truncated_N)
+
+
+def share_without_spread(rewards_N: torch.Tensor, guided_N: torch.Tensor, num_generations: int) -> float:
     """Share of groups whose on-policy rewards are all equal: they give the on-policy rows no advantage."""
-    on_policy_G = torch.where(mixed_N, torch.full_like(rewards_N, torch.nan), rewards_N).view(-1, num_generations)
+    on_policy_G = rewards_N.masked_fill(guided_N, torch.nan).view(-1, num_generations)
     std_G = nanstd(on_policy_G, dim=1)
     return torch.isclose(std_G, torch.zeros_like(std_G)).float().mean().item()
 
@@ -139,32 +171,46 @@ def guidance_metrics(
     return {PREFIX + name: value for name, value in metrics.items()}
 
 
-def token_sums(values_B_T: dict[str, torch.Tensor], mask_B_T: torch.Tensor, mixed_B: torch.Tensor) -> torch.Tensor:
+def speed_metric(source: str, stats: dict[str, float], processes: Processes) -> dict[str, float]:
+    """Tokens a second that a process samples of a source; empty where no process has any."""
+    values = torch.tensor([stats["tokens"], stats["seconds"]], dtype=torch.float32)
+    tokens, seconds = processes.reduce(values, "sum")
+    if not tokens > 0:
+        return {}
+    return {f"{PREFIX}{source}/tokens_per_second": (tokens / (seconds / processes.count)).item()}
+
+
+def token_metrics(
+    sources: tuple[str, ...],
+    source_B: torch.Tensor,
+    values_B_T: dict[str, torch.Tensor],
+    mask_B_T: torch.Tensor,
+    reduce: Callable[[torch.Tensor, str], torch.Tensor],
+) -> dict[str, float]:
     """
-    Sums over the tokens of each source, to be reduced over the processes and read by [`token_means`].
+    Means of per-token values over the tokens of each source. A source without tokens has no metrics.
 
     Args:
+        sources (`tuple[str, ...]`):
+            Names of the sources.
+        source_B (`torch.Tensor` of shape `(B,)`, `int64`):
+            Source of each row of this process.
         values_B_T (`dict[str, torch.Tensor]` of shape `(B, T)` each):
-            Per-token values.
+            Values by name.
         mask_B_T (`torch.Tensor` of shape `(B, T)`):
             Tokens that count.
-        mixed_B (`torch.Tensor` of shape `(B,)`, `bool`):
-            Whether a row is mixed (or a trajectory).
+        reduce (`Callable`):
+            See [`guidance_metrics`].
 
     Returns:
-        `torch.Tensor` of shape `(2, 1 + len(values))`: a row a source, its tokens and its sums.
+        `dict[str, float]`, the same on every process.
     """
     rows = []
-    for selected in (~mixed_B, mixed_B):
-        mask = mask_B_T.bool() & selected.unsqueeze(1)
+    for index in range(len(sources)):
+        mask = mask_B_T.bool() & (source_B == index).unsqueeze(1)
         rows.append(torch.stack([mask.sum().float(), *(values[mask].float().sum() for values in values_B_T.values())]))
-    return torch.stack(rows)
-
-
-def token_means(sums: torch.Tensor, names: list[str], sources: tuple[str, str] = SOURCES) -> dict[str, float]:
-    """Means by source from the (reduced) sums of [`token_sums`]."""
     metrics = {}
-    for source, (tokens, *values) in zip(sources, sums.tolist(), strict=True):
+    for source, (tokens, *sums) in zip(sources, reduce(torch.stack(rows), "sum").tolist(), strict=True):
         if tokens:
-            metrics |= {f"{PREFIX}{source}/{name}": v / tokens for name, v in zip(names, values, strict=True)}
+            metrics |= {f"{PREFIX}{source}/{name}": total / tokens for name, total in zip(values_B_T, sums)}
     return metrics

@@ -6,19 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import SetupError
-
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from ..rollout import MixedRollout
+from .batch import RolloutBatch
 
 
 FOLDER = "rollouts"
@@ -95,35 +91,31 @@ class RolloutRecord:
 
 
 def collect_records(
+    batch: RolloutBatch,
     step: int,
-    parts: Sequence[tuple[str, Sequence[int], "MixedRollout"]],
     prompts: Sequence[str | list[dict[str, Any]]],
     rewards: Sequence[float],
     advantages: Sequence[float],
-    rho_B_T: "torch.Tensor",
-    tokenizer: "PreTrainedTokenizerBase",
-    gamma: float,
-    alpha: float,
+    weights_B_T: torch.Tensor | None,
+    tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
 ) -> list[RolloutRecord]:
     """
-    Put together the records of a process's rows.
+    Put together the records of a process's rows, as far as an engine recorded them.
 
     Args:
+        batch ([`~mentor_trl.training.batch.RolloutBatch`]):
+            Batch of B rows.
         step (`int`):
             Optimizer step that uses the rows.
-        parts (`Sequence[tuple[str, Sequence[int], MixedRollout]]`):
-            For each source its name, which of the B rows are of it, and their rollout.
         prompts (`Sequence[str]`):
-            Prompts of the B rows, texts or messages.
+            Prompts of the rows, texts or messages.
         rewards, advantages (`Sequence[float]`):
-            Rewards (NaN where undefined) and advantages before correction of the B rows.
-        rho_B_T (`torch.Tensor` of shape `(B, T)`):
-            Weights of the tokens after correction.
+            Rewards (NaN where undefined) and advantages before correction of the rows.
+        weights_B_T (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Weights of the tokens after correction, 1 if not given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Gives the text of the tokens.
-        gamma, alpha (`float`):
-            Entropy threshold and weight of the mixed advantages.
         limit (`int`, *optional*):
             Only the first so many rows.
 
@@ -131,7 +123,7 @@ def collect_records(
         `list[RolloutRecord]`, in the order of the rows.
     """
     records = []
-    for source, indices, rollout in parts:
+    for source, indices, rollout in batch.parts:
         for position, row in enumerate(indices):
             if limit is not None and row >= limit:
                 continue
@@ -149,11 +141,11 @@ def collect_records(
                     prompt=_prompt_text(prompts[row]),
                     reward=_finite(rewards[row]),
                     advantage=float(advantages[row]),
-                    gamma=gamma if source == "mixed" else None,
-                    alpha=alpha,
+                    gamma=None if source == batch.sources[0] else batch.gamma,
+                    alpha=batch.alpha,
                     token_ids=ids,
                     tokens=token_texts(ids, tokenizer),
-                    rho=[_finite(value) for value in rho_B_T[row, : len(ids)].tolist()],
+                    rho=[1.0] * len(ids) if weights_B_T is None else weights_B_T[row, : len(ids)].tolist(),
                     **values,
                     **marks,
                 )
@@ -161,7 +153,7 @@ def collect_records(
     return sorted(records, key=lambda record: record.row)
 
 
-def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     Text that each token adds to what stands before it. Their concatenation is the decoded text; special tokens show.
 

@@ -1,50 +1,44 @@
 """The tables of completions: those of evaluations apart from those of training."""
 
+import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from ..trainer import MentorGRPOTrainer
+SINGLE, BY_NAME = ("images", "prompt", "completion", "advantages"), ("rewards", "extra")
 
 
 def new_logs() -> dict[str, Any]:
     """What [`~trl.GRPOTrainer`] collects for a table, empty."""
-    return {
-        "images": deque(),
-        "prompt": deque(),
-        "completion": deque(),
-        "rewards": defaultdict(deque),
-        "advantages": deque(),
-        "extra": defaultdict(deque),
-    }
+    return {name: deque() for name in SINGLE} | {name: defaultdict(deque) for name in BY_NAME}
 
 
 @contextmanager
-def evaluation_table(trainer: "MentorGRPOTrainer", name: str) -> Iterator[None]:
+def evaluation_table(output_dir: str, step: int, logs: dict[str, float]) -> Iterator[None]:
     """
-    TRL names its table by the step alone: give that of an evaluation its own name, and keep training's.
+    TRL names a table by the step alone: give the one that is written inside the name of its evaluation, and keep that
+    of training.
 
     Args:
-        trainer ([`MentorGRPOTrainer`]):
-            Trainer, which logs inside.
-        name (`str`):
-            Name of the evaluation.
+        output_dir (`str`):
+            Folder of the run.
+        step (`int`):
+            Optimizer step.
+        logs (`dict[str, float]`):
+            What the evaluation logs; its names tell `eval`, or `eval_NAME` where there are several datasets.
     """
-    folder, log_completions = Path(trainer.args.output_dir, "completions"), trainer.log_completions
-    table = folder / f"completions_{trainer.state.global_step:05d}.parquet"
-    # The summary that ends training comes in this mode as well, after an evaluation at the last step
-    trainer.log_completions = log_completions and len(trainer._logs["prompt"]) > 0
-    writes = trainer.accelerator.is_main_process and trainer.log_completions
-    kept = table.rename(table.with_suffix(".kept")) if writes and table.exists() else None
+    name = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+    folder = Path(output_dir, "completions")
+    table = folder / f"completions_{step:05d}.parquet"
+    kept = table.rename(table.with_suffix(".training")) if table.exists() else None
     try:
         yield
     finally:
-        trainer.log_completions = log_completions
-        if writes and table.exists():
-            table.replace(folder / f"completions_{name}_{trainer.state.global_step:05d}.parquet")
+        if table.exists():
+            safe = re.sub(r"[^\w.-]+", "-", name)  # a dataset may be called `openai/gsm8k`
+            table.replace(folder / f"completions_{safe}_{step:05d}.parquet")
         if kept is not None:
             kept.rename(table)

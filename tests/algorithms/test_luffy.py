@@ -12,7 +12,8 @@ from trl import GRPOTrainer
 
 from helpers import make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
-from mentor_trl.algorithms.luffy import TrajectoryRows, end_of_reply
+from mentor_trl.algorithms import Rollouts
+from mentor_trl.algorithms.luffy import Trajectories, end_of_reply
 from mentor_trl.data import add_hints
 from trainer_helpers import SETTINGS, RecordingTrainer, history, letters_reward, make_trainer, same_weights, weights
 
@@ -84,7 +85,7 @@ def test_the_last_rows_of_each_group_are_the_trajectories(conversational, count,
     trainer.train()
     texts = dict(zip((tokenizer.decode(tokenizer(p)["input_ids"]) for p in problems()["prompt"]), TEXTS))
     for batch in trainer.batches:
-        assert batch["mentor_trajectory"].tolist() == ([False] * (8 - count) + [True] * count) * 2
+        assert batch["guided"].tolist() == ([False] * (8 - count) + [True] * count) * 2
         for first in (0, 8):
             prompts = [ids[mask.bool()] for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"])]
             assert all(torch.equal(ids, prompts[first]) for ids in prompts[first : first + 8])
@@ -115,13 +116,13 @@ def test_rows_without_a_trajectory_stay_on_policy(tmp_path):
     trainer = make_luffy(tmp_path, train_dataset=problems([TEXTS[0], None, "", None]), num_generations=4)
     trainer.train()
     shares = [entry["mentor/trajectory/missing"] for entry in history(trainer) if "loss" in entry]
-    rows = [batch["mentor_trajectory"] for batch in trainer.batches]
+    rows = [batch["guided"] for batch in trainer.batches]
     assert sorted(int(r.sum()) for r in rows) == [0, 1]
     assert shares == [1.0 - r.sum().item() / 2 for r in rows]
     for batch in trainer.batches:
         found = completions(batch)
         for row in (3, 7):
-            assert (found[row][-1] == EOS and len(found[row]) == 13) == batch["mentor_trajectory"][row].item()
+            assert (found[row][-1] == EOS and len(found[row]) == 13) == batch["guided"][row].item()
 
 
 def test_long_trajectories_are_cut_and_counted(tmp_path):
@@ -161,7 +162,7 @@ def test_a_stream(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(rows * 10))
     trainer = make_luffy(tmp_path, train_dataset=stream)
     trainer.train()
-    assert all(batch["mentor_trajectory"].sum() == 1 for batch in trainer.batches)
+    assert all(batch["guided"].sum() == 1 for batch in trainer.batches)
     nameless = IterableDataset.from_generator(lambda: iter([{"prompt": "1+1="}] * 40))
     with pytest.raises(ValueError, match="no column `trajectory`, only prompt. Set `trajectory_column`"):
         make_luffy(tmp_path, train_dataset=nameless).train()
@@ -181,12 +182,11 @@ def test_tokens_are_those_of_the_chat_template(make, messages):
     tokenizer = make()
     stop = [tokenizer.eos_token_id]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    rows = TrajectoryRows("trajectory", 1, 2, tokenizer, stop, end_of_reply(tokenizer, stop))
-    rows.begin([{"prompt": messages, "trajectory": "1"}] * 2, 0)
+    rows = Trajectories("trajectory", tokenizer, stop, end_of_reply(tokenizer, stop))
     for reply in REPLIES:
         conversation = [*messages, {"role": "assistant", "content": reply}]
         rendered = tokenizer.apply_chat_template(conversation, return_dict=False)
-        ids = prompt + rows.completion(reply, prompt)
+        ids = prompt + rows.tokens(reply, prompt, conversational=True)
         assert ids == rendered[: len(ids)] and ids[-1] == tokenizer.eos_token_id
         assert tokenizer.eos_token_id not in rendered[len(ids) :]
 
@@ -200,9 +200,8 @@ def test_the_token_that_ends_a_reply():
     assert end_of_reply(tokenizer, [endoftext]) == endoftext
     assert end_of_reply(tokenizer, [endoftext, im_end]) == im_end
     assert end_of_reply(tokenizer, [endoftext, im_end], chat_template="{{ messages[-1]['content'] }}") == endoftext
-    rows = TrajectoryRows("trajectory", 1, 1, tokenizer, [endoftext, im_end], im_end)
-    rows.begin([{"prompt": "2 + 2 =", "trajectory": "4"}], 0)
-    assert rows.completion("4", [5]) == [*tokenizer.convert_tokens_to_ids(["4"]), endoftext]
+    rows = Trajectories("trajectory", tokenizer, [endoftext, im_end], im_end)
+    assert rows.tokens("4", [5]) == [*tokenizer.convert_tokens_to_ids(["4"]), endoftext]
     tokenizer.chat_template = None
     assert end_of_reply(tokenizer, [endoftext, im_end]) == endoftext
 
@@ -213,20 +212,21 @@ def test_what_the_template_opens_is_not_opened_again(opening):
     tokenizer.chat_template = CHATML.replace("'<|im_start|>assistant\n'", f"'<|im_start|>assistant\n{opening}'")
     messages = [{"role": "user", "content": "2 + 2?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    rows = TrajectoryRows("trajectory", 1, 1, tokenizer, [tokenizer.eos_token_id])
-    text = tokenizer.decode(prompt + rows.completion("<think>\nso\n</think>\n\n4", prompt))
+    rows = Trajectories("trajectory", tokenizer, [tokenizer.eos_token_id])
+    text = tokenizer.decode(prompt + rows.tokens("<think>\nso\n</think>\n\n4", prompt))
     assert text.endswith("assistant\n<think>\nso\n</think>\n\n4<|im_end|>")
 
 
-def test_no_log_probabilities_of_tokens_that_no_engine_drew():
-    tokenizer = make_tiny_tokenizer()
-    rows = TrajectoryRows("trajectory", 1, 2, tokenizer, [EOS])
-    rows.begin([{"prompt": "1", "trajectory": "ab"}] * 4, 2)
-    ids, logps = rows.place([[5]] * 4, [[9, 9]] * 4, [[-0.5, -0.6]] * 4)
-    assert ids == [[9, 9], [*tokenizer("ab")["input_ids"], EOS]] * 2
-    assert logps == [[-0.5, -0.6], [None] * 3] * 2
-    rows.end()
-    assert rows.place([[5]] * 4, [[9, 9]] * 4, None) == ([[9, 9]] * 4, None)
+def test_no_log_probabilities_of_tokens_that_no_engine_drew(tmp_path):
+    trainer = make_luffy(tmp_path)
+    tokenizer, inputs = trainer.processing_class, [{"prompt": "1", "trajectory": "ab"}] * 8
+    batch = trainer.algorithm.plan(inputs, first=7)  # the last row of a group comes first
+    assert batch.source_names() == ["trajectory", *["on_policy"] * 7]
+    for engine_logps in ([[-0.5, -0.6]] * 8, None):
+        rollouts = Rollouts(lambda logps=engine_logps: ([[9, 9]] * 8, logps), None, None, None)
+        sampled = trainer.algorithm.rollout([[5]] * 8, batch, rollouts)
+        assert sampled.completion_ids == [[*tokenizer("ab")["input_ids"], EOS], *[[9, 9]] * 7]
+        assert sampled.engine_logps == (engine_logps and [[None] * 3, *[[-0.5, -0.6]] * 7])
 
 
 def test_corrections_of_the_engine_leave_trajectories_alone(tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def test_corrections_of_the_engine_leave_trajectories_alone(tmp_path, monkeypatc
     trainer.use_vllm = True
     trainer.train()
     (batch,) = trainer.batches
-    ratio, rows = batch["importance_sampling_ratio"], batch["mentor_trajectory"]
+    ratio, rows = batch["importance_sampling_ratio"], batch["guided"]
     assert (ratio[rows] == 1.0).all() and (ratio[~rows] != 1.0).all()
 
 
@@ -271,14 +271,13 @@ class GradientTrainer(RecordingTrainer):
     def by_hand(self, model, inputs):
         """Row by row: the clipped ratio of GRPO, and f(p) A of a trajectory. Tokens are averaged (dapo)."""
         total, tokens = 0.0, int(inputs["num_items_in_batch"])
-        flags = inputs.get("mentor_trajectory", inputs.get("mentor_mixed"))
-        for i, trajectory in enumerate(flags.tolist()):
+        for i, source in enumerate(inputs["mentor_source"].tolist()):
             prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]
             reply = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()]
             logits = model(input_ids=torch.cat([prompt, reply])[None]).logits[0, len(prompt) - 1 : -1]
             logps = (logits / self.temperature).log_softmax(-1)[range(len(reply)), reply]
             advantage = inputs["advantages"][i]
-            if trajectory:
+            if self.algorithm.sources[source] == "trajectory":
                 p = logps.exp()
                 total = total + (advantage * p / (p + self.args.trajectory_shaping)).sum()
                 continue
@@ -319,7 +318,7 @@ def test_hinted_prompts_are_trained_as_plain_grpo(tmp_path):
     for batch in trainer.batches:
         (text,) = set(trainer.processing_class.batch_decode(batch["prompt_ids"], skip_special_tokens=True))
         assert text[0].isdigit() and text.endswith("\n\nabc")
-        assert not batch["mentor_mixed"].any()
+        assert not batch["guided"].any()
     for gradient, expected in trainer.gradients:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-6)
         assert expected.norm() > 1e-3
@@ -337,7 +336,7 @@ def test_the_policy_moves_far_between_those_steps(tmp_path):
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         with torch.no_grad():
             logps = trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))[0]
-        moved = (logps - inputs["old_per_token_logps"])[inputs["mentor_trajectory"]]
+        moved = (logps - inputs["old_per_token_logps"])[inputs["mentor_source"] == 1]
         kept.append(moved.abs().max().item())
         return loss
 
@@ -374,7 +373,7 @@ def test_every_loss_gives_a_trajectory_its_weight(loss_type, tmp_path):
     trainer._compute_loss = gradients
     trainer.train()
     ((gradient, logps, inputs),) = found
-    mask, rows = inputs["completion_mask"].bool(), inputs["mentor_trajectory"]
+    mask, rows = inputs["completion_mask"].bool(), (inputs["mentor_source"] == 1)
     per_token = gradient / inputs["advantages"][:, None]
     assert (inputs["advantages"] != 0.0).all()
     # What a token of an on-policy row weighs: the loss's normalization, which may depend on the row's length
@@ -446,7 +445,7 @@ def test_another_column(tmp_path):
     dataset = problems().rename_column("trajectory", "steps")
     trainer = make_luffy(tmp_path, train_dataset=dataset, trajectory_column="steps", max_steps=1)
     trainer.train()
-    assert trainer.batches[0]["mentor_trajectory"].sum() == 1
+    assert trainer.batches[0]["guided"].sum() == 1
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,21 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, Phi3Config
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig, load_expert
-from mentor_trl.experts.load import (
-    check_context_length,
+from mentor_trl.errors import SetupError
+from mentor_trl.experts.compatibility import (
+    check_context,
     check_stop_tokens,
     check_vocabulary,
-    expert_name,
-    load_expert_tokenizer,
-    replicated_loading,
-    resolve_expert,
+    context_length,
     stop_token_ids,
-    untouched_rng,
 )
+from mentor_trl.experts.load import expert_name, load_expert_tokenizer, replicated_loading, resolve_expert
+from mentor_trl.random_state import untouched_rng
 from trainer_helpers import SETTINGS
 
 
@@ -125,11 +124,26 @@ def test_the_stop_set():
 
 
 def test_context_length():
-    model = make_tiny_model()
-    check_context_length(model, "policy", 48, 2000)
-    with pytest.raises(
-        ValueError, match=r"A prompt of 49 tokens.*the policy's context of 2048.*Lower .* to 1999 or less"
-    ):
-        check_context_length(model, "policy", 49, 2000)
-    unlimited = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
-    check_context_length(unlimited, "policy", 10**6, 10**6)
+    assert context_length(make_tiny_model().config) == 2048
+    assert context_length(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)) is None
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    # Beyond it every token, cached ones too, would turn by other frequencies
+    assert context_length(Phi3Config(**phi, original_max_position_embeddings=64, rope_parameters=rope)) == 64
+
+
+def test_what_does_not_fit_a_context():
+    check_context([3, 48], 2000, 2048, "the policy's")
+    check_context([10**6], 10**6, None, "the policy's")
+    with pytest.raises(SetupError) as refused:
+        check_context([3, 49], 2000, 2048, "the policy's", "choose another policy")
+    assert str(refused.value) == (
+        "A prompt of 49 tokens (row 1) and `max_completion_length=2000` exceed the policy's context of 2048 tokens. "
+        "To fit, lower `max_completion_length` to 1999 or less, drop prompts of more than 48 tokens, or choose another "
+        "policy."
+    )
+    # A prompt that leaves no room is not cured by a shorter completion
+    with pytest.raises(SetupError, match=r"To fit, drop prompts of more than 40 tokens\.$"):
+        check_context([50], 8, 48, "the engine's")
+    with pytest.raises(SetupError, match=r"To fit, shorten both\.$"):
+        check_context([50], 60, 48, "the engine's")

@@ -9,7 +9,7 @@ import torch
 
 from mentor_trl import accuracy_reward
 from mentor_trl.rollout import MixedRollout
-from mentor_trl.training.metrics import guidance_metrics, row_metrics, share_without_spread, token_means, token_sums
+from mentor_trl.training.metrics import guidance_metrics, row_metrics, share_without_spread, token_metrics
 from trainer_helpers import make_trainer, prompts
 
 
@@ -18,7 +18,8 @@ NAN = math.nan
 
 def test_rows_by_source():
     metrics = row_metrics(
-        mixed_N=torch.tensor([False, False, True, False, True]),
+        sources=("on_policy", "mixed"),
+        source_N=torch.tensor([0, 0, 1, 0, 1]),
         rewards_N=torch.tensor([1.0, 0.0, 0.5, NAN, 1.0]),
         rewards_per_func_N_F=torch.tensor([[1.0, NAN], [0.0, NAN], [0.5, 2.0], [NAN, NAN], [1.0, 4.0]]),
         func_names=["accuracy", "format"],
@@ -49,17 +50,18 @@ def test_rows_by_source():
 
 def test_a_source_without_rows_has_no_metrics():
     ones = torch.ones(2)
-    metrics = row_metrics(torch.zeros(2, dtype=bool), ones, ones[:, None], ["f"], ones, ones, ones.bool())
+    metrics = row_metrics(("on_policy", "mixed"), torch.zeros(2), ones, ones[:, None], ["f"], ones, ones, ones.bool())
     assert metrics and all(name.startswith("mentor/on_policy/") for name in metrics)
 
 
 def test_sources_have_the_names_that_they_are_given():
-    ones, sources = torch.ones(2), ("on_policy", "trajectory")
-    rows = torch.tensor([False, True])
-    metrics = row_metrics(rows, ones, ones[:, None], ["f"], ones, ones, ones.bool(), sources)
+    ones, sources = torch.ones(3), ("on_policy", "trajectory", "another")
+    rows = torch.tensor([0, 1, 2])
+    metrics = row_metrics(sources, rows, ones, ones[:, None], ["f"], ones, ones, ones.bool())
     assert {name.split("/")[1] for name in metrics} == set(sources)
-    means = token_means(token_sums({"kl": torch.ones(2, 3)}, torch.ones(2, 3), rows), ["kl"], sources)
-    assert means == {"mentor/on_policy/kl": 1.0, "mentor/trajectory/kl": 1.0}
+    values = {"kl": torch.arange(3.0).unsqueeze(1).expand(3, 3)}
+    means = token_metrics(sources, rows, values, torch.ones(3, 3), lambda sums, how: sums)
+    assert means == {f"mentor/{source}/kl": float(i) for i, source in enumerate(sources)}
 
 
 def test_share_of_groups_without_spread():
@@ -139,15 +141,21 @@ def test_guidance_is_summed_over_processes_before_dividing():
 def test_token_means_by_source():
     values = {"entropy": torch.tensor([[1.0, 2.0], [3.0, NAN], [5.0, 6.0]]), "kl": torch.ones(3, 2)}
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
-    sums = token_sums(values, mask, torch.tensor([False, False, True]))
-    assert sums.tolist() == [[3.0, 6.0, 3.0], [2.0, 11.0, 2.0]]
-    assert token_means(sums, list(values)) == {
+    sums = []
+
+    def reduce(values: torch.Tensor, how: str) -> torch.Tensor:
+        sums.append((values.tolist(), how))
+        return values
+
+    sources = ("on_policy", "mixed")
+    assert token_metrics(sources, torch.tensor([0, 0, 1]), values, mask, reduce) == {
         "mentor/on_policy/entropy": 2.0,
         "mentor/on_policy/kl": 1.0,
         "mentor/mixed/entropy": 5.5,
         "mentor/mixed/kl": 1.0,
     }
-    assert token_means(sums * torch.tensor([[1.0], [0.0]]), list(values)).keys() == {
+    assert sums == [([[3.0, 6.0, 3.0], [2.0, 11.0, 2.0]], "sum")]
+    assert token_metrics(sources, torch.zeros(3), values, mask, reduce).keys() == {
         "mentor/on_policy/entropy",
         "mentor/on_policy/kl",
     }

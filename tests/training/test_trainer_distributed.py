@@ -55,18 +55,18 @@ def test_rows_have_the_advantages_of_the_whole_batch(case, ranks):
         for rank, batch in enumerate((first, second)):
             here = slice(rank * count, (rank + 1) * count)
             assert batch["row_advantages"] == pytest.approx(rows, abs=1e-5)
-            assert batch["mentor_mixed"].tolist() == [i % size >= size - guided for i in range(2 * count)][here]
+            assert batch["guided"].tolist() == [i % size >= size - guided for i in range(2 * count)][here]
             # On-policy tokens carry the advantage of their row
             advantages = batch["advantages"] if guided else batch["advantages"].unsqueeze(1)
             for i, row in enumerate(rows[here]):
-                if not batch["mentor_mixed"][i]:
+                if not batch["guided"][i]:
                     assert advantages[i].tolist() == pytest.approx([row] * advantages.size(1), abs=1e-5)
                 else:
                     assert (advantages[i] <= row + 1e-5).all() and (advantages[i] >= 0.0).all()
 
 
 def test_what_the_cases_cover(ranks):
-    sources = [[r[case]["batches"][0]["mentor_mixed"] for r in ranks] for case in ("split_4_4", "split_3_5")]
+    sources = [[r[case]["batches"][0]["guided"] for r in ranks] for case in ("split_4_4", "split_3_5")]
     assert not sources[0][0].any() and sources[0][1].all()
     assert sources[1][0].tolist()[:4] == [False] * 3 + [True]
     assert ranks[0]["undefined_rewards"]["batches"][0]["rewards"].isnan().sum() == 2

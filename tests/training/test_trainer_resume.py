@@ -62,7 +62,7 @@ def test_resuming_repeats_the_run(case, tmp_path):
     skip = (*LOSS, "grad_norm") if settings.get("logging_steps", 1) > 1 else ("train_loss",)
     assert history(resumed, skip) == history(whole, skip)
     assert same_weights(weights(resumed), weights(whole))
-    assert resumed.guidance.state_dict() == whole.guidance.state_dict()
+    assert resumed.algorithm.guidance.state_dict() == whole.algorithm.guidance.state_dict()
     if settings.get("log_completions"):
         for table in (tmp_path / "whole" / "completions").iterdir():
             if int(table.stem[-5:]) > k:
@@ -78,7 +78,7 @@ def test_the_guidance_is_restored(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            seen.append((resumed.guidance.state_dict(), resumed.guidance.alpha))
+            seen.append((resumed.algorithm.guidance.state_dict(), resumed.algorithm.guidance.alpha))
 
     resumed.add_callback(Look())
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_trl_resumes_with_a_warning(tmp_path):
     trainer = make_trainer(tmp_path / "b", **settings)
     with pytest.warns(UserWarning, match=r"no mentor_state_0.pt.*alpha and gamma start anew"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
-    assert trainer.guidance.batches == 1
+    assert trainer.algorithm.guidance.batches == 1
 
 
 def test_trl_resumes_our_checkpoint(tmp_path):
@@ -143,7 +143,7 @@ def test_another_number_of_processes(in_the_middle, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             trainer.train(resume_from_checkpoint=str(checkpoint))
-        assert trainer.guidance.batches == 2
+        assert trainer.algorithm.guidance.batches == 2
 
 
 def test_saving_the_model_only_leaves_no_state(tmp_path):

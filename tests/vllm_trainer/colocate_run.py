@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
             (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[batch["completion_mask"].bool()]
             for batch in trainer.batches
         ],
-        "mixed": [batch["mentor_mixed"] for batch in trainer.batches],
+        "mixed": [batch["guided"] for batch in trainer.batches],
         "branch": [
             0 if batch["rollout"] is None else batch["rollout"].branch.sum().item() for batch in trainer.batches
         ],

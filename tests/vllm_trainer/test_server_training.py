@@ -72,7 +72,7 @@ def test_learns_like_the_engine_in_process(folders, server, tmp_path):
         for seed in (1, 2, 3):
             trainer = trainer_of(tmp_path / f"{name}{seed}", folders, where, max_steps=30, seed=seed)
             trainer.train()
-            runs.append([batch["rewards"][~batch["mentor_mixed"]].mean().item() for batch in trainer.batches])
+            runs.append([batch["rewards"][~batch["guided"]].mean().item() for batch in trainer.batches])
         curves[name] = [sum(values) / 3 for values in zip(*runs, strict=True)]
     last = {name: sum(curve[-5:]) / 5 for name, curve in curves.items()}
     first = {name: curve[0] for name, curve in curves.items()}
@@ -145,4 +145,4 @@ def test_a_server_that_stays_dead_ends_the_run_with_a_checkpoint(folders, server
     resumed = trainer_of(tmp_path, folders, server, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 3 and len(resumed.batches) == 1
-    assert resumed.guidance.batches == 3
+    assert resumed.algorithm.guidance.batches == 3

@@ -3,39 +3,33 @@
 import atexit
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import ensure_master_addr_port
 
+from ...config import MentorGRPOConfig
 from ...errors import SetupError
-from ...experts.load import check_tokenizers, load_expert_tokenizer
+from ...experts.compatibility import check_context, check_tokenizers, text_model
+from ...experts.load import load_expert_tokenizer
 from ...vllm_plugin.options import model_shape
-from ..local.decoder import text_model
 from ..types import MixedRequest, MixedRollout
+from .collective import on_main
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient
-from .server import Patience, PolicyServerSampler, ServerError, ServerSampler, WeightsLost
-from .weights import write_weights
+from .server import Patience, PolicyServerSampler, ServerSampler, WeightsLost
+from .weights import remove_weights, write_weights
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ...config import MentorGRPOConfig
-
-
-T = TypeVar("T")
 
 # The Trainer leaves names with an underscore out of what it pushes to the Hub
 WEIGHTS_FOLDER = "_vllm_weights"
@@ -69,7 +63,7 @@ class EngineSettings:
     policy_server_base_url: str | None = None
 
     @classmethod
-    def of(cls, args: "MentorGRPOConfig", expert: str | None) -> "EngineSettings":
+    def of(cls, args: MentorGRPOConfig, expert: str | None) -> "EngineSettings":
         """Settings of a configuration."""
         return cls(
             expert=expert,
@@ -123,7 +117,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.mode == "server":
-            self.info = self._on_main(self._connect)
+            self.info = on_main(self.accelerator, self._connect)
             self.vllm_client = _Described()
         else:
             self.sampler = self._build()
@@ -188,9 +182,9 @@ class MixedVLLMGeneration(VLLMGeneration):
 
     def check(
         self,
-        policy: "PreTrainedModel",
+        policy: PreTrainedModel,
         expert: str | None,
-        expert_tokenizer: "PreTrainedTokenizerBase | None",
+        expert_tokenizer: PreTrainedTokenizerBase | None,
         longest_prompt: int,
     ) -> None:
         """
@@ -226,14 +220,9 @@ class MixedVLLMGeneration(VLLMGeneration):
             expert_tokenizer = load_expert_tokenizer(expert, None, self.trust_remote_code)
         if expert_tokenizer is not None:
             check_tokenizers(self.processing_class, expert_tokenizer)
+        option = "--max-model-len of `mentor-trl serve`" if self.mode == "server" else "`vllm_max_model_length`"
         limit = min(served["max_model_len"] for served in (info, info.get("policy_server")) if served is not None)
-        if longest_prompt + self.max_completion_length > limit:
-            option = "--max-model-len of `mentor-trl serve`" if self.mode == "server" else "`vllm_max_model_length`"
-            raise SetupError(
-                f"A prompt of {longest_prompt} tokens and `max_completion_length={self.max_completion_length}` exceed "
-                f"the engine's context of {limit} tokens. Raise {option}, lower `max_completion_length`, or drop the "
-                "longest prompts."
-            )
+        check_context([longest_prompt], self.max_completion_length, limit, "the engine's", f"raise {option}")
 
     # Weights
 
@@ -291,7 +280,7 @@ class MixedVLLMGeneration(VLLMGeneration):
                 if not params.gi_running:  # a transfer that hangs still holds them
                     _exhaust(params)
 
-        self._on_main(push_all, others=lambda: _exhaust(self._iter_named_params()))
+        on_main(self.accelerator, push_all, others=lambda: _exhaust(self._iter_named_params()))
 
     # Rows
 
@@ -318,7 +307,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         )
         with self.session(), profiler or nullcontext():
             rollout = self.sample(request)
-        logps = [[[logp] for logp in row] for row in policy_logps(rollout)]
+        logps = [[[logp] for logp in row] for row in rollout.policy_logps()]
         return prompts, rollout.completion_ids, logps, None
 
     def sample(self, request: MixedRequest) -> MixedRollout:
@@ -341,39 +330,18 @@ class MixedVLLMGeneration(VLLMGeneration):
         counts = [len(part.prompt_ids) for part in requests]
         for _ in range(Patience.attempts):
             try:
-                return self._on_main(lambda: self._sample_all(merge(requests)).split(counts))[
-                    self.accelerator.process_index
-                ]
+                return on_main(
+                    self.accelerator, lambda: self._sample_all(MixedRequest.merged(requests)).split(counts)
+                )[self.accelerator.process_index]
             except WeightsLost as error:
                 lost = error
             self.sync_weights()
         raise lost
 
     def _sample_all(self, request: MixedRequest) -> MixedRollout:
-        plain = self.policy_sampler is not None and all(gamma == float("inf") for gamma in request.gamma)
+        plain = self.policy_sampler is not None and request.plain
         with (self.policy_sampler if plain else self.sampler).session() as session:
             return session.sample(request)
-
-    def _on_main(self, call: Callable[[], T], others: Callable[[], None] | None = None) -> T:
-        """What `call` returns on the main process, on every process. If it fails, it fails on every process."""
-        outcome: list[Any] = [None, None]
-        failure: BaseException | None = None
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = call()
-            except Exception as error:
-                failure = error
-                kind = type(error) if isinstance(error, ServerError) else RuntimeError
-                outcome[1] = kind(f"On the main process: {error}")
-        elif others is not None:
-            others()
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(outcome, from_process=0)
-        if failure is not None:
-            raise failure
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
 
 class _Described:
@@ -387,13 +355,6 @@ class _Described:
 def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:
     for _ in params:
         pass
-
-
-def remove_weights(root: str | Path, run_id: str, keep: str | None = None) -> None:
-    """Remove the weights that a run has written for its servers, except those of the version `keep`."""
-    for folder in Path(root).glob(f"{run_id}-*"):
-        if folder.name != keep:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def same_model(name: str, served: str) -> bool:
@@ -412,23 +373,3 @@ def same_model(name: str, served: str) -> bool:
     served = "/".join(cached.groups()) if cached else served
     ids = all(value.count("/") == 1 and not value.startswith((".", "~", "/")) for value in (name, served))
     return name == served if ids else Path(name).name == Path(served).name
-
-
-def merge(requests: list[MixedRequest]) -> MixedRequest:
-    """One request for the rows of several, in their order."""
-    return replace(
-        requests[0],
-        prompt_ids=[ids for request in requests for ids in request.prompt_ids],
-        gamma=[gamma for request in requests for gamma in request.gamma],
-    )
-
-
-def policy_logps(rollout: MixedRollout) -> list[list[float | None]]:
-    """
-    Log-probabilities of the sampling engine as TRL's engine-mismatch correction takes them: log p of tokens that the
-    policy sampled, and `None` (no correction) at branch points, whose ratio is MENTOR's own.
-    """
-    return [
-        [None if expert else logp for logp, expert in zip(logps[: len(ids)], branch)]
-        for ids, logps, branch in zip(rollout.completion_ids, rollout.logps.tolist(), rollout.branch.tolist())
-    ]

@@ -1,19 +1,16 @@
 """Engine in process: one vLLM engine whose target is the expert and whose draft is the policy."""
 
-import itertools
 import os
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ...vllm_plugin.options import GAMMA, RECORD, RULE, SCORE, SHARE, engine_environment, engine_options
-from ...vllm_plugin.records import unpack
+from ...vllm_plugin.options import engine_environment, engine_options
 from ..types import MixedRequest, MixedRollout
-from .wire import assemble
+from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
 class ColocateSampler:
@@ -138,7 +135,7 @@ class ColocateSampler:
         """
         from vllm import SamplingParams
 
-        check_context(request, self.info["max_model_len"])
+        check_engine_context(request, self.info["max_model_len"])
         started = time.perf_counter()
         keys = record_keys(len(request.prompt_ids))
         params = [SamplingParams(**sampling_params(request, row, key), extra_args=extra_args(request, row, key))
@@ -152,63 +149,3 @@ class ColocateSampler:
             for row, (record, ids, prompt) in enumerate(zip(records, completions, request.prompt_ids))
         ]
         return assemble(request, completions, values, {"seconds": time.perf_counter() - started})
-
-
-_requests = itertools.count()
-
-
-def record_keys(rows: int) -> list[str]:
-    """Keys of a request's rows that no other request of any process has."""
-    name = f"{uuid.uuid4().hex}-{next(_requests)}"
-    return [f"{name}-{row}" for row in range(rows)]
-
-
-def sampling_params(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
-    """vLLM's sampling parameters of a row. Stop ids are explicit: the expert's own never decide where a row ends."""
-    return {
-        "temperature": request.temperature,
-        "max_tokens": request.max_new_tokens,
-        "stop_token_ids": list(request.stop_token_ids),
-        "ignore_eos": True,
-        "detokenize": False,
-    }
-
-
-def extra_args(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
-    """Entries of a row that the plugin reads."""
-    return {
-        GAMMA: str(request.gamma[row]),
-        RULE: request.branch_rule,
-        SHARE: request.share,
-        RECORD: key,
-        SCORE: int(request.score_all),
-    }
-
-
-def check_context(request: MixedRequest, limit: int) -> None:
-    """Raise a `ValueError` if a row may outgrow the engine's context."""
-    for row, ids in enumerate(request.prompt_ids):
-        if len(ids) + request.max_new_tokens > limit:
-            raise ValueError(
-                f"The prompt of row {row} ({len(ids)} tokens) and max_completion_length={request.max_new_tokens} "
-                f"exceed the engine's context of {limit} tokens. Lower `max_completion_length`, drop prompts of more "
-                f"than {max(limit - request.max_new_tokens, 0)} tokens, or serve with a larger `--max-model-len`."
-            )
-
-
-def match_record(record: dict | None, ids: list[int], start: int, row: int) -> torch.Tensor:
-    """
-    Records `(T, 6)` of a completion.
-
-    Raises:
-        `RuntimeError`: if the engine did not record exactly these tokens.
-    """
-    if record is None:
-        raise RuntimeError(f"The engine has no records of row {row}. Was it restarted while the row was sampled?")
-    first, tokens, values = unpack(record)
-    if first != start or tokens[: len(ids)] != ids:
-        raise RuntimeError(
-            f"The engine's records of row {row} begin at token {first} with {tokens[:8]}, and the completion at "
-            f"{start} with {ids[:8]}. Please report this with the versions of vLLM and mentor-trl."
-        )
-    return values[: len(ids)]

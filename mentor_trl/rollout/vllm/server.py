@@ -12,15 +12,22 @@ import httpx
 import torch
 
 from ...vllm_plugin.options import INCOMPLETE
-from ..types import MixedRequest, MixedRollout
-from .colocate import check_context, extra_args, match_record, record_keys, sampling_params
-from .wire import assemble, policy_values
+from ..types import EngineError, MixedRequest, MixedRollout
+from .wire import (
+    assemble,
+    check_engine_context,
+    extra_args,
+    match_record,
+    policy_values,
+    record_keys,
+    sampling_params,
+)
 
 
 T = TypeVar("T")
 
 
-class ServerError(RuntimeError):
+class ServerError(EngineError):
     """The server failed in spite of all attempts, or refused a request."""
 
 
@@ -217,7 +224,7 @@ class ServerSampler:
             [`ServerError`]: if the server refuses a row, or fails longer than [`Patience`] allows.
             `ValueError`: if a row does not fit the server's context, or if a model's logits are NaN.
         """
-        check_context(request, self.info["max_model_len"])
+        check_engine_context(request, self.info["max_model_len"])
         started = time.perf_counter()
         done: dict[int, tuple[list[int], torch.Tensor]] = {}
         for attempt in range(self.patience.attempts):

@@ -49,3 +49,10 @@ def write_weights(
     flush()
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def remove_weights(root: str | Path, run_id: str, keep: str | None = None) -> None:
+    """Remove the weights that a run has written for its servers, except those of the version `keep`."""
+    for folder in Path(root).glob(f"{run_id}-*"):
+        if folder.name != keep:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,20 +1,24 @@
-"""From what a vLLM engine recorded to a rollout."""
+"""What goes to a mixed-policy vLLM engine for a request, and a rollout from what it recorded."""
+
+import itertools
+import uuid
+from typing import Any
 
 import torch
 
-from ...objective.mixture import mixture_logps
+from ...experts.compatibility import check_context
+from ...objective import mixture_logps
+from ...vllm_plugin.options import GAMMA, RECORD, RULE, SCORE, SHARE
+from ...vllm_plugin.records import VALUES, unpack
 from ..types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
-
-
-COLUMNS = ("entropies", "weights", "logps", "expert_logps", "branch", "replaced")
 
 
 def policy_values(logps: list[float]) -> torch.Tensor:
     """Records `(T, 6)` of a completion of the plain policy, of which only the log-probabilities are known."""
-    values = torch.zeros(len(logps), len(COLUMNS))
-    values[:, COLUMNS.index("logps")] = torch.tensor(logps)
+    values = torch.zeros(len(logps), len(VALUES))
+    values[:, VALUES.index("logps")] = torch.tensor(logps)
     for name in ("entropies", "expert_logps"):
-        values[:, COLUMNS.index(name)] = torch.nan
+        values[:, VALUES.index(name)] = torch.nan
     return values
 
 
@@ -38,19 +42,78 @@ def assemble(
         `ValueError`: if a model's logits were NaN.
     """
     longest = max(map(len, completions), default=0)
-    stacked = torch.full((len(completions), longest, len(COLUMNS)), torch.nan)
+    stacked = torch.full((len(completions), longest, len(VALUES)), torch.nan)
     for row, (ids, numbers) in enumerate(zip(completions, values)):
-        if numbers[:, 1:3].isnan().any():
+        column = dict(zip(VALUES, numbers.unbind(-1)))
+        if column["weights"].isnan().any() or column["logps"].isnan().any():
             raise ValueError(
                 f"The policy's logits are NaN in row {row}. Its weights are broken or its data type overflows: check "
                 "the checkpoint, lower the learning rate, or serve it in bfloat16 or float32."
             )
-        if numbers[:, 3][numbers[:, 4] == 1.0].isnan().any():
+        if column["expert_logps"][column["branch"] == 1.0].isnan().any():
             raise ValueError(f"The expert's logits are NaN in row {row}. Check its checkpoint, or its data type.")
         stacked[row, : len(ids)] = numbers
-    records = dict(zip(COLUMNS, stacked.unbind(-1)))
+    records = dict(zip(VALUES, stacked.unbind(-1)))
     for name in BOOL_RECORDS:
         records[name] = records[name] == 1.0
     records["mixed_logps"] = mixture_logps(records["logps"], records["expert_logps"], records["weights"])
     counts = {"tokens": sum(map(len, completions)), "replaced": int(records["replaced"].sum())}
     return MixedRollout(completions, **{name: records[name] for name in RECORDS}, stats={**counts, **stats})
+
+
+_requests = itertools.count()
+
+
+def record_keys(rows: int) -> list[str]:
+    """Keys of a request's rows that no other request of any process has."""
+    name = f"{uuid.uuid4().hex}-{next(_requests)}"
+    return [f"{name}-{row}" for row in range(rows)]
+
+
+def sampling_params(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
+    """vLLM's sampling parameters of a row. Stop ids are explicit: the expert's own never decide where a row ends."""
+    return {
+        "temperature": request.temperature,
+        "max_tokens": request.max_new_tokens,
+        "stop_token_ids": list(request.stop_token_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+
+
+def extra_args(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
+    """Entries of a row that the plugin reads."""
+    return {
+        GAMMA: str(request.gamma[row]),
+        RULE: request.branch_rule,
+        SHARE: request.share,
+        RECORD: key,
+        SCORE: int(request.score_all),
+    }
+
+
+def match_record(record: dict | None, ids: list[int], start: int, row: int) -> torch.Tensor:
+    """
+    Records `(T, 6)` of a completion.
+
+    Raises:
+        `RuntimeError`: if the engine did not record exactly these tokens.
+    """
+    if record is None:
+        raise RuntimeError(f"The engine has no records of row {row}. Was it restarted while the row was sampled?")
+    first, tokens, values = unpack(record)
+    if first != start or tokens[: len(ids)] != ids:
+        raise RuntimeError(
+            f"The engine's records of row {row} begin at token {first} with {tokens[:8]}, and the completion at "
+            f"{start} with {ids[:8]}. Please report this with the versions of vLLM and mentor-trl."
+        )
+    return values[: len(ids)]
+
+
+def check_engine_context(request: MixedRequest, limit: int) -> None:
+    """
+    Raises:
+        [`SetupError`]: if a row may outgrow the engine's context.
+    """
+    lengths = [len(ids) for ids in request.prompt_ids]
+    check_context(lengths, request.max_new_tokens, limit, "the engine's", "serve with a larger `--max-model-len`")

@@ -471,7 +471,7 @@ def test_context_limits():
     request = make_request(max_new_tokens=7)
     check_records(policy, expert, request, sample_local(policy, expert, request))
     with pytest.raises(
-        ValueError, match=r"row 2 \(9 tokens\).* the expert's context of 16 tokens.*more than 8 tokens"
+        ValueError, match=r"9 tokens \(row 2\).* the expert's context of 16 tokens.*more than 8 tokens"
     ):
         sample_local(policy, expert, make_request(max_new_tokens=8))
     with pytest.raises(ValueError, match="the policy's context of 16 tokens"):

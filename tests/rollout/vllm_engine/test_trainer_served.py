@@ -39,7 +39,7 @@ def test_log_probabilities_of_the_engine_are_corrected_by_trl_outside_branch_poi
         trainer = make_served_trainer(tmp_path, correction_level=level, correction_exponent=1.0)
         trainer.train()
     for batch in trainer.batches:
-        rollout, mixed = batch["rollout"], batch["mentor_mixed"]
+        rollout, mixed = batch["rollout"], batch["guided"]
         length = batch["completion_ids"].size(1)
         sampled = batch["sampling_per_token_logps"]
         here = rollout.padded(length)
@@ -68,7 +68,7 @@ def test_at_branch_points_the_ratio_takes_p_of_the_training_model(tmp_path, monk
         trainer = make_served_trainer(tmp_path, alpha=1.0, reward_range=100.0, **settings)
         trainer.train()
     (batch,) = trainer.batches
-    mixed, length = batch["mentor_mixed"], batch["completion_ids"].size(1)
+    mixed, length = batch["guided"], batch["completion_ids"].size(1)
     rollout = batch["rollout"].padded(length)
     ratio = batch["importance_sampling_ratio"]
     tokens = batch["completion_mask"].bool()
@@ -119,7 +119,7 @@ def test_on_policy_rows_come_first_and_give_gamma(tmp_path):
         trainer = make_served_trainer(tmp_path, max_steps=1, num_mixed_generations=5)
         trainer.train()
     first, second = servers[0].requests
-    assert first.gamma == [math.inf] * 3 and second.gamma == [trainer.guidance.gamma] * 5
+    assert first.gamma == [math.inf] * 3 and second.gamma == [trainer.algorithm.guidance.gamma] * 5
     assert first.stop_token_ids == (2,)
 
 
@@ -131,7 +131,7 @@ def test_evaluation_and_the_time_after_guidance_sample_the_policy(tmp_path):
         trainer.evaluate(trainer.train_dataset.select(range(8)))
     gammas = [set(request.gamma) for request in servers[0].requests]
     assert gammas[2:] == [{math.inf}] * (len(gammas) - 2) and len(gammas) > rows
-    assert trainer.batches[-1]["mentor_mixed"].sum() == 0
+    assert trainer.batches[-1]["guided"].sum() == 0
     torch.testing.assert_close(
         trainer.batches[-1]["sampling_per_token_logps"], trainer.batches[-1]["old_per_token_logps"], equal_nan=True
     )

@@ -1,0 +1,193 @@
+"""The seam for algorithms, and plain GRPO as its simplest case."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from ..config import MentorGRPOConfig
+from ..experts.port import Expert
+from ..rollout.types import MixedSampler
+from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
+from ..training.processes import Processes
+from .requirements import check_dataset
+
+
+@dataclass(frozen=True)
+class Context:
+    """
+    What an algorithm may know of the run, once the trainer is built.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        stop_token_ids (`Sequence[int]`):
+            Ids that end a completion.
+        template (`dict[str, Any]`):
+            Keyword arguments of `apply_chat_template`.
+        processes ([`~mentor_trl.training.processes.Processes`]):
+            Processes of the run.
+        expert ([`~mentor_trl.experts.port.Expert`], *optional*):
+            Expert of an engine in process.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training set.
+        multimodal (`bool`):
+            Whether prompts are processed as text and images.
+    """
+
+    args: MentorGRPOConfig
+    tokenizer: Any
+    stop_token_ids: Sequence[int]
+    template: dict[str, Any]
+    processes: Processes
+    expert: Expert | None
+    train_dataset: Any
+    multimodal: bool = False
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """
+    Ways to sample the rows of a batch.
+
+    Args:
+        generate (`Callable`):
+            TRL's own generation of all rows, from the policy: completions, and their log-probabilities under the
+            engine or `None`.
+        session (`Callable`):
+            Session of the mixed-policy engine, which holds the current weights.
+        entropies (`Callable`):
+            Entropies of the policy, `(tokens,)` in nats, at the tokens of given prompts and completions, by a forward
+            pass of the training model. Collective.
+        profile (`Callable[[str], AbstractContextManager]`):
+            Times what happens inside under a name.
+    """
+
+    generate: Callable[[], tuple[list[list[int]], list[list[float | None]] | None]]
+    session: Callable[[], AbstractContextManager[MixedSampler]]
+    entropies: Callable[[list[list[int]], list[list[int]]], torch.Tensor]
+    profile: Callable[[str], AbstractContextManager]
+
+
+class Algorithm:
+    """
+    Who samples which row of a rollout batch, and what its tokens are worth. As it stands it is plain GRPO; a method
+    overrides what it does otherwise.
+
+    The trainer calls, for each training batch and on all processes together: `plan`, `rollout`, TRL's rewards,
+    `credit`, `observe`; and in each loss `reweigh`. What belongs to a batch travels in its
+    [`~mentor_trl.training.batch.RolloutBatch`]; what an algorithm keeps of its own is in `state_dict`.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+    """
+
+    name = GRPOTrainer._name
+    tags = GRPOTrainer._tag_names
+    paper = GRPOTrainer._paper
+    sources: tuple[str, ...] = ("on_policy",)
+    needs_expert = False
+    needs_policy_logps = False
+    text_only: str | None = None
+
+    def __init__(self, args: MentorGRPOConfig):
+        self.args = args
+        self.context: Context | None = None
+
+    @classmethod
+    def chosen(cls, args: MentorGRPOConfig) -> bool:
+        """Whether the configuration asks for this algorithm."""
+        return True
+
+    def check(self, train_dataset, eval_dataset, **components) -> None:
+        """
+        Refuse what the algorithm does not support, before anything large is loaded.
+
+        Args:
+            train_dataset, eval_dataset:
+                Arguments of the trainer.
+            **components:
+                Its `tools`, `rollout_func` and `environment_factory`.
+
+        Raises:
+            [`SetupError`]: naming what is wrong and what to change.
+        """
+        if components.get("environment_factory") is None:  # an environment may bring the prompts
+            for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+                check_dataset(dataset, name, self.text_only)
+
+    def prepare(self, context: Context) -> None:
+        """Take what the trainer has to offer; called once, when it is built."""
+        self.context = context
+
+    @property
+    def over(self) -> bool:
+        """Whether the expert is not needed any more."""
+        return False
+
+    def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
+        """
+        Decide the source of each row.
+
+        Args:
+            inputs (`list[dict[str, Any]]`):
+                Rows of this process.
+            first (`int`):
+                Global index of the first one. Groups are `num_generations` consecutive rows of all processes.
+        """
+        return RolloutBatch(self.sources, torch.zeros(len(inputs), dtype=torch.long))
+
+    def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
+        """
+        Sample the planned rows.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Tokens of the prompts.
+            batch ([`~mentor_trl.training.batch.RolloutBatch`]):
+                Plan.
+            rollouts ([`Rollouts`]):
+                Ways to sample.
+        """
+        return batch.sampled(prompt_ids, *rollouts.generate())
+
+    def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
+        """
+        Say what each row or token is worth. Products (rho A) and sums (A + log s - log p) alike are advantages of
+        shape `(B, T)`.
+
+        Args:
+            batch ([`~mentor_trl.training.batch.RolloutBatch`]):
+                Sampled rows with their rewards.
+            scored ([`~mentor_trl.training.batch.Scored`]):
+                What TRL made of them.
+        """
+        return Credit(scored.advantages_B, self.context.processes.gather(scored.advantages_B), {})
+
+    def reweigh(self, inputs: dict[str, Any], logps_B_T: torch.Tensor) -> Reweighed | None:
+        """
+        Weights that need the forward pass of the loss itself.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                Batch of the loss, with the sources of its rows as `mentor_source`.
+            logps_B_T (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities of that pass, detached.
+        """
+        return None
+
+    def observe(self, batch: RolloutBatch, scored: Scored) -> None:
+        """Hear the rewards of a batch, when it is done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what [`state_dict`][Algorithm.state_dict] gave."""

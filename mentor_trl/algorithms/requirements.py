@@ -1,0 +1,87 @@
+"""What several algorithms refuse, with the way out."""
+
+import warnings
+
+from ..errors import SetupError
+
+
+IMAGES = {"image", "images"}
+
+
+def check_dataset(dataset, name: str, text_only: str | None = None) -> None:
+    """
+    Check that a dataset has rows and prompts.
+
+    Args:
+        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            Dataset.
+        name (`str`):
+            What the errors call it.
+        text_only (`str`, *optional*):
+            What the algorithm has that is text only.
+
+    Raises:
+        [`SetupError`]: naming the columns there are.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(part, f"{name}[{key!r}]", text_only)
+        return
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise SetupError(f"`{name}` is empty. Check the split and the filters that made it.")
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise SetupError(
+            f"`{name}` has no column `prompt`; it has {', '.join(columns)}. Rename the column that holds the prompts: "
+            "`dataset.rename_column(..., 'prompt')`."
+        )
+    images = sorted(IMAGES & set(columns))
+    if text_only is not None and images:
+        raise SetupError(
+            f"`{name}` has the column `{images[0]}`, and {text_only} are text only. Remove the column, or train with "
+            "plain GRPO."
+        )
+
+
+def refuse_components(components: dict[str, object], what: str, plain: str) -> None:
+    """
+    Refuse arguments of the trainer that bring tokens of their own into a completion.
+
+    Args:
+        components (`dict[str, object]`):
+            Arguments by name.
+        what (`str`):
+            What does not work with them.
+        plain (`str`):
+            How to do without it.
+
+    Raises:
+        [`SetupError`]: naming the argument.
+    """
+    for name, value in components.items():
+        if value:
+            raise SetupError(f"`{name}` is not supported with {what}. Remove it, {plain}.")
+
+
+def refuse_multimodal(multimodal: bool, option: str) -> None:
+    """
+    Raises:
+        [`SetupError`]: if prompts are processed as text and images; `option` is the field that asks for guided rows.
+    """
+    if multimodal:
+        raise SetupError(
+            f"The processing class is multimodal, and the rollouts of `{option}` are text only. Pass the tokenizer as "
+            f"`processing_class`, or set `{option}=0`."
+        )
+
+
+def warn_of_kl(beta: float, source: str) -> None:
+    """Warn that TRL's estimator of the KL divergence assumes samples of the policy."""
+    if beta != 0.0:
+        warnings.warn(
+            f"`beta={beta}`: the KL estimator assumes samples of the policy, so it is biased on {source} rollouts. "
+            f"Compare `mentor/on_policy/kl` with `mentor/{source}/kl`.",
+            stacklevel=4,
+        )

@@ -1,0 +1,23 @@
+"""Which engine a configuration asks for. The choice follows TRL's own flags."""
+
+from ..config import MentorGRPOConfig
+from .host import EngineSetup, PlainSetup
+from .local.engine import LocalSetup
+from .vllm.engine import VLLMSetup
+
+
+def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert: bool) -> EngineSetup:
+    """
+    Setup of the engine of a run.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+        expert, expert_tokenizer:
+            Arguments of the trainer.
+        needs_expert (`bool`):
+            Whether the algorithm needs an expert.
+    """
+    if not needs_expert:
+        return PlainSetup()
+    return (VLLMSetup if args.use_vllm else LocalSetup)(args, expert, expert_tokenizer)

@@ -1,0 +1,117 @@
+"""What passes between a trainer and the engine that it is built with."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+from ..config import MentorGRPOConfig
+from .types import Engine, MixedSampler
+
+
+@dataclass(frozen=True)
+class Host:
+    """
+    What a trainer lends its engine.
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+        accelerator ([`~accelerate.Accelerator`]):
+            Its devices and mixed precision.
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, not wrapped for distribution.
+        sharded (`bool`):
+            Whether the policy's weights are in shards, out of reach at construction.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        stop_token_ids (`list[int]`):
+            Ids that end the policy's completions.
+        longest_prompt (`Callable[[], int]`):
+            Tokens of the longest training prompt; 0 for a stream.
+        unwrapped (`Callable[[], AbstractContextManager]`):
+            The policy with its current weights, gathered inside.
+        sync_weights (`Callable[[], None]`):
+            Gives the current weights to a vLLM engine that does not have them.
+        vllm_generation (`Any`, *optional*):
+            TRL's vLLM backend.
+    """
+
+    args: MentorGRPOConfig
+    accelerator: Accelerator
+    policy: Any
+    sharded: bool
+    tokenizer: Any
+    stop_token_ids: list[int]
+    longest_prompt: Callable[[], int]
+    unwrapped: Callable[[], AbstractContextManager]
+    sync_weights: Callable[[], None]
+    vllm_generation: Any = None
+
+
+def longest_prompt(dataset, tokenize: Callable[[list], list[list[int]]], candidates: int = 256) -> int:
+    """Tokens of the longest prompt of a dataset, among those with the most bytes; 0 for a stream."""
+    if not hasattr(dataset, "__len__"):
+        return 0
+    prompts = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt).encode()))[-candidates:]
+    return max(len(ids) for ids in tokenize(prompts))
+
+
+class EngineSetup(Protocol):
+    """Builds an engine around the construction of a trainer."""
+
+    def check(self, model, quantization_config) -> None:
+        """
+        Refuse what the engine does not support, before models are loaded.
+
+        Args:
+            model, quantization_config:
+                Arguments of the trainer.
+
+        Raises:
+            [`SetupError`]: naming what is wrong and what to change.
+        """
+        ...
+
+    def building(self) -> AbstractContextManager:
+        """Inside, [`~trl.GRPOTrainer`] is built."""
+        ...
+
+    def build(self, host: Host) -> Engine:
+        """
+        The engine.
+
+        Raises:
+            [`SetupError`]: if policy and expert do not fit together.
+        """
+        ...
+
+
+class PlainEngine:
+    """No engine of our own: TRL generates, and there is no expert."""
+
+    expert, expert_name, remote, released = None, None, False, False
+
+    def __init__(self, stop_token_ids: list[int]):
+        self.stop_token_ids = stop_token_ids
+
+    def session(self) -> AbstractContextManager[MixedSampler]:
+        raise RuntimeError("There is no mixed-policy engine: the algorithm says that it needs no expert.")
+
+    def release_expert(self) -> None:
+        pass
+
+
+class PlainSetup:
+    """Setup of [`PlainEngine`]."""
+
+    def check(self, model, quantization_config) -> None:
+        pass
+
+    def building(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def build(self, host: Host) -> PlainEngine:
+        return PlainEngine(host.stop_token_ids)

@@ -1,0 +1,116 @@
+"""The in-process engine of a trainer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from ...config import MentorGRPOConfig
+from ...experts.compatibility import check_context, check_stop_tokens, check_vocabulary, context_length, text_model
+from ...experts.load import check_expert_given, check_expert_source, resolve_expert
+from ..host import Host
+from .decoder import check_decoding
+from .in_process import InProcessExpert
+from .sampler import LocalSampler, LocalSession
+
+
+class LocalEngine:
+    """
+    [`~mentor_trl.rollout.types.Engine`] with transformers models.
+
+    Args:
+        sampler ([`LocalSampler`]):
+            Sampler with its expert.
+        expert ([`InProcessExpert`]):
+            The same expert, for other questions.
+        unwrapped (`Callable[[], AbstractContextManager]`):
+            The policy with its current weights.
+        autocast (`Callable[[], AbstractContextManager]`):
+            Makes the mixed-precision context of the forward passes.
+        float32_head (`bool`):
+            Whether the policy's LM head runs in float32.
+        stop_token_ids (`list[int]`):
+            Ids that end a completion.
+    """
+
+    remote = False
+
+    def __init__(
+        self,
+        sampler: LocalSampler,
+        expert: InProcessExpert,
+        unwrapped: Callable[[], AbstractContextManager],
+        autocast: Callable[[], AbstractContextManager],
+        float32_head: bool,
+        stop_token_ids: list[int],
+    ):
+        self.sampler, self.expert, self.expert_name = sampler, expert, expert.name
+        self.unwrapped, self.autocast, self.float32_head = unwrapped, autocast, float32_head
+        self.stop_token_ids = stop_token_ids
+
+    @contextmanager
+    def session(self) -> Iterator[LocalSession]:
+        """Hold the policy's current weights."""
+        with self.unwrapped() as policy, self.sampler.session(policy, self.autocast, self.float32_head) as session:
+            yield session
+
+    @property
+    def released(self) -> bool:
+        return self.expert is None
+
+    def release_expert(self) -> None:
+        """Free the expert's memory."""
+        if self.expert is not None:
+            self.sampler.expert = self.expert = None
+            if torch.accelerator.is_available():
+                torch.accelerator.memory.empty_cache()
+
+
+class LocalSetup:
+    """
+    [`~mentor_trl.rollout.host.EngineSetup`] of a [`LocalEngine`].
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+        expert, expert_tokenizer:
+            Arguments of the trainer.
+    """
+
+    def __init__(self, args: MentorGRPOConfig, expert, expert_tokenizer):
+        self.args, self.given, self.tokenizer = args, expert, expert_tokenizer
+        self.source = expert if expert is not None else args.expert_model_name_or_path
+
+    def check(self, model, quantization_config) -> None:
+        check_expert_given(self.args, self.given)
+        if isinstance(self.source, str):
+            check_expert_source(self.source, self.args.expert_model_revision, self.args.trust_remote_code)
+
+    def building(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def build(self, host: Host) -> LocalEngine:
+        """Load the expert, and check that it fits the policy."""
+        args, policy = host.args, host.policy
+        model, tokenizer, name = resolve_expert(self.source, self.tokenizer, args)
+        check_vocabulary(policy, model, host.tokenizer, tokenizer)
+        stop = check_stop_tokens(host.stop_token_ids, model, tokenizer, args.extend_stop_tokens)
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(host.accelerator.device)
+        lengths = [host.longest_prompt()]
+        for checked, who in ((policy, "policy"), (model, "expert")):
+            limit = context_length(text_model(checked).config.get_text_config())
+            check_context(lengths, args.max_completion_length, limit, f"the {who}'s", f"choose another {who}")
+            if who == "expert" or not host.sharded:
+                check_decoding(checked, who)
+        num_tokens = max(host.tokenizer.get_vocab().values()) + 1
+        sampler = LocalSampler(
+            model,
+            num_tokens=num_tokens,
+            rollout_batch_size=args.rollout_batch_size,
+            draft_length=args.draft_length,
+            adaptive_draft_length=args.adaptive_draft_length,
+        )
+        autocast = host.accelerator.autocast
+        expert = InProcessExpert(model, num_tokens=num_tokens, autocast=autocast, name=name)
+        return LocalEngine(sampler, expert, host.unwrapped, autocast, args.cast_lm_head_to_fp32, stop)
