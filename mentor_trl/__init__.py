@@ -4,8 +4,8 @@ only at the critical tokens of a rollout."""
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__
 
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "MentorGRPOConfig": "config",

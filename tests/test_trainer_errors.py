@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from helpers import SPECIAL_TOKENS, make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
-from mentor_trl.training.validation import check_supported
+from mentor_trl.algorithms import Mentor
 from trainer_helpers import SETTINGS, letters_reward, make_trainer, prompts
 
 
@@ -103,13 +103,13 @@ def test_zero3_without_gathered_parameters(tmp_path):
 def test_sharded_models_are_no_matter_where_vllm_samples(tmp_path):
     args = MentorGRPOConfig(str(tmp_path), use_vllm=True, ds3_gather_for_generation=False, **SETTINGS)
     args.fsdp, args.deepspeed_plugin = True, Zero3()
-    check_supported(args, None, None, None)
+    Mentor(args).check(prompts(), None)
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_vision_columns(column, tmp_path):
     dataset = prompts().add_column(column, [None] * 40)
-    with pytest.raises(ValueError, match=rf"`train_dataset` has the column `{column}`.*Remove the column, or set"):
+    with pytest.raises(ValueError, match=rf"`train_dataset` has the column `{column}`.*Remove the column, or train"):
         make_trainer(tmp_path, train_dataset=dataset)
     with pytest.raises(ValueError, match=r"`eval_dataset\['a'\]` has the column"):
         make_trainer(tmp_path, trainer_kwargs=given(make_tiny_model(seed=1), eval_dataset={"a": dataset}))

@@ -9,6 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 from ..config import MentorGRPOConfig
+from ..errors import SetupError
 from ..experts.port import Expert
 from ..rollout.types import MixedSampler
 from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
@@ -83,6 +84,20 @@ class Algorithm:
     `credit`, `observe`; and in each loss `reweigh`. What belongs to a batch travels in its
     [`~mentor_trl.training.batch.RolloutBatch`]; what an algorithm keeps of its own is in `state_dict`.
 
+    Attributes:
+        name, tags, paper:
+            How model cards call it.
+        sources (`tuple[str, ...]`):
+            Names of the sources of rows; the first is the policy.
+        needs_expert (`bool`):
+            Whether the trainer is given an expert.
+        needs_scores (`bool`):
+            Whether it asks the expert for log s of given rows, which an engine must have at hand.
+        needs_policy_logps (`bool`):
+            Whether `credit` needs log p of every token, which TRL computes only in some settings.
+        text_only (`str`, *optional*):
+            What it has that images do not go with.
+
     Args:
         args ([`MentorGRPOConfig`]):
             Configuration.
@@ -93,6 +108,7 @@ class Algorithm:
     paper = GRPOTrainer._paper
     sources: tuple[str, ...] = ("on_policy",)
     needs_expert = False
+    needs_scores = False
     needs_policy_logps = False
     text_only: str | None = None
 
@@ -123,8 +139,18 @@ class Algorithm:
                 check_dataset(dataset, name, self.text_only)
 
     def prepare(self, context: Context) -> None:
-        """Take what the trainer has to offer; called once, when it is built."""
+        """
+        Take what the trainer has to offer; called once, when it is built.
+
+        Raises:
+            [`SetupError`]: if it lacks what the algorithm needs.
+        """
         self.context = context
+        if self.needs_scores and context.expert is None:
+            raise SetupError(
+                f"{type(self).__name__} asks for log-probabilities of the expert at given tokens, and no expert is at "
+                "hand in this process. Set `use_vllm=False`, and `needs_expert` if it is an algorithm of your own."
+            )
 
     @property
     def over(self) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-import mentor_trl
-
+from ..version import __version__
 from .hooks import asked_for, install_worker
 from .options import INCOMPLETE, model_shape
 
@@ -47,7 +46,7 @@ class MentorWorkerExtension:
         _, policy = self._policy()
         info = {
             "kind": "policy" if mentor is None else "mixed",
-            "mentor_trl": mentor_trl.__version__,
+            "mentor_trl": __version__,
             "vllm": vllm.__version__,
             "policy": policy.model,
             "policy_shape": model_shape(policy.hf_text_config),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import torch
 
+from ...version import __version__
 from ...vllm_plugin.options import INCOMPLETE
 from ..types import EngineError, MixedRequest, MixedRollout
 from .wire import (
@@ -430,8 +431,6 @@ async def _get_health(client: httpx.AsyncClient) -> None:
 
 
 def _check_info(info: dict[str, Any], url: str, kind: str | None, num_tokens: int | None) -> None:
-    from ... import __version__
-
     if kind is not None and info["kind"] != kind:
         serves = {"mixed": "a policy and its expert", "policy": "a policy alone"}
         option = {"mixed": "with", "policy": "without"}[kind]

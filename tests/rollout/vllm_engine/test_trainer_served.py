@@ -12,8 +12,8 @@ from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout.vllm import backend as generation
+from mentor_trl.rollout.vllm.engine import VLLMSetup
 from mentor_trl.rollout.vllm.server import ServerError, WeightsLost, WrongServer
-from mentor_trl.training.validation import check_engine
 from served_helpers import StandIn, make_served_trainer, stand_in
 from trainer_helpers import SETTINGS, RecordingTrainer, history, make_trainer, prompts, same_weights, weights
 
@@ -332,7 +332,7 @@ def test_what_is_refused(settings, message, tmp_path):
 def test_time_outs_that_do_not_fit_each_other_are_warned_of(tmp_path, monkeypatch):
     settings = {**SETTINGS, "use_vllm": True, "vllm_mode": "server", "num_mixed_generations": 4}
     args = MentorGRPOConfig(str(tmp_path), vllm_read_timeout=1700.0, vllm_server_timeout=200.0, **settings)
-    check_engine(args, None, None, None)  # one process waits for nobody
+    VLLMSetup(args, None, None).check(None, None)  # one process waits for nobody
     monkeypatch.setattr(MentorGRPOConfig, "world_size", 2)
     with pytest.warns(UserWarning, match=r"`ddp_timeout=1800` seconds .* \(1900\).*Raise `ddp_timeout`"):
-        check_engine(args, None, None, None)
+        VLLMSetup(args, None, None).check(None, None)
