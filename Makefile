@@ -33,7 +33,7 @@ lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP)  ## mend style and format
+format: $(STAMP)  ## fix style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -31,6 +31,7 @@ from .training.forward import TokenPass, policy_entropies
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
 from .training.processes import Processes
+from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.rollout_log import collect_records, save_records
 from .training.tables import evaluation_table, new_logs
 
@@ -116,7 +117,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         with setup.building():
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs,
+                reward_funcs=checked_rewards(reward_funcs),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -246,6 +247,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._log_completion_extra("source", sources)
         rewards_N_F = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if training:
+            warn_of_undefined(rewards_N_F, self.reward_func_names)
             self.batch = replace(self.batch, completion_ids=completion_ids_list, rewards_N_F=rewards_N_F)
         return rewards_N_F
 

@@ -28,7 +28,7 @@ def given(model, tokenizer=None, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("settings", "mend"),
+    ("settings", "fix"),
     [
         ({"num_mixed_generations": 7}, r"leaves 1 of `num_generations=8`.*Set `num_mixed_generations` to 6 or less"),
         ({"num_mixed_generations": 9}, r"Set `num_mixed_generations` to 6 or less, or raise `num_generations` to 11"),
@@ -49,8 +49,8 @@ def given(model, tokenizer=None, **kwargs):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_configuration(settings, mend):
-    with pytest.raises(ValueError, match=mend):
+def test_configuration(settings, fix):
+    with pytest.raises(ValueError, match=fix):
         MentorGRPOConfig("unused", **{**SETTINGS, **settings})
 
 

@@ -130,7 +130,7 @@ def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False)
             Whether to run code that the repositories ship.
 
     Raises:
-        `ValueError`: if their tokenizers differ.
+        [`SetupError`]: if their tokenizers differ.
     """
     from transformers import AutoTokenizer
 

@@ -87,10 +87,10 @@ def check_symbols(symbols=SYMBOLS) -> None:
                 target = getattr(target, part)
             found = tuple(inspect.signature(target).parameters)
         except (ImportError, AttributeError) as error:
-            raise IncompatibleVLLM(f"This vLLM has no `{module}.{name}` ({error}). {_MEND}") from error
+            raise IncompatibleVLLM(f"This vLLM has no `{module}.{name}` ({error}). {_FIX}") from error
         missing = [parameter for parameter in parameters if parameter not in found]
         if missing:
-            raise IncompatibleVLLM(f"`{module}.{name}` of this vLLM takes {found} and not {missing}. {_MEND}")
+            raise IncompatibleVLLM(f"`{module}.{name}` of this vLLM takes {found} and not {missing}. {_FIX}")
 
 
-_MEND = f"Install a vLLM from {OLDEST} to {NEWEST} that is not patched."
+_FIX = f"Install a vLLM from {OLDEST} to {NEWEST} that is not patched."

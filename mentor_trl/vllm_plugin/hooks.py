@@ -26,7 +26,7 @@ def check_config(vllm_config) -> None:
     Check the whole configuration of a mixed-policy engine.
 
     Raises:
-        `ValueError`: listing every setting under which it would not sample exactly, and the mend.
+        `ValueError`: listing every setting under which it would not sample exactly, and the fix.
     """
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     found: dict[str, tuple[Any, Any]] = {

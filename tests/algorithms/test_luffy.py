@@ -410,7 +410,7 @@ def test_model_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "mend"),
+    ("settings", "fix"),
     [
         ({"num_mixed_generations": 4}, r"`num_trajectory_generations=1` and `num_mixed_generations=4`.*Set one of"),
         ({"num_trajectory_generations": -1}, "is -1; set it to 0"),
@@ -421,13 +421,13 @@ def test_model_card(tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_configuration(settings, mend):
-    with pytest.raises(ValueError, match=mend):
+def test_configuration(settings, fix):
+    with pytest.raises(ValueError, match=fix):
         MentorGRPOConfig("unused", **{**SETTINGS, **LUFFY, **settings})
 
 
 @pytest.mark.parametrize(
-    ("dataset", "mend"),
+    ("dataset", "fix"),
     [
         (problems().rename_column("trajectory", "steps"), r"no column `trajectory`.*it has prompt, steps. Set"),
         (problems([None, "", None]), r"No row of `train_dataset` has a trajectory.*`mentor-trl data trajectories`"),
@@ -436,8 +436,8 @@ def test_configuration(settings, mend):
         (problems(images=[None] * 4), r"has the column `images`, and trajectories are text only"),
     ],
 )
-def test_datasets(dataset, mend, tmp_path):
-    with pytest.raises(ValueError, match=mend):
+def test_datasets(dataset, fix, tmp_path):
+    with pytest.raises(ValueError, match=fix):
         make_luffy(tmp_path, train_dataset=dataset)
 
 

@@ -139,7 +139,7 @@ def test_the_other_model_runner_is_refused(policy, expert, folders, monkeypatch)
 
 
 def test_other_versions_of_vllm_are_refused(policy, expert, folders):
-    """In a fresh process: an engine that asks fails with the mend, one that does not is not touched."""
+    """In a fresh process: an engine that asks fails with the fix, one that does not is not touched."""
     program = f"""
 import vllm
 vllm.__version__ = "0.99.0"

@@ -243,7 +243,7 @@ def check_decoding(model, name: str) -> None:
             What the errors call it.
 
     Raises:
-        `ValueError`: if the architecture keeps a state that cannot be rolled back (state-space and linear-attention
+        [`SetupError`]: if the architecture keeps a state that cannot be rolled back (state-space and linear-attention
         layers), attends in a way that is not supported, or makes its logits in a way that is not known.
     """
     base = text_model(model)

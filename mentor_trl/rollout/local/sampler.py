@@ -113,7 +113,8 @@ class LocalSession:
             [`MixedRollout`], in the order of the request.
 
         Raises:
-            `ValueError`: if a row does not fit the context of a model, if mixed rows are asked for without an expert,
+            [`SetupError`]: if a row does not fit the context of a model.
+            `ValueError`: if mixed rows are asked for without an expert,
             or if a model's logits are NaN.
         """
         if not request.plain and self.expert is None:

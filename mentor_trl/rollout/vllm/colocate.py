@@ -131,7 +131,8 @@ class ColocateSampler:
             [`MixedRollout`], in the order of the request.
 
         Raises:
-            `ValueError`: if a row does not fit the context of the engine, or if a model's logits are NaN.
+            [`SetupError`]: if a row does not fit the context of the engine.
+            `ValueError`: if a model's logits are NaN.
         """
         from vllm import SamplingParams
 

@@ -223,7 +223,8 @@ class ServerSampler:
 
         Raises:
             [`ServerError`]: if the server refuses a row, or fails longer than [`Patience`] allows.
-            `ValueError`: if a row does not fit the server's context, or if a model's logits are NaN.
+            [`SetupError`]: if a row does not fit the server's context.
+            `ValueError`: if a model's logits are NaN.
         """
         check_engine_context(request, self.info["max_model_len"])
         started = time.perf_counter()
