@@ -26,11 +26,12 @@ from .rollout.engines import engine_setup
 from .rollout.host import Host, longest_prompt
 from .rollout.types import EngineError
 from .training.batch import Credit, RolloutBatch, Scored
-from .training.checkpoint import StepStart, copy_logs, load_state, restore_logs, resume_advice, save_state, skip_epochs
+from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
 from .training.forward import TokenPass, policy_entropies
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
 from .training.processes import Processes
+from .training.resume import check_one_batch, usable_checkpoint, warn_of_missing
 from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.rollout_log import collect_records, save_records
 from .training.tables import evaluation_table, new_logs
@@ -130,7 +131,6 @@ class MentorGRPOTrainer(GRPOTrainer):
                 **components,
             )
         self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
-        self.train_sampler = None  # stays `None` for a stream
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
         self.batch: RolloutBatch | None = None  # the latest of training
@@ -162,9 +162,8 @@ class MentorGRPOTrainer(GRPOTrainer):
             multimodal=self._is_vlm,
         )
         self.algorithm.prepare(context)
-        self.step_start = StepStart(self._run_state, self._forget_weights)
-        if self.engine.remote:
-            self.add_callback(self.step_start)
+        self.run_callback = RunCallback(self._forget_weights, self._run_state if self.engine.remote else None)
+        self.add_callback(self.run_callback)
 
     # What the engine and the algorithm are lent
 
@@ -374,17 +373,17 @@ class MentorGRPOTrainer(GRPOTrainer):
         step = self.state.global_step
         if step == 0:
             return
-        if self._mode == "train" and self.step_start.state is not None:
-            self._set_run_state(self.step_start.state)
-            self.state.num_input_tokens_seen = self.step_start.state["tokens"]
-            self.step_start.restore_rng()
+        if self._mode == "train" and self.run_callback.state is not None:
+            self._set_run_state(self.run_callback.state)
+            self.state.num_input_tokens_seen = self.run_callback.state["tokens"]
+            self.run_callback.restore_rng()
         self._save_checkpoint(self.model, trial=None)
         folder = os.path.join(self._get_output_dir(trial=None), f"checkpoint-{step}")
         warnings.warn(f"The run ends here. {resume_advice(folder, self.args.save_only_model)}", stacklevel=2)
 
-    def _get_train_sampler(self, dataset=None):
-        self.train_sampler = super()._get_train_sampler(dataset)
-        return self.train_sampler
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        check_one_batch(self.train_dataset, self.args.generation_batch_size, self.num_generations)
+        return super().train(usable_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
 
     # Not `_save_checkpoint`, which pushes the folder to the Hub before it returns
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -398,10 +397,11 @@ class MentorGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        warn_of_missing(checkpoint, self.processes.index, self.processes.count)
         state = load_state(checkpoint, self.processes.index, self.processes.count, self.processes.device)
         if state is not None:
             self._set_run_state(state)
-            skip_epochs(self.train_sampler, state["epochs"])
+            self.run_callback.epochs_to_skip = state["epochs"]
             if self.engine.released and not self.algorithm.over:
                 raise SetupError(
                     f"{checkpoint} is from a time when rollouts were mixed, and this trainer has freed its expert "

@@ -43,7 +43,7 @@ OVERRIDDEN = {
     "create_model_card": "self model_name dataset_name tags",
     "push_to_hub": "self commit_message blocking token revision kwargs",
     "_push_from_checkpoint": "self checkpoint_folder",
-    "_get_train_sampler": "self dataset",
+    "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     "_save_optimizer_and_scheduler": "self output_dir",
     "_load_optimizer_and_scheduler": "self checkpoint",
 }
@@ -164,10 +164,9 @@ def test_attributes_that_are_read_and_set(tmp_path):
         "engine",
         "batch",
         "processes",
-        "train_sampler",
         "expert_name",
         "logs_by_mode",
-        "step_start",
+        "run_callback",
     ):
         assert not hasattr(trainer, name), f"TRL has an attribute {name} of its own"
 

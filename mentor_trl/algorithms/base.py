@@ -146,6 +146,11 @@ class Algorithm:
             [`SetupError`]: if it lacks what the algorithm needs.
         """
         self.context = context
+        if context.tokenizer.eos_token_id is None:
+            raise SetupError(
+                "The tokenizer has no end-of-sequence token, so no completion could end. Set `eos_token` on it, and "
+                "save it with the model."
+            )
         if self.needs_scores and context.expert is None:
             raise SetupError(
                 f"{type(self).__name__} asks for log-probabilities of the expert at given tokens, and no expert is at "

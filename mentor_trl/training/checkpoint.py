@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import get_sampler
 from transformers import TrainerCallback
 
 from ..errors import SetupError
@@ -20,32 +21,42 @@ LOGS = tuple(name for name in SINGLE if name != "images")
 _FORMER_SOURCES = ("mentor_mixed", "mentor_trajectory")
 
 
-class StepStart(TrainerCallback):
+class RunCallback(TrainerCallback):
     """
-    Remembers the state of a run as it was when the optimizer step under way began. If that step dies, the weights are
-    still those of its beginning, and so must be the rest of a checkpoint.
+    What happens where a run begins, and where an optimizer step does.
+
+    If a step dies, the weights are still those of its beginning, and so must be the rest of a checkpoint: `state` and
+    the random states are remembered as they were then.
 
     Args:
-        capture (`Callable[[], dict]`):
-            Gives the state.
         forget_weights (`Callable[[], None]`):
             Called where training begins and ends: TRL tells the weights that an engine has by their step, and those
             of another run or of the best step may have it.
+        capture (`Callable[[], dict]`, *optional*):
+            Gives the state to remember.
     """
 
-    def __init__(self, capture: Callable[[], dict[str, Any]], forget_weights: Callable[[], None]):
-        self.capture, self.forget_weights = capture, forget_weights
+    def __init__(self, forget_weights: Callable[[], None], capture: Callable[[], dict[str, Any]] | None = None):
+        self.forget_weights, self.capture = forget_weights, capture
+        self.epochs_to_skip = 0
         self.state: dict[str, Any] | None = None
         self.rng: tuple | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.forget_weights()
+        # TRL's sampler draws a permutation an epoch, from a generator that a resumed run starts anew
+        sampler = get_sampler(train_dataloader) if self.epochs_to_skip else None
+        if getattr(sampler, "shuffle", False):
+            for _ in range(self.epochs_to_skip):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        self.epochs_to_skip = 0
 
     def on_train_end(self, args, state, control, **kwargs):
         self.forget_weights()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.state, self.rng = self.capture(), rng_state()
+        if self.capture is not None:
+            self.state, self.rng = self.capture(), rng_state()
 
     def restore_rng(self) -> None:
         """Set the random states of the beginning of the step."""
@@ -164,10 +175,3 @@ def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
             values.clear()
         for column, values in saved[name].items():
             logs[name][column].extend(values)
-
-
-def skip_epochs(sampler, epochs: int) -> None:
-    """TRL's sampler draws a permutation an epoch, from a generator that a resumed run starts anew."""
-    if getattr(sampler, "shuffle", False):
-        for _ in range(epochs):
-            torch.randperm(sampler.num_samples, generator=sampler.generator)
