@@ -62,7 +62,7 @@ def test_resuming_repeats_the_run(case, tmp_path):
     skip = (*LOSS, "grad_norm") if settings.get("logging_steps", 1) > 1 else ("train_loss",)
     assert history(resumed, skip) == history(whole, skip)
     assert same_weights(weights(resumed), weights(whole))
-    assert resumed.algorithm.guidance.state_dict() == whole.algorithm.guidance.state_dict()
+    assert resumed.algorithm.state_dict() == whole.algorithm.state_dict()
     if settings.get("log_completions"):
         for table in (tmp_path / "whole" / "completions").iterdir():
             if int(table.stem[-5:]) > k:
@@ -73,7 +73,7 @@ def test_the_guidance_is_restored(tmp_path):
     settings = {"max_steps": 3, "save_steps": 2, "expert_decay_steps": 9}
     first = run(tmp_path / "a", **settings)
     saved = torch.load(tmp_path / "a" / "checkpoint-2" / "mentor_state_0.pt", weights_only=True)
-    assert saved["guidance"]["batches"] == 2 and saved["guidance"]["gamma"] > 0.1
+    assert saved["algorithm"]["batches"] == 2 and saved["algorithm"]["gamma"] > 0.1
     resumed, seen = make_trainer(tmp_path / "b", **settings), []
 
     class Look(TrainerCallback):
@@ -82,7 +82,7 @@ def test_the_guidance_is_restored(tmp_path):
 
     resumed.add_callback(Look())
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert seen == [(saved["guidance"], first.state.log_history[2]["mentor/alpha"])]
+    assert seen == [(saved["algorithm"], first.state.log_history[2]["mentor/alpha"])]
     assert seen[0][1] < 1.0
 
 

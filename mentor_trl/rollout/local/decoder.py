@@ -51,6 +51,11 @@ def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
             module.training = True
 
 
+def logit_rows(vocab_size: int) -> int:
+    """Rows whose logits over a vocabulary are held at once."""
+    return max(1, MAX_LOGITS // vocab_size)
+
+
 class Decoder:
     """
     Incremental decoding of rows of different lengths, each of which can be rolled back on its own.
@@ -97,7 +102,7 @@ class Decoder:
     @property
     def rows_per_chunk(self) -> int:
         """Rows whose logits are held at once."""
-        return max(1, MAX_LOGITS // self.vocab_size)
+        return logit_rows(self.vocab_size)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int, length: int):
         """

@@ -7,7 +7,7 @@ import torch
 
 from ...experts.port import Points, Spoken
 from ...objective import couple, match_vocabulary
-from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_LOGITS, MAX_PREFILL_TOKENS, Decoder, inference, refuse_nan
+from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_PREFILL_TOKENS, Decoder, inference, logit_rows, refuse_nan
 
 
 class InProcessExpert:
@@ -82,7 +82,7 @@ class InProcessExpert:
         """
         hidden = self._states(points)
         parts = []
-        size = max(1, MAX_LOGITS // max(self.vocab_size, self.decoder.vocab_size))
+        size = logit_rows(max(self.vocab_size, self.decoder.vocab_size))
         for first in range(0, len(points.row), size):
             chunk = slice(first, first + size)
             row, step = points.row[chunk], points.step[chunk]

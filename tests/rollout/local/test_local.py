@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mentor_trl.rollout import LocalSampler, MixedRequest
 from mentor_trl.rollout.local import decoder as decoder_module
-from mentor_trl.rollout.local import sampler as local
+from mentor_trl.rollout.local import in_process
 from mentor_trl.rollout.local.decoder import text_model
 from mentor_trl.rollout.local.sampler import best_draft_length
 from statistics_helpers import Tree, forward_logps, make_peaked_model, misfit, sample_local, sequences
@@ -263,7 +263,7 @@ def test_empty_request():
 
 @pytest.mark.parametrize("draft_length", [1, 4])
 def test_rarely_asked_expert_reads_in_chunks(monkeypatch, draft_length):
-    monkeypatch.setattr(local, "MAX_CATCH_UP", 8)
+    monkeypatch.setattr(in_process, "MAX_CATCH_UP", 8)
     policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
     shapes = watch(expert)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (30, 1, 7, 50, 30)]
@@ -282,7 +282,7 @@ def test_rarely_asked_expert_with_long_rows():
     request = make_request(prompts, 500.0, 400, seed=13)
     rollout = sample_local(policy, expert, request)
     # more than one chunk is missing when the expert is first asked
-    assert rollout.branch.any() and rollout.branch.any(0).int().argmax() > local.MAX_CATCH_UP
+    assert rollout.branch.any() and rollout.branch.any(0).int().argmax() > in_process.MAX_CATCH_UP
     check_records(policy, expert, request, rollout)
 
 
