@@ -12,7 +12,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm lint format clean
+.PHONY: help setup quickstart test test-slow test-vllm lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -22,8 +22,11 @@ setup: $(STAMP)  ## make .venv and install the package with its test tools
 quickstart: $(STAMP)  ## train a small model with and without an expert, on the CPU
 	$(BIN)/python examples/quickstart/run.py
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(STAMP)  ## run the everyday tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm" $(TEST_ARGS)
+
+test-slow: $(STAMP)  ## run what is distributed or takes long
+	$(BIN)/python -m pytest -m "slow and not vllm" $(TEST_ARGS)
 
 test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-vllm
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow"

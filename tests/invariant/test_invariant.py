@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from invariant_runs import REFERENCES, Trajectory, run, run_on_two_processes, stored
 
 
