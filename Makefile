@@ -12,7 +12,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm lint format clean
+.PHONY: help setup quickstart test test-slow test-vllm lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -22,23 +22,27 @@ setup: $(STAMP)  ## make .venv and install the package with its test tools
 quickstart: $(STAMP)  ## train a small model with and without an expert, on the CPU
 	$(BIN)/python examples/quickstart/run.py
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(STAMP)  ## run the everyday tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm" $(TEST_ARGS)
+
+test-slow: $(STAMP)  ## run what is distributed or takes long
+	$(BIN)/python -m pytest -m "slow and not vllm" $(TEST_ARGS)
 
 test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-vllm
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow"
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and slow"  # servers, once that memory is free
 
-lint: $(STAMP)  ## check style and format
+lint: $(STAMP)  ## check style, format, and that imports run downwards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(STAMP)  ## fix style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and all caches
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

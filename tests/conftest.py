@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 
@@ -6,6 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from threads, and wait for each other where cores are shared
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # vLLM: nothing is reported, and engines live in the test's process, with the caches that their options name
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,6 +29,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+def pytest_collection_finish():
+    """Training collects garbage at its start; what was imported is not looked through every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

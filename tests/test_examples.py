@@ -35,3 +35,13 @@ def test_make_expert_saves_a_model(tmp_path, monkeypatch, tiny_model_dir):
     load_example("gsm8k/make_expert.py").main()
     before, after = ((folder / "model.safetensors").read_bytes() for folder in (tiny_model_dir, expert))
     assert (expert / "tokenizer.json").exists() and before != after
+
+
+def test_continuous_integration_runs_what_the_readme_names():
+    root = EXAMPLES.parent
+    section = (root / "README.md").read_text().split("## Tests")[1].split("```")[1]
+    named, run = (
+        [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("make ")]
+        for text in (section, (root / ".ci" / "run").read_text())
+    )
+    assert named and named == run

@@ -452,15 +452,29 @@ def test_truncated_completions_are_masked(tmp_path):
             assert sum(truncated) / 2 == pytest.approx(entry["completions/clipped_ratio"])
 
 
+def make_endless_model(seed: int):
+    """It never says `<pad>` or `<eos>`."""
+    model = make_tiny_model(seed=seed)
+    impossible = torch.zeros(64).index_fill(0, torch.tensor([0, 2]), -1e4)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + impossible)
+    return model
+
+
 def test_a_batch_of_truncated_completions_trains_nothing(tmp_path):
     trainer = make_trainer(
-        tmp_path, mask_truncated_completions=True, max_completion_length=1, max_steps=1, weight_decay=0.0
+        tmp_path,
+        cls=RecordingTrainer,
+        model=make_endless_model(seed=0),
+        trainer_kwargs={"expert": make_endless_model(seed=1), "expert_processing_class": make_tiny_tokenizer()},
+        mask_truncated_completions=True,
+        weight_decay=0.0,
     )
     start = weights(trainer)
     trainer.train()
-    if trainer.state.log_history[0]["completions/clipped_ratio"] == 1.0:
-        assert same_weights(weights(trainer), start)
-    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert [entry["completions/clipped_ratio"] for entry in trainer.state.log_history[:2]] == [1.0, 1.0]
+    assert any((torch.tensor(batch["row_advantages"]) != 0.0).any() for batch in trainer.batches)
+    assert same_weights(weights(trainer), start)
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history[:2])
 
 
 def test_kl_and_entropy_by_source_add_up(tmp_path, tiny_model_dir):

@@ -1,7 +1,5 @@
 """What is refused says what to change, before any training step."""
 
-import os
-
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -258,7 +256,3 @@ def test_errors_come_before_the_expert_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="is empty"):
         make_trainer(tmp_path, train_dataset=prompts(0), expert_model_name_or_path="nobody/no-such-model")
-
-
-def test_nothing_reaches_the_network():
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

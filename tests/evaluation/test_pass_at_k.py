@@ -20,9 +20,17 @@ def test_equals_the_share_of_subsets_with_a_correct_sample(num_samples):
             assert pass_at_k(num_samples, num_correct, k) == pytest.approx(float(share), abs=1e-15)
 
 
-@pytest.mark.parametrize("arguments", [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)])
-def test_out_of_range(arguments):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 1, 5), "pass@5 cannot be estimated from 4 samples; draw at least 5"),
+        ((4, 1, 0), "pass@0 cannot be estimated from 4 samples; draw at least 1"),
+        ((4, 5, 1), "5 of 4 samples cannot be correct"),
+        ((4, -1, 1), "-1 of 4 samples cannot be correct"),
+    ],
+)
+def test_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
         pass_at_k(*arguments)
 
 

@@ -148,9 +148,15 @@ def test_missing_math_verify_names_the_mend(monkeypatch):
         Grader().grade([("1", "1")])
 
 
-@pytest.mark.parametrize("arguments", [{"timeout": 0}, {"num_workers": 0}])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timeout": 0}, "timeout must be positive, got 0"),
+        ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Grader(**arguments)
 
 

@@ -174,7 +174,7 @@ def test_a_missing_column_names_the_mend():
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
         accuracy_reward([r"\boxed{72}"] * 2, solution=["72"])
 
 

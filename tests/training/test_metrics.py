@@ -83,7 +83,7 @@ def make_rollout(**stats) -> MixedRollout:
         mixed_logps=torch.tensor([[0.375, 0.4, NAN], [0.6, NAN, NAN]]).log(),
         branch=torch.tensor([[True, True, False], [True, False, False]]),
         replaced=torch.tensor([[False, True, False], [True, False, False]]),
-        stats={"rounds": 4, "batch_rounds": 4, "expert_rounds": 3, **stats},
+        stats={"rounds": 4, "batch_rounds": 5, "expert_rounds": 3, **stats},
     )
 
 
@@ -98,7 +98,7 @@ def test_guidance_by_hand():
         "replaced_rate": 2 / 5,
         "acceptance": 3 / 5,
         "tokens_per_round": 5 / 4,
-        "expert_calls_avoided": 1 / 4,
+        "expert_calls_avoided": 2 / 5,
         "importance_ratio/mean": (2 + 0.05 + 0.5) / 3,
         "importance_ratio/below_0.1": 1 / 3,
         "importance_ratio/replaced_mean": (0.05 + 0.5) / 2,
@@ -136,6 +136,22 @@ def test_guidance_is_summed_over_processes_before_dividing():
         return {"sum": rows.sum(0), "min": rows.min(0).values, "max": rows.max(0).values}[how]
 
     assert guidance_metrics(rollout, ratio, ratio, rollout.branch, with_an_empty_process) == alone
+
+
+@pytest.mark.parametrize(("here", "there"), [(0, 1), (1, 0)])
+def test_guidance_takes_the_extremes_of_all_processes(here, there):
+    """Two processes of a row each, the ratios of one (2 and 0.05) on both sides of the other's (0.5)."""
+    parts = make_rollout(seconds=1.0).split([1, 1])
+    ratios = [(part.logps - part.expert_logps).exp() for part in parts]
+    other = ratios[there][parts[there].branch]
+
+    def with_the_other(values, how):
+        rows = torch.cat([values, getattr(other, how)().view(1)])
+        return values if how == "sum" else getattr(rows, how)().view(1)
+
+    metrics = guidance_metrics(parts[here], ratios[here], ratios[here], parts[here].branch, with_the_other)
+    assert metrics["mentor/importance_ratio/min"] == pytest.approx(0.05)
+    assert metrics["mentor/importance_ratio/max"] == pytest.approx(2.0)
 
 
 def test_token_means_by_source():

@@ -13,6 +13,9 @@ from distributed_run import CASES, RESUME, SERVED, problems
 from trainer_helpers import advantages_by_hand, make_trainer, same_weights
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Folder of one launch of distributed_run.py, which trains everything that is looked at here."""

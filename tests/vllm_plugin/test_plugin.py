@@ -167,37 +167,37 @@ def test_missing_and_changed_symbols_are_named():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"top_p": 0.9},
-        {"top_k": 5},
-        {"min_p": 0.1},
-        {"seed": 3},
-        {"temperature": 0.0},
-        {"presence_penalty": 0.5},
-        {"logit_bias": {1: 2.0}},
-        {"bad_words": ["a"]},
-        {"prompt_logprobs": 1},
-        {"logprobs": 3},
-        {"min_tokens": 2},
-        {"n": 2, "extra_args": {"mentor_record": "key"}},
-        {"extra_args": {"mentor_gama": "1.0"}},
-        {"extra_args": {"mentor_gamma": 0}},
-        {"extra_args": {"mentor_gamma": "much"}},
-        {"extra_args": {"mentor_rule": "sometimes"}},
-        {"extra_args": {"mentor_share": 1.5}},
+        ({"top_p": 0.9}, r"cannot honour top_p=0\.9\. Leave"),
+        ({"top_k": 5}, r"cannot honour top_k=5\. Leave"),
+        ({"min_p": 0.1}, r"cannot honour min_p=0\.1\. Leave"),
+        ({"seed": 3}, r"cannot honour seed=3\. Leave"),
+        ({"temperature": 0.0}, r"temperature=0\.0 is greedy decoding.*Set a positive"),
+        ({"presence_penalty": 0.5}, r"cannot honour presence_penalty=0\.5\. Leave"),
+        ({"logit_bias": {1: 2.0}}, r"cannot honour logit_bias=\{1: 2\.0\}\. Leave"),
+        ({"bad_words": ["a"]}, r"cannot honour bad_words=\['a'\]\. Leave"),
+        ({"prompt_logprobs": 1}, r"cannot honour prompt_logprobs=1\. Leave"),
+        ({"logprobs": 3}, r"logprobs=3: .*Set logprobs=0"),
+        ({"min_tokens": 2}, r"cannot honour min_tokens=2\. Leave"),
+        ({"n": 2, "extra_args": {"mentor_record": "key"}}, r"n=2 with `mentor_record`: send one request per row"),
+        ({"extra_args": {"mentor_gama": "1.0"}}, r"Unknown entries \['mentor_gama'\]; a request knows"),
+        ({"extra_args": {"mentor_gamma": 0}}, r"`mentor_gamma` is 0\.0; it must be positive"),
+        ({"extra_args": {"mentor_gamma": "much"}}, r"`mentor_gamma` and `mentor_share` must be numbers.*'much'"),
+        ({"extra_args": {"mentor_rule": "sometimes"}}, r"`mentor_rule` is 'sometimes'; choose one of"),
+        ({"extra_args": {"mentor_share": 1.5}}, r"`mentor_share` is 1\.5; it must be in \[0, 1\]"),
     ],
     ids=str,
 )
-def test_requests_that_cannot_be_honoured_are_refused(options, policy, expert, engines):
+def test_requests_that_cannot_be_honoured_are_refused(options, message, policy, expert, engines):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
     params = SamplingParams(max_tokens=2, detokenize=False, **options)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         check_params(params)
     if "bad_words" not in options:  # which need a tokenizer
-        with pytest.raises(VLLMValidationError):
+        with pytest.raises(VLLMValidationError, match=message):
             engines(policy, expert, draft_length=4).llm.generate([{"prompt_token_ids": [1]}], params, use_tqdm=False)
 
 

@@ -229,7 +229,7 @@ def test_trl_builds_our_backend_only_for_us(tmp_path):
         trainer = make_served_trainer(tmp_path)
         assert type(trainer.vllm_generation).__name__ == "MixedVLLMGeneration"
     assert grpo_trainer.VLLMGeneration is original
-    with stand_in(), pytest.raises(ValueError):
+    with stand_in(), pytest.raises(ValueError, match=r"reward processing classes \(3\) must match"):
         make_served_trainer(tmp_path, trainer_kwargs={"expert": None, "reward_processing_classes": [1, 2, 3]})
     assert grpo_trainer.VLLMGeneration is original
     assert issubclass(type(trainer), GRPOTrainer)
@@ -275,6 +275,20 @@ def test_a_server_that_does_not_fit_is_named(info, settings, message, tmp_path, 
     monkeypatch.setattr(StandIn, "__init__", unfit)
     with stand_in(), pytest.raises(SetupError, match=message):
         make_served_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_the_shorter_context_of_two_servers_is_the_limit(short, tmp_path, monkeypatch):
+    make = StandIn.__init__
+
+    def one_is_short(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        if StandIn.made.index(self) == short:
+            self.info["max_model_len"] = 10
+
+    monkeypatch.setattr(StandIn, "__init__", one_is_short)
+    with stand_in(), pytest.raises(SetupError, match="exceed the engine's context of 10 tokens"):
+        make_served_trainer(tmp_path, vllm_policy_server_base_url="http://policy:8000")
 
 
 def test_stop_ids_of_the_expert_can_be_added(tmp_path, monkeypatch):
