@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mentor_trl.data.loading import MENTOR_SYSTEM_PROMPT
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT
 from mentor_trl.errors import SetupError
 
 from . import TASKS
 from .graded_rows import CORRECT
+from .problems import TASK_FOLDER
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 
 BACKENDS = ("hf", "vllm", "server")
-TASK_FOLDER = Path(__file__).with_name("tasks")
 SAMPLING_TEMPERATURE = 0.6
 
 

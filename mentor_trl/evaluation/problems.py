@@ -12,8 +12,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.data.loading import FILE_FORMATS, DataError, extract_solution, load_dataset_dict
-from mentor_trl.rewards.accuracy import extract_boxed
+from mentor_trl.data.answers import answer_text, extract_solution
+from mentor_trl.data.loading import FILE_FORMATS, DataError, load_dataset_dict
+from mentor_trl.data.rows import prompt_text
+from mentor_trl.rewards import extract_boxed
 
 
 if TYPE_CHECKING:
@@ -23,8 +25,18 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 CHOICE_INSTRUCTION = "Answer with the letter of the correct choice."
-_QUESTIONS = ("problem", "question")
+QUESTION_COLUMNS = ("prompt", "problem", "question", "Problem", "Question", "instruction")
+ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution", "Answer", "Solution")
+TASK_FOLDER = Path(__file__).with_name("tasks")
 _DOLLAR = re.compile(r"(?<!\\)\$")
+
+
+def test_sets() -> dict[str, dict[str, Any]]:
+    """Where each evaluation set is, as its task file says: the arguments of [`load_problems`], by its name."""
+    import yaml
+
+    files = sorted(TASK_FOLDER.glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))["dataset_kwargs"] for file in files}
 
 
 def load_problems(
@@ -74,7 +86,7 @@ def load_problems(
         if split not in splits and len(splits) > 1:
             raise DataError(f"{where} has the splits {sorted(splits)}, but not '{split}'; name one of them so")
         rows = splits[split] if split in splits else next(iter(splits.values()))
-    problems = [_build(form, row, index, where) for index, row in enumerate(rows)]
+    problems = [build_problem(form, row, index, where) for index, row in enumerate(rows)]
     if not problems:
         raise DataError(f"There are no rows in {where}")
     return {"test": Dataset.from_list(problems)}
@@ -108,7 +120,8 @@ def _find_file(folder: Path, names: list[str]) -> Path:
     )
 
 
-def _build(form: str, row: Row, index: int, where: str) -> Row:
+def build_problem(form: str, row: Row, index: int, where: str) -> Row:
+    """Return `question`, `answer` and `choices` of a row of a set whose rows have this form."""
     try:
         question, answer, choices = FORMS[form](row, index)
     except KeyError as error:
@@ -127,24 +140,44 @@ def _build(form: str, row: Row, index: int, where: str) -> Row:
     }
 
 
+def answer_of(value: Any, delimiter: str | None = None) -> str | None:
+    r"""
+    Return the bare answer that a cell holds, or `None` where it holds none.
+
+    Args:
+        value (`Any`):
+            An answer as text or number, a list of answers, a worked solution that ends in `\boxed{}`, or GSM8K's.
+        delimiter (`str`, *optional*):
+            The answer is what follows the last occurrence of this text.
+
+    Example:
+    ```python
+    >>> from mentor_trl.evaluation.problems import answer_of
+
+    >>> answer_of(27.0), answer_of(r"So it is $\boxed{\frac{1}{2}}$."), answer_of(["$3$", "5"]), answer_of("2 #### 2")
+    ('27', '\\frac{1}{2}', '3, 5', '2')
+    ```
+    """
+    if isinstance(value, (list, tuple)):
+        value = [_DOLLAR.sub("", part) if isinstance(part, str) else part for part in value]
+    text = answer_text(value) or ""
+    if delimiter:
+        return extract_solution(text, delimiter) or None
+    if "\\boxed" in text or "\\fbox" in text:
+        return extract_boxed(text)
+    return extract_solution(text, "####") or text or None
+
+
 def _short_answer(row: Row, index: int) -> tuple[str, str, list[str]]:
-    question = next((row[name] for name in _QUESTIONS if row.get(name)), None)
+    question = next((row[name] for name in QUESTION_COLUMNS if row.get(name)), None)
     if question is None:
         raise KeyError("problem")
-    return str(question), _answer_of(row), []
-
-
-def _answer_of(row: Row) -> str:
-    answer = row.get("answer", row.get("final_answer"))
-    if answer is None or answer == "":
+    answers = (answer_of(row[name]) for name in ANSWER_COLUMNS if name in row and name != "solution")
+    answer = next(filter(None, answers), None)
+    if answer is None:
         # Minerva, and AIME24 in one of its forms, keep the answer inside the solution.
-        return extract_boxed(row["solution"]) or ""
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    if isinstance(answer, (list, tuple)):
-        answer = ", ".join(_DOLLAR.sub("", str(part)).strip() for part in answer)
-    text = str(answer)
-    return extract_solution(text, "####") or text
+        answer = extract_boxed(row["solution"] or "")
+    return prompt_text(question), answer or "", []
 
 
 def _gpqa(row: Row, index: int) -> tuple[str, str, list[str]]:

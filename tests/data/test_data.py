@@ -5,10 +5,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from trl import DatasetMixtureConfig
 
+from mentor_trl.cli.arguments import MentorScriptArguments
 from mentor_trl.data import (
     MENTOR_SYSTEM_PROMPT,
     DataError,
-    MentorScriptArguments,
     build_prompt_dataset,
     extract_solution,
     load_dataset_dict,
@@ -183,7 +183,7 @@ GOOD = {"prompt": "hi", "solution": "#### 1"}
         ([GOOD], {"max_samples": 0}, ["0", "1 or more"]),
     ],
 )
-def test_unusable_rows_are_named_with_their_mend(rows, options, parts):
+def test_unusable_rows_are_named_with_their_fix(rows, options, parts):
     if "conversational" in options:
         options = {**options, "require_solution": False}
     with pytest.raises(DataError) as error:

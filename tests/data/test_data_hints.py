@@ -2,8 +2,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from helpers import make_tiny_tokenizer
-from mentor_trl.data import DataError, MentorScriptArguments, load_prompt_datasets
-from mentor_trl.data.preparation import HintArguments, add_hint, cut_hint, prepare_hints
+from mentor_trl.cli.arguments import MentorScriptArguments
+from mentor_trl.data import DataError, add_hint, cut_hint, load_prompt_datasets
+from mentor_trl.data.preparation import HintArguments, prepare_hints
 from mentor_trl.errors import SetupError
 from trainer_helpers import letters_reward, make_trainer
 
@@ -67,7 +68,7 @@ def test_hints_are_in_the_training_split_only(tmp_path):
     [
         ([{}], {}, "no column 'trajectory'"),
         ([{"trajectory": "a", "hint": "a"}], {}, "hold hints already"),
-        ([{"trajectory": ""}], {}, "nothing to take hints from"),
+        ([{"trajectory": ""}], {}, "has a trajectory in the column"),
         ([{"trajectory": "ab"}], {"fraction": 0.0}, "`fraction` is 0.0"),
     ],
 )

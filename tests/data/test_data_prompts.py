@@ -5,9 +5,10 @@ import pytest
 from datasets import Dataset, load_dataset, load_from_disk
 
 from mentor_trl.cli import data as script
-from mentor_trl.data import MENTOR_SYSTEM_PROMPT, DataError, MentorScriptArguments, load_prompt_datasets
+from mentor_trl.cli.arguments import MentorScriptArguments
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT, DataError, load_prompt_datasets
 from mentor_trl.data.preparation import PRESETS, PromptArguments, normalize_problem, prepare_prompts
-from mentor_trl.data.preparation.sources import TEST_SETS, parse_test_set
+from mentor_trl.data.preparation.sources import known_test_sets, parse_test_set
 
 
 @pytest.fixture(autouse=True)
@@ -172,11 +173,25 @@ def test_mistakes_are_named(tmp_path, options, parts):
 
 
 def test_test_sets_are_named_or_given_by_path():
-    assert parse_test_set("olympiadbench", "test_sets") == ("olympiadbench", TEST_SETS["olympiadbench"])
-    name, test_set = parse_test_set("gsm8k=copy.jsonl", "test_sets")
-    assert (name, test_set.path, test_set.config, test_set.split) == ("gsm8k", "copy.jsonl", None, None)
-    assert test_set.solution_delimiter == "####"
-    assert parse_test_set("org/set", "test_sets")[1].path == "org/set"
+    assert parse_test_set("olympiadbench", "test_sets") == ("olympiadbench", known_test_sets()["olympiadbench"])
+    assert parse_test_set("gpqa", "test_sets")[1]["path"] == "Idavidrein/gpqa"
+    # A copy keeps the form of its rows, and neither configuration nor split.
+    assert parse_test_set("arc=copy.jsonl", "test_sets") == ("arc_challenge", {"path": "copy.jsonl", "form": "arc"})
+    assert parse_test_set("org/set", "test_sets")[1] == {"path": "org/set"}
+
+
+def test_every_test_set_of_the_presets_is_known():
+    names = {name for preset in PRESETS.values() for name in preset.get("test_sets", [])}
+    assert names and names <= set(known_test_sets())
+
+
+def test_multiple_choice_questions_come_with_their_choices(tmp_path):
+    row = {"question": "What melts?", "choices": {"text": ["ice", "stone"], "label": ["A", "B"]}, "answerKey": "A"}
+    test = write(tmp_path / "test.jsonl", [row])
+    rows = [{"problem": "What melts?", "answer": "ice"}, {"problem": "What is 1?", "answer": "1"}]
+    dataset, report = prepare(tmp_path, rows, "custom", eval_set=f"arc={test}", system_prompt="none")
+    assert report.kept == 1 and dataset["test"]["solution"] == ["A"]
+    assert dataset["test"][0]["prompt"][0]["content"].startswith("What melts?\n\nA. ice\nB. stone")
 
 
 def run(tmp_path, *flags, rows=MATH_ROWS):

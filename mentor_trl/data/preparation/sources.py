@@ -1,164 +1,111 @@
-"""Where problems come from: the test sets by name, and the columns of a data set by their usual names."""
+"""Where problems come from: test sets, by name or path, and the answers and tokens of what they hold."""
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.data.loading import FILE_FORMATS, DataError, extract_solution, load_dataset_dict, select_split
-from mentor_trl.rewards.accuracy import extract_boxed
+from mentor_trl.evaluation.problems import answer_of, test_sets
+
+from ..loading import DataError, is_data_file, load_dataset_dict, select_split
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_COLUMNS = ("prompt", "problem", "question", "Problem", "Question", "instruction")
-SOLUTION_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution", "Answer", "Solution")
+ALIASES = {"gpqa": "gpqa_diamond", "arc": "arc_challenge"}
 
 
-@dataclass(frozen=True)
-class TestSet:
+def known_test_sets() -> dict[str, dict[str, Any]]:
+    """The evaluation sets and `amc`, AMC 12 of 2022 and 2023 (`amc23` is that of 2023)."""
+    return {**test_sets(), "amc": {"path": "AI-MO/aimo-validation-amc", "split": "train"}}
+
+
+def parse_test_set(spec: str, option: str) -> tuple[str, dict[str, Any]]:
     """
-    A test set.
-
-    Args:
-        path (`str`):
-            Hub id, file or folder.
-        config (`str`, *optional*):
-            Configuration of a Hub data set.
-        split (`str`, *optional*):
-            Split that holds the problems. If not set, `test`, or the only split.
-        prompt_column (`str`, *optional*):
-            Column of the problem. If not set, the first of the usual names.
-        solution_column (`str`, *optional*):
-            Column of the answer. If not set, the first of the usual names.
-        solution_delimiter (`str`, *optional*):
-            The answer is what follows the last occurrence of this text.
-    """
-
-    __test__ = False  # not a test case of pytest
-
-    path: str
-    config: str | None = None
-    split: str | None = None
-    prompt_column: str | None = None
-    solution_column: str | None = None
-    solution_delimiter: str | None = None
-
-
-TEST_SETS: dict[str, TestSet] = {
-    "math500": TestSet("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
-    "aime24": TestSet("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
-    "aime25": TestSet("math-ai/aime25", None, "test", "problem", "answer"),
-    "amc23": TestSet("math-ai/amc23", None, "test", "question", "answer"),
-    "amc": TestSet("AI-MO/aimo-validation-amc", None, "train", "problem", "answer"),
-    "minerva": TestSet("math-ai/minervamath", None, "test", "question", "answer"),
-    "olympiadbench": TestSet("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer"),
-    "gsm8k": TestSet("openai/gsm8k", "main", "test", "question", "answer", "####"),
-    "gpqa": TestSet("Idavidrein/gpqa", "gpqa_diamond", "train", "Question", "Correct Answer"),
-    "arc": TestSet("allenai/ai2_arc", "ARC-Challenge", "test", "question", "answerKey"),
-    "mmlu_pro": TestSet("TIGER-Lab/MMLU-Pro", None, "test", "question", "answer"),
-}
-"""The test sets that can be named. `amc` is AMC 12 of 2022 and 2023, `amc23` that of 2023."""
-
-MATH_TEST_SETS = ["math500", "aime24", "aime25", "amc23", "amc", "minerva", "olympiadbench"]
-
-
-def parse_test_set(spec: str, option: str) -> tuple[str, TestSet]:
-    """
-    Return the name of a test set and where it is.
+    Return the name of a test set and where it is: `path`, and `config`, `split` and `form` where they are known.
 
     Args:
         spec (`str`):
-            A key of `TEST_SETS`; `NAME=PATH` for a Hub id, file or folder, which takes its columns from the test set
-            of that name where there is one; or a Hub id, file or folder alone.
+            A name of [`known_test_sets`]; `NAME=PATH` for a Hub id, file or folder, whose rows have the form of the
+            test set of that name where there is one; or a Hub id, file or folder alone.
         option (`str`):
             Name of the option that `spec` comes from, for the error message.
     """
     name, has_path, path = spec.partition("=")
+    known, name = known_test_sets(), ALIASES.get(name, name)
     if has_path:
         if not (name and path):
             raise DataError(f"`{option}` holds '{spec}'; write NAME=PATH, for example math500=math500.jsonl")
-        known = TEST_SETS.get(name)
-        # A copy of a known set keeps its column names; its configuration and split are its own affair.
-        known = known and TestSet(path, None, None, known.prompt_column, None, known.solution_delimiter)
-        return name, known or TestSet(path)
-    if spec in TEST_SETS:
-        return spec, TEST_SETS[spec]
-    if "/" in spec or Path(spec).suffix.lower() in FILE_FORMATS or Path(spec).exists():
-        return Path(spec).stem, TestSet(spec)
-    near = difflib.get_close_matches(spec, TEST_SETS, n=1)
+        # A copy of a known set keeps the form of its rows; its configuration and split are its own affair.
+        return name, {"path": path, "form": known.get(name, {}).get("form")}
+    if name in known:
+        return name, known[name]
+    if "/" in spec or is_data_file(Path(spec)) or Path(spec).exists():
+        return Path(spec).stem, {"path": spec}
+    near = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else "or give NAME=PATH of a file, a folder or a Hub id"
-    raise DataError(f"Unknown test set '{spec}' in `{option}`, known are {', '.join(TEST_SETS)}; {hint}")
+    raise DataError(f"Unknown test set '{spec}' in `{option}`, known are {', '.join(known)}; {hint}")
 
 
-def describe(test_set: TestSet) -> str:
-    """Return where a test set is, as one reads it."""
-    parts = [test_set.config and f"configuration {test_set.config}", test_set.split and f"split {test_set.split}"]
-    return ", ".join([test_set.path, *filter(None, parts)])
-
-
-def load_test_set(name: str, test_set: TestSet, option: str) -> "Dataset":
+def load_test_set(name: str, where: dict[str, Any], option: str) -> "Dataset":
     """
     Load the rows of a test set.
 
     Args:
         name (`str`):
             Its name, for error messages.
-        test_set ([`TestSet`]):
-            Where it is.
+        where (`dict[str, Any]`):
+            Where it is, as [`parse_test_set`] says.
         option (`str`):
             Name of the option that asked for it, for the error message.
     """
     try:
-        splits = load_dataset_dict(test_set.path, test_set.config)
+        splits = load_dataset_dict(where["path"], where.get("config"))
     except DataError as error:
         raise DataError(f"Test set '{name}' of `{option}`: {error} (or give `{option}` {name}=PATH)") from error
-    split = test_set.split or ("test" if "test" in splits else next(iter(splits)))
-    if test_set.split is None and split != "test" and len(splits) > 1:
+    split = where.get("split") or ("test" if "test" in splits else next(iter(splits)))
+    if "split" not in where and split != "test" and len(splits) > 1:
         raise DataError(
-            f"Test set '{name}' ({test_set.path}) has the splits {', '.join(splits)} and none of them is 'test'; give "
+            f"Test set '{name}' ({where['path']}) has the splits {', '.join(splits)} and none of them is 'test'; give "
             "the path of the file that holds the test problems"
         )
     return select_split(splits, split, option)
 
 
-def find_column(columns: list[str], given: str | None, usual: tuple[str, ...], option: str, name: str) -> str:
-    """
-    Return the column that holds something: the given one, or the first of the usual names.
-
-    Raises:
-        [`~mentor_trl.data.DataError`]: naming the columns that there are and the option to set.
-    """
-    if given is not None and given in columns:
-        return given
-    found = [column for column in usual if column in columns]
-    if given is None and found:
-        return found[0]
-    wanted = f"column '{given}'" if given else f"column named {' or '.join(usual)}"
-    near = found or difflib.get_close_matches(given or usual[0], columns, n=1)
-    mend = f"set `{option}`" + (f", for example --{option} {near[0]}" if near else " to the right one")
-    raise DataError(f"There is no {wanted} in {name}, only {columns}; {mend}")
-
-
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """
-    Load the tokenizer that the option `tokenizer` names.
-
-    Args:
-        name (`str`):
-            Hub id or folder.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that the repository ships.
-    """
+    """Load the tokenizer that the option `tokenizer` names, a Hub id or a folder."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"No tokenizer can be loaded from `tokenizer` {name!r}: {error}") from error
+
+
+def render_prompts(prompts: list[str | list[dict]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """
+    Return the token ids of prompts as `GRPOTrainer` makes them.
+
+    Args:
+        prompts (`list[str]` or `list[list[dict]]`):
+            Prompts, as text or as messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer; messages need its chat template.
+    """
+    prompts = list(prompts)
+    if not prompts or isinstance(prompts[0], str):
+        return tokenizer(text=prompts)["input_ids"] if prompts else []
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"The prompts are messages, and the tokenizer {tokenizer.name_or_path!r} has no chat template; take "
+            "another tokenizer, or make the prompts with `conversational` false"
+        )
+    # Arrow gives every message the keys of all of them; absent ones come back as None.
+    prompts = [[{k: v for k, v in message.items() if v is not None} for message in prompt] for prompt in prompts]
+    rendered = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return rendered["input_ids"]
 
 
 def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str | None]:
@@ -169,7 +116,7 @@ def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str 
 
     Args:
         values (`Iterable[Any]`):
-            The cells; see [`answer_of`].
+            The cells; see [`~mentor_trl.evaluation.problems.answer_of`].
         delimiter (`str`, *optional*):
             The answer is what follows the last occurrence of this text.
     """
@@ -177,36 +124,3 @@ def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str 
     boxed = [isinstance(value, str) and "\\boxed" in value for value in values]
     worked = delimiter is None and 2 * sum(boxed) > len(values)
     return [answer_of(value, delimiter) if box or not worked else None for value, box in zip(values, boxed)]
-
-
-def answer_of(value: Any, delimiter: str | None = None) -> str | None:
-    r"""
-    Return the bare answer that a cell of the solution column holds, or `None` where it holds none.
-
-    Args:
-        value (`Any`):
-            An answer as text or number, a list of answers, or a worked solution that ends in `\boxed{}`.
-        delimiter (`str`, *optional*):
-            The answer is what follows the last occurrence of this text.
-
-    Example:
-    ```python
-    >>> from mentor_trl.data.preparation.sources import answer_of
-
-    >>> answer_of(27.0), answer_of(r"So it is $\boxed{\frac{1}{2}}$."), answer_of(["3", "5"]), answer_of(" ")
-    ('27', '\\frac{1}{2}', '3, 5', None)
-    ```
-    """
-    if isinstance(value, list):
-        parts = [answer_of(part, delimiter) for part in value]
-        return ", ".join(parts) if parts and all(parts) else None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or isinstance(value, bool):
-        return None
-    text = str(value).strip()
-    if delimiter:
-        return extract_solution(text, delimiter) or None
-    if "\\boxed" in text or "\\fbox" in text:
-        return extract_boxed(text)
-    return text or None

@@ -1,4 +1,4 @@
-"""The account of a data set: how many rows came in, what became of each, how many are left."""
+"""The account of a dataset: how many rows came in, what became of each, how many are left."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from rich.console import Console
 
 
 @dataclass
@@ -33,35 +32,21 @@ class Report:
         """Number of rows that are left."""
         return self.loaded - sum(dropped for _, dropped in self.steps)
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """What happened, rows dropped, rows left: the lines of the table."""
-        lines, left = [("rows loaded", "", f"{self.loaded:,}")], self.loaded
-        for name, dropped in self.steps:
-            left -= dropped
-            lines.append((name, f"{dropped:,}", f"{left:,}"))
-        return lines
-
-    def print(self, title: str, console: "Console | None" = None) -> None:
-        """Print the table, to stderr unless a console is given."""
+    def print(self, title: str) -> None:
+        """Print the table and the facts to stderr."""
         from rich.console import Console
-        from rich.table import Table
+        from rich.markdown import Markdown
 
-        console = console or Console(stderr=True)
-        table = Table("", "dropped", "left", title=title, title_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for line in self.rows():
-            table.add_row(*line)
-        console.print(table)
-        for name, value in self.facts:
-            console.print(f"{name}: {value}", highlight=False, markup=False)
+        Console(stderr=True).print(f"{title}\n", Markdown(self.markdown()))
 
     def markdown(self) -> str:
-        """The same as a Markdown table and list."""
-        lines = ["| | dropped | left |", "| --- | ---: | ---: |"]
-        lines += [f"| {name} | {dropped} | {left} |" for name, dropped, left in self.rows()]
-        lines += [""] * bool(self.facts) + [f"- {name}: {value}" for name, value in self.facts]
-        return "\n".join(lines)
+        """A table of the steps, and a list of the facts."""
+        lines = ["| | dropped | left |", "| --- | ---: | ---: |", f"| rows loaded | | {self.loaded:,} |"]
+        left = self.loaded
+        for name, dropped in self.steps:
+            left -= dropped
+            lines.append(f"| {name} | {dropped:,} | {left:,} |")
+        return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in self.facts)])
 
 
 class Funnel:
@@ -86,9 +71,3 @@ class Funnel:
         self.dataset = self.dataset.select([index for index, keep in enumerate(kept) if keep])
         for name, values in self.columns.items():
             self.columns[name] = [value for value, keep in zip(values, kept, strict=True) if keep]
-
-    def drop(self, reasons: Sequence[str | None], steps: Sequence[str]) -> None:
-        """Drop the rows that have a reason, one of `steps`; each is a step of its own."""
-        for step in steps:
-            self.keep(step, [reason != step for reason in reasons])
-            reasons = [reason for reason in reasons if reason != step]
