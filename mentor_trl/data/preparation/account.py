@@ -50,13 +50,7 @@ class Report:
 
 
 class Funnel:
-    """
-    Rows that pass one test after another, with every dropped row on the account.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The rows.
-    """
+    """Rows that pass one test after another, with every dropped row on the account."""
 
     def __init__(self, dataset: "Dataset"):
         self.dataset = dataset

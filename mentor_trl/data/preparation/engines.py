@@ -19,15 +19,7 @@ BATCH_SIZES = {"transformers": 8, "vllm": 512, "server": 64}
 
 
 class Response(NamedTuple):
-    """
-    One response of the expert.
-
-    Args:
-        text (`str`):
-            What it says, without special tokens.
-        finished (`bool`):
-            Whether it ended by itself, not at the limit of its length.
-    """
+    """A response, without special tokens, and whether it ended by itself, not at the limit of its length."""
 
     text: str
     finished: bool
@@ -49,6 +41,13 @@ def choose_engine(engine: str, server_url: str | None) -> str:
     if engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise DataError("`engine` is vllm, which is not installed; run `pip install vllm`, or set it to transformers")
     return engine
+
+
+def make_engine(kind: str, args: TrajectoryArguments, tokenizer: "PreTrainedTokenizerBase | None") -> Engine:
+    """Make the engine that [`choose_engine`] names; a server tokenizes nothing."""
+    if kind == "server":
+        return server_engine(args)
+    return vllm_engine(args) if kind == "vllm" else transformers_engine(args, tokenizer)
 
 
 def transformers_engine(args: TrajectoryArguments, tokenizer: "PreTrainedTokenizerBase") -> Engine:

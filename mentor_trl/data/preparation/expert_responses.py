@@ -10,15 +10,7 @@ from mentor_trl.rewards import THINK_START, accuracy_reward
 
 from ..loading import DataError, load_dataset_dict, select_split
 from .account import Report
-from .engines import (
-    BATCH_SIZES,
-    Engine,
-    Response,
-    choose_engine,
-    server_engine,
-    transformers_engine,
-    vllm_engine,
-)
+from .engines import BATCH_SIZES, Engine, Response, choose_engine, make_engine
 from .output import check_output
 from .settings import OutputArguments, TrajectoryArguments
 from .sources import load_tokenizer, render_prompts
@@ -33,11 +25,7 @@ class ResponseStore:
     """
     Responses on disk, a line a row of the dataset, so that a run that died goes on where it was.
 
-    Args:
-        folder (`Path`):
-            Folder of the file, made at the first response.
-        settings (`dict[str, Any]`):
-            What the responses depend on, the file's first line; stored responses of other settings are refused.
+    What they depend on, `settings`, is the file's first line; stored responses of other settings are refused.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -113,7 +101,7 @@ def prepare_trajectories(
     store = ResponseStore(path.with_name(path.name + ".partial"), _settings(args, ids))
     left = [index for index in todo if index not in store.responses]
     if left:
-        engine = engine or _make_engine(kind, args, expert_tokenizer)
+        engine = engine or make_engine(kind, args, expert_tokenizer)
         _draw(engine, store, left, ids, args, args.batch_size or BATCH_SIZES.get(kind, 8))
     texts = {index: _texts(tokenizer, ids[index], store.responses[index]) for index in todo}
     report = Report(loaded=len(rows))
@@ -177,12 +165,6 @@ def _settings(args: TrajectoryArguments, ids: dict[int, list[int]]) -> dict[str,
     return {**{name: getattr(args, name) for name in names}, "prompts": f"{len(ids)} prompts, sha256 {digest[:16]}"}
 
 
-def _make_engine(kind: str, args: TrajectoryArguments, tokenizer: "PreTrainedTokenizerBase | None") -> Engine:
-    if kind == "server":
-        return server_engine(args)
-    return vllm_engine(args) if kind == "vllm" else transformers_engine(args, tokenizer)
-
-
 def _draw(
     engine: Engine,
     store: ResponseStore,
@@ -215,6 +197,8 @@ def _add_columns(
     store: ResponseStore,
     report: Report,
 ) -> "Dataset":
+    from datasets import List, Value
+
     usable = {index: [r.finished and bool(r.text.strip()) for r in store.responses[index]] for index in texts}
     report.facts += _counts("finished", usable)
     if args.keep_correct:
@@ -223,13 +207,16 @@ def _add_columns(
         report.facts += _counts("finished and correct", usable)
         skipped = sum(None in found for found in rewards.values())
         report.facts.append(("prompts whose solution cannot be graded", f"{skipped:,}"))
-    chosen = {i: [text for text, ok in zip(texts[i], usable[i]) if ok] for i in texts}
-    first = [given[i] if i not in chosen else next(iter(chosen[i]), None) for i in range(len(rows))]
-    number = sum(text is not None for text in first)
-    had = f"{len(rows) - len(texts):,} had one before"
-    report.facts.append(("rows with a trajectory", f"{number:,}, of which {had}"))
+    chosen = [
+        [given[i]] if i not in texts else [t for t, ok in zip(texts[i], usable[i]) if ok] for i in range(len(rows))
+    ]
+    first = [next(iter(found), None) for found in chosen]
+    number, had = sum(text is not None for text in first), len(rows) - len(texts)
+    report.facts.append(("rows with a trajectory", f"{number:,}, of which {had:,} had one before"))
     report.facts.append(("rows without (null)", f"{len(rows) - number:,}"))
-    return _with_columns(rows, first, [chosen.get(i, [given[i]]) for i in range(len(rows))], args.all_trajectories)
+    rows = rows.remove_columns([name for name in ("trajectory", "trajectories") if name in rows.column_names])
+    rows = rows.add_column("trajectory", first, feature=Value("string"))
+    return rows.add_column("trajectories", chosen, feature=List(Value("string"))) if args.all_trajectories else rows
 
 
 def _counts(name: str, marks: dict[int, list[bool]]) -> list[tuple[str, str]]:
@@ -245,15 +232,3 @@ def _grade(texts: dict[int, list[str]], solutions: list[str | None]) -> dict[int
     golds = [solutions[index] or "" for index, found in texts.items() for _ in found]
     rewards = iter(accuracy_reward(flat, solution=golds))
     return {index: [next(rewards) for _ in found] for index, found in texts.items()}
-
-
-def _with_columns(rows: "Dataset", first: list[str | None], every: list[list[str]], keep_every: bool) -> "Dataset":
-    from datasets import List, Value
-
-    columns = {"trajectory": (first, Value("string"))}
-    if keep_every:
-        columns["trajectories"] = (every, List(Value("string")))
-    rows = rows.remove_columns([name for name in columns if name in rows.column_names])
-    for name, (values, feature) in columns.items():
-        rows = rows.add_column(name, values, feature=feature)
-    return rows

@@ -19,18 +19,9 @@ def keep_generations(
     funnel: Funnel, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, num_proc: int | None = None
 ) -> None:
     """
-    Keep the rows that have a generation which is marked correct, complete and short enough.
+    Keep the rows that have a generation which is marked correct, complete and of `max_tokens` tokens at most.
 
-    Args:
-        funnel ([`~mentor_trl.data.preparation.account.Funnel`]):
-            Rows with the columns `generations`, `correctness_math_verify` and, where known, `is_reasoning_complete`.
-            It gets the column `chosen`, the indices of those generations.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that measures the generations.
-        max_tokens (`int`):
-            Tokens that a generation may have.
-        num_proc (`int`, *optional*):
-            Number of processes.
+    The indices of those generations become the funnel's column `chosen`.
     """
     from datasets import Features, List, Value
 

@@ -29,18 +29,9 @@ def check_output(args: OutputArguments) -> None:
 
 def write_dataset(dataset: "DatasetDict", card: str, args: OutputArguments) -> list[str]:
     """
-    Write a dataset to a folder, to the Hub, or to both.
+    Write a dataset and its card to a folder, to the Hub, or to both, and return where it is.
 
-    Args:
-        dataset ([`~datasets.DatasetDict`]):
-            The splits.
-        card (`str`):
-            Text of its card.
-        args ([`OutputArguments`]):
-            Where it goes. The folder appears only when everything is in it.
-
-    Returns:
-        `list[str]`: where it is now.
+    The folder appears only when everything is in it.
     """
     check_output(args)
     target = Path(args.output_dir).expanduser() if args.output_dir else None
@@ -112,21 +103,9 @@ Splits: {splits}. Columns of `{first}`: {columns}.
 
 def make_card(title: str, command: str, report: Report, dataset: "DatasetDict", notes: list[str], form: str) -> str:
     """
-    Return the card: how the data were made, and what became of every row.
+    Return the card: how the data were made (`notes`, one a line), and what became of every row.
 
-    Args:
-        title (`str`):
-            Title.
-        command (`str`):
-            The command line.
-        report ([`~mentor_trl.data.preparation.account.Report`]):
-            The counts.
-        dataset ([`~datasets.DatasetDict`]):
-            The splits.
-        notes (`list[str]`):
-            Sources and filters, one a line.
-        form (`str`):
-            `parquet`, for which the header names the files of each split, or `arrow`.
+    In the output format `parquet` (`form`), its header names the files of each split.
     """
     from huggingface_hub import DatasetCardData
 

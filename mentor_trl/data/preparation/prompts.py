@@ -53,7 +53,8 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     funnel = Funnel(rows)
     _find_columns(funnel, args, name)
     _keep_levels(funnel, args, name)
-    _keep_usable(funnel)
+    funnel.keep("no problem text", [bool(text.strip()) for text in funnel.columns["problem"]])
+    funnel.keep("no answer", [answer is not None for answer in funnel.columns["answer"]])
     eval_rows = _drop_test_problems(funnel, args)
     _drop_duplicates(funnel, args)
     if args.generations:
@@ -148,11 +149,6 @@ def _keep_levels(funnel: Funnel, args: PromptArguments, name: str) -> None:
     funnel.keep(f"level not in {sorted(wanted)}", [level in wanted for level in funnel.columns["level"]])
 
 
-def _keep_usable(funnel: Funnel) -> None:
-    funnel.keep("no problem text", [bool(text.strip()) for text in funnel.columns["problem"]])
-    funnel.keep("no answer", [answer is not None for answer in funnel.columns["answer"]])
-
-
 def _drop_test_problems(funnel: Funnel, args: PromptArguments) -> "Dataset | None":
     specs = [] if _is_none(args.eval_set) else [("eval_set", args.eval_set)]
     specs += [] if _is_none(args.test_sets) else [("test_sets", spec) for spec in args.test_sets]
@@ -214,7 +210,8 @@ def _keep_short(
 
 
 def _build(funnel: Funnel, args: PromptArguments, name: str) -> "Dataset":
-    columns, source = funnel.columns, _source(args.dataset_name)
+    columns, path = funnel.columns, Path(args.dataset_name).expanduser()
+    source = path.name if path.exists() else args.dataset_name
 
     def row_of(row: dict[str, Any], index: int) -> dict[str, Any]:
         built = {"prompt": row[args.prompt_column], "solution": columns["answer"][index]}
@@ -252,11 +249,6 @@ def _features(funnel: Funnel, args: PromptArguments) -> "Features":
     if args.all_generations:
         features["trajectories"] = List(text)
     return Features({**features, **{column: given[column] for column in args.keep_columns or []}})
-
-
-def _source(name: str) -> str:
-    path = Path(name).expanduser()
-    return path.name if path.exists() else name
 
 
 def _prompt_options(args: PromptArguments) -> dict[str, Any]:

@@ -26,12 +26,8 @@ def parse_test_set(spec: str, option: str) -> tuple[str, dict[str, Any]]:
     """
     Return the name of a test set and where it is: `path`, and `config`, `split` and `form` where they are known.
 
-    Args:
-        spec (`str`):
-            A name of [`known_test_sets`]; `NAME=PATH` for a Hub id, file or folder, whose rows have the form of the
-            test set of that name where there is one; or a Hub id, file or folder alone.
-        option (`str`):
-            Name of the option that `spec` comes from, for the error message.
+    `spec` is a name of [`known_test_sets`]; `NAME=PATH` for a Hub id, file or folder, whose rows have the form of the
+    test set of that name where there is one; or a Hub id, file or folder alone.
     """
     name, has_path, path = spec.partition("=")
     known, name = known_test_sets(), ALIASES.get(name, name)
@@ -50,17 +46,7 @@ def parse_test_set(spec: str, option: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_test_set(name: str, where: dict[str, Any], option: str) -> "Dataset":
-    """
-    Load the rows of a test set.
-
-    Args:
-        name (`str`):
-            Its name, for error messages.
-        where (`dict[str, Any]`):
-            Where it is, as [`parse_test_set`] says.
-        option (`str`):
-            Name of the option that asked for it, for the error message.
-    """
+    """Load the rows of a test set; where it is, [`parse_test_set`] says."""
     try:
         splits = load_dataset_dict(where["path"], where.get("config"))
     except DataError as error:
@@ -85,15 +71,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
 
 
 def render_prompts(prompts: list[str | list[dict]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """
-    Return the token ids of prompts as `GRPOTrainer` makes them.
-
-    Args:
-        prompts (`list[str]` or `list[list[dict]]`):
-            Prompts, as text or as messages.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer; messages need its chat template.
-    """
+    """Return the token ids of prompts (all text, or all messages) as `GRPOTrainer` makes them."""
     prompts = list(prompts)
     if not prompts or isinstance(prompts[0], str):
         return tokenizer(text=prompts)["input_ids"] if prompts else []
@@ -112,13 +90,8 @@ def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str 
     r"""
     Return the bare answers of a solution column, with `None` where a cell holds none.
 
-    Where most cells have a `\boxed{}`, they are worked solutions, and one without a box has no answer.
-
-    Args:
-        values (`Iterable[Any]`):
-            The cells; see [`~mentor_trl.evaluation.problems.answer_of`].
-        delimiter (`str`, *optional*):
-            The answer is what follows the last occurrence of this text.
+    Where most cells have a `\boxed{}`, they are worked solutions, and one without a box has no answer. The others are
+    read by [`~mentor_trl.evaluation.problems.answer_of`].
     """
     values = list(values)
     boxed = [isinstance(value, str) and "\\boxed" in value for value in values]
