@@ -115,9 +115,11 @@ def main(name: str, args: Any, output: "OutputArguments", command: str) -> None:
             The command line, for the card.
     """
     from mentor_trl.data.preparation.output import check_output, make_card, write_dataset
+    from mentor_trl.data.preparation.sources import count_unverifiable
 
     check_output(output)
     dataset, report, store = _prepare(name, args, output)
+    report.facts += count_unverifiable(dataset)
     card = make_card(COMMANDS[name].title, command, report, dataset, _notes(args), output.output_format)
     report.print(f"{COMMANDS[name].title} ({getattr(args, 'dataset_name', None)})")
     for place in write_dataset(dataset, card, output):

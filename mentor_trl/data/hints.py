@@ -9,7 +9,8 @@ import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SetupError
-from .loading import DataError, find_column
+from .cells import cell, column_paths, find_column, text_of
+from .loading import DataError
 
 
 if TYPE_CHECKING:
@@ -166,14 +167,15 @@ def add_hints(
         )
     if "hint" in dataset.column_names:
         raise DataError(f"{name} has a column `hint`: its prompts hold hints already; unset `hint_fraction`")
-    find_column(dataset.column_names, (trajectory_column,), "dataset_trajectory_column", name)
+    find_column(column_paths(dataset), (trajectory_column,), "dataset_trajectory_column", name)
 
-    def row_of(row: dict[str, Any]) -> dict[str, Any]:
-        hint = cut_hint(row[trajectory_column] or "", fraction, tokenizer, part)
+    def row_of(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"The trajectory (column '{trajectory_column}') of row {index} of {name}"
+        hint = cut_hint(text_of(cell(row, trajectory_column), where) or "", fraction, tokenizer, part)
         return {"prompt": _append(row["prompt"], hint), "hint": hint or None}
 
     features = Features({**dataset.features, "hint": Value("string")})
-    hinted = dataset.map(row_of, features=features, load_from_cache_file=False, desc="Adding hints")
+    hinted = dataset.map(row_of, with_indices=True, features=features, load_from_cache_file=False, desc="Adding hints")
     plain = sum(hint is None for hint in hinted["hint"])
     if plain == len(hinted):
         raise DataError(

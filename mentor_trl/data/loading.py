@@ -1,8 +1,9 @@
-"""From a Hub id, a file or a folder to the splits of a dataset; what cannot be read is named with its fix."""
+"""From a Hub id, a file or a folder to the splits of a dataset, and their columns; errors name the fix."""
 
 import difflib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,21 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_TYPES = f"{', '.join(FILE_FORMATS)}, or one of them compressed ({', '.join(COMPRESSIONS)})"
 
 
 class DataError(SetupError):
     """A dataset or a data option cannot be used as it is; the message names the fix."""
 
 
-def is_data_file(path: Path) -> bool:
-    """Whether the name of a file says that it is read here."""
-    return path.suffix.lower() in FILE_FORMATS
+def file_type(path: Path) -> str | None:
+    """Return the ending that says how a file is read, without that of its compression, or `None`."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in COMPRESSIONS:
+        endings.pop()
+    return endings[-1] if endings and endings[-1] in FILE_FORMATS else None
 
 
 def load_dataset_dict(name: str, config: str | None = None, streaming: bool = False) -> "DatasetDict":
@@ -31,8 +37,8 @@ def load_dataset_dict(name: str, config: str | None = None, streaming: bool = Fa
 
     Args:
         name (`str`):
-            Hub id, path of a `.json`, `.jsonl`, `.parquet` or `.csv` file, or path of a folder: one written by
-            `save_to_disk`, or one that holds data files.
+            Hub id, path of a `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file (also compressed, as `.jsonl.gz`),
+            or path of a folder: one written by `save_to_disk`, or one that holds data files.
         config (`str`, *optional*):
             Configuration name of a Hub dataset.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -49,69 +55,161 @@ def load_dataset_dict(name: str, config: str | None = None, streaming: bool = Fa
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, config, streaming)
-    file_format = FILE_FORMATS.get(path.suffix.lower())
+    ending = file_type(path)
     if path.is_file():
-        if file_format is None:
-            raise DataError(f"{name}: files of type '{path.suffix}' cannot be read; use one of {sorted(FILE_FORMATS)}")
-        load = lambda: load_dataset(file_format, data_files={"train": str(path)}, streaming=streaming)
-        return read(load, name, f"make it a valid {file_format} file", path=path if file_format == "json" else None)
-    if file_format or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"Dataset file or folder {name} does not exist (working directory: {Path.cwd()})")
-    return read(
+        if ending is None:
+            raise DataError(f"{name}: files of type '{path.suffix}' cannot be read; use {_TYPES}")
+        return _load_files({"train": [str(path)]}, streaming)
+    where = f"working directory: {Path.cwd()}{_near(path)}"
+    if ending or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"Dataset file or folder {name} does not exist ({where})")
+    return read_dataset(
         lambda: load_dataset(name, name=config, streaming=streaming),
-        name,
+        f"There is no file or folder {name} ({where}), and the Hub dataset {name}",
         "check the Hub id, `dataset_config` and the connection, or give the path of a local file or folder",
     )
 
 
+def _near(path: Path) -> str:
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def _load_files(files: dict[str, list[str]], streaming: bool) -> "DatasetDict":
+    from datasets import DatasetDict, IterableDatasetDict, load_dataset
+
+    splits = {}
+    for split, paths in files.items():
+        kind = FILE_FORMATS[file_type(Path(paths[0]))]
+        name = f"Dataset {', '.join(paths)}"
+        fix = f"make it a valid {kind} file" if len(paths) == 1 else f"give its {kind} files the same columns"
+        if kind == "json":
+            read_dataset(lambda: _check_beginning(paths), name, fix)  # noqa: B023
+        options = _csv_options(paths) if kind == "csv" else {}
+        load = lambda: load_dataset(kind, data_files=paths, split="train", streaming=streaming, **options)  # noqa: B023
+        rows = read_dataset(load, name, fix, paths if kind == "json" else [])
+        splits[split] = _with_numbers(rows) if kind == "csv" and not streaming else rows
+    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def _check_beginning(paths: list[str]) -> None:
+    # Arrow's reader of JSON crashes the process where a file holds `null` alone.
+    import fsspec
+
+    for path in paths:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").strip()
+        if not beginning:
+            raise ValueError("the file is empty, or begins with blank lines")
+        if beginning[:1] not in b"{[":
+            raise ValueError(f"it begins with {beginning[:20]!r}, and not with a JSON object or list")
+
+
+def _csv_options(paths: list[str]) -> dict[str, Any]:
+    """All cells as text: `None`, `N/A` and numbers of many digits are what somebody wrote."""
+    import pandas as pd
+    from datasets import Features, Value
+
+    separator = "\t" if file_type(Path(paths[0])) == ".tsv" else ","
+    read = lambda: pd.read_csv(paths[0], sep=separator, header=None, nrows=2, dtype=str, encoding="utf-8-sig")
+    header = read_dataset(read, f"Dataset {paths[0]}", "make it a valid csv file in UTF-8").iloc[0]
+    columns = [f"Unnamed: {i}" if pd.isna(name) else name for i, name in enumerate(header)]  # as pandas calls them
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"Dataset {paths[0]} has the column '{twice}' twice; rename or remove one of them")
+    other = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+    if other is not None:
+        raise DataError(
+            f"Dataset {paths[0]} has the one column {columns[0]!r}, as its separator seems to be {other!r}; separate "
+            "the columns by commas, or by tabs in a .tsv file"
+        )
+    features = Features({column: Value("string") for column in columns})
+    return {"sep": separator, "keep_default_na": False, "na_values": [""], "features": features}
+
+
+def _with_numbers(rows: "Dataset") -> "Dataset":
+    """Make numbers of the columns of text that are numbers throughout, and stay what they are as text."""
+    import pyarrow as pa
+    from datasets import Value
+
+    for name in rows.column_names:
+        text = rows.data.column(name).cast(pa.string())
+        for kind in ("int64", "float64"):
+            try:
+                same = text.cast(kind).cast(pa.string()).equals(text)
+            except pa.ArrowInvalid:
+                continue
+            if same and text.null_count < len(text):
+                rows = rows.cast_column(name, Value(kind))
+                break
+    return rows
+
+
 def _load_folder(path: Path, config: str | None, streaming: bool) -> "DatasetDict":
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
-    if not any(path.iterdir()):
-        raise DataError(f"Dataset folder {path} is empty; put data files ({', '.join(FILE_FORMATS)}) into it")
+    name, entries = f"Dataset {path}", [entry for entry in path.rglob("*") if entry.is_file()]
+    fix = f"put data files of one type into it ({_TYPES}), or a folder written by `save_to_disk`"
+    if not entries:
+        raise DataError(f"Dataset folder {path} is empty; {fix}")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        dataset = read(lambda: load_from_disk(str(path)), path, "write it again with `save_to_disk`")
+        dataset = read_dataset(lambda: load_from_disk(str(path)), name, "write it again with `save_to_disk`")
         dataset = DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
-        return dataset if not streaming else DatasetDict({k: v.to_iterable_dataset() for k, v in dataset.items()})
-    # The card of a cloned repository declares configurations; a plain folder of files has none.
-    config = config if (path / "README.md").exists() else None
-    return read(
-        lambda: load_dataset(str(path), name=config, streaming=streaming),
-        path,
-        f"put data files of one type ({', '.join(FILE_FORMATS)}) into it, or a folder written by `save_to_disk`",
-    )
+        return (
+            dataset if not streaming else IterableDatasetDict({k: v.to_iterable_dataset() for k, v in dataset.items()})
+        )
+    if (path / "README.md").exists():  # the card of a cloned repository may declare configurations
+        return read_dataset(lambda: load_dataset(str(path), name=config, streaming=streaming), name, fix)
+    endings = {file_type(entry.relative_to(path)): entry for entry in entries} | {None: None}
+    if len(endings) > 2:
+        files = ", ".join(str(entry.relative_to(path)) for entry in endings.values() if entry)
+        raise DataError(f"Dataset folder {path} holds files of several types ({files}); keep one type, or name a file")
+    if len(endings) == 1:
+        raise DataError(f"Dataset folder {path} holds no data file, only {entries[0].relative_to(path)}; {fix}")
+    files = read_dataset(lambda: load_dataset_builder(str(path)).config.data_files, name, fix)
+    return _load_files({str(split): list(map(str, paths)) for split, paths in files.items()}, streaming)
 
 
-def read(load: Callable[[], Any], name: str | Path, fix: str, path: Path | None = None) -> Any:
-    """Call `load`; whatever it raises becomes a [`DataError`] of one line that names the dataset and the fix."""
+def read_dataset(load: Callable[[], Any], name: str, fix: str, paths: Sequence[str] = ()) -> Any:
+    """Call `load`; whatever it raises becomes a [`DataError`] of one line, with the first bad line of `paths`."""
     # `datasets` raises a dozen unrelated types here (pyarrow, fsspec, Hub and builder errors).
     try:
         return load()
     except Exception as error:
-        where = _first_bad_json_line(path) if path else ""
-        cause = error.__cause__ or error
-        raise DataError(f"Dataset {name} cannot be read: {where or _first_line(cause)}; {fix}") from error
+        where = next(filter(None, map(_first_bad_json_line, paths)), None) or _cause(error.__cause__ or error)
+        raise DataError(f"{name} cannot be read: {where}; {fix}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _cause(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    if any(part in text for part in ("corresponds to no data", "No columns to parse", "BatchSize must be greater")):
+        return "it has no rows"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not text in UTF-8 ({text})"
+    if "too big" in text:
+        return f"it holds an integer of more than 64 bits, which must be text, in quotes ({text})"
+    twice = re.search(r"Multiple matches for FieldRef\.Name\((.+?)\)", text)
+    if twice:
+        return f"it has the column '{twice[1]}' twice"
+    return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
 
 
-def _first_bad_json_line(path: Path) -> str:
-    if path.stat().st_size == 0:
-        return "the file is empty"
-    if path.suffix.lower() != ".jsonl":
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as lines:
+def _first_bad_json_line(name: str) -> str | None:
+    import fsspec
+
+    path = Path(name)
+    if file_type(path) != ".jsonl":
+        return None
+    with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return f"line {number} is not valid JSON ({error})"
+            except (json.JSONDecodeError, RecursionError) as error:
+                return f"{path.name}: line {number} is not valid JSON ({error})"
             if not isinstance(row, dict):
-                return f"line {number} is not a JSON object"
-    return ""
+                return f"{path.name}: line {number} is not a JSON object"
+    return None
 
 
 def select_split(dataset: "DatasetDict", split: str, option: str) -> "Dataset":
@@ -130,35 +228,3 @@ def select_split(dataset: "DatasetDict", split: str, option: str) -> "Dataset":
         splits = ", ".join(f"'{name}'" for name in dataset)
         raise DataError(f"The dataset has no split '{split}', only {splits}; set `{option}` to one of them")
     return dataset[split]
-
-
-def find_column(
-    columns: list[str], names: tuple[str, ...], option: str, dataset: str, near: tuple[str, ...] = ()
-) -> str:
-    """
-    Return the first of `names` that is a column.
-
-    Args:
-        columns (`list[str]`):
-            Columns that there are.
-        names (`tuple[str, ...]`):
-            Names that the column may have.
-        option (`str`):
-            Option that names the column, for the error message.
-        dataset (`str`):
-            What the error message calls the dataset.
-        near (`tuple[str, ...]`, *optional*):
-            Usual names, which the error message proposes.
-
-    Raises:
-        [`DataError`]: naming the columns that there are and the option to set.
-    """
-    for name in names:
-        if name in columns:
-            return name
-    found = [column for column in near if column in columns] or difflib.get_close_matches(names[0], columns)
-    wanted = f"column '{names[0]}'" if len(names) == 1 else f"column named {' or '.join(names)}"
-    example = f", for example --{option} {found[0]}" if found else ""
-    raise DataError(
-        f"There is no {wanted} in {dataset}, only {columns}; set `{option}` to the column that holds it{example}"
-    )

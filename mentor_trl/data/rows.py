@@ -6,11 +6,13 @@ fix it.
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from .answers import extract_solution
+from .cells import answer_text, cell, column_paths, extract_solution, find_column, widen
 from .hints import add_hints
-from .loading import DataError, find_column, load_dataset_dict, read, select_split
+from .loading import DataError, load_dataset_dict, read_dataset, select_split
 
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ MENTOR_SYSTEM_PROMPT = (
     "enclosed within <think></think> tags. The final answer MUST BE put in \\boxed{}."
 )
 """The system prompt of the MENTOR paper, word for word."""
+
+ROLES = {"system", "developer", "user", "assistant", "tool"}
+# Arguments that TRL gives every reward function beside the columns.
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 def build_prompt_dataset(
@@ -66,11 +72,17 @@ def build_prompt_dataset(
         are kept for the reward functions.
     """
     dataset = _head(dataset, max_samples, name)
-    columns = dataset.column_names or list(next(iter(dataset)))
-    prompt_column = _column(columns, prompt_column, "prompt", ("question", "problem", "instruction"), name)
-    solution_is_used = require_solution or solution_column or solution_delimiter or "solution" in columns
+    paths, first = column_paths(dataset), next(iter(dataset))
+    taken = next((column for column in RESERVED if column in first), None)
+    if taken is not None:
+        raise DataError(f"{name} has a column '{taken}', as TRL calls an argument of reward functions; rename it")
+    prompt_column = _column(paths, prompt_column, "prompt", ("question", "problem", "instruction"), name)
+    # A solution of a form of its own is left to the reward function that knows it.
+    is_plain = isinstance(first.get("solution", {}), (str, int, float, Decimal, NoneType))
+    solution_is_used = require_solution or solution_column or solution_delimiter or is_plain
     if solution_is_used:
-        solution_column = _column(columns, solution_column, "solution", ("answer", "ground_truth"), name)
+        solution_column = _column(paths, solution_column, "solution", ("answer", "ground_truth"), name)
+        dataset = widen(dataset, solution_column)
     row_builder = _RowBuilder(
         prompt_column=prompt_column,
         solution_column=solution_column if solution_is_used else None,
@@ -98,10 +110,10 @@ def _built_features(dataset: "Dataset", row_builder: "_RowBuilder") -> "Features
     prompt = row_builder(dataset[0], 0)["prompt"]
     if isinstance(prompt, str):
         features["prompt"] = text
-    elif isinstance(dataset[0][row_builder.prompt_column], str):
+    elif isinstance(cell(features, row_builder.prompt_column), Value):
         features["prompt"] = List({"role": text, "content": text})
     else:
-        features["prompt"] = features[row_builder.prompt_column]
+        features["prompt"] = cell(features, row_builder.prompt_column)
     if row_builder.solution_column is not None:
         features["solution"] = text
     return features
@@ -112,7 +124,8 @@ def _head(dataset: "Dataset", max_samples: int | None, name: str) -> "Dataset":
         raise DataError(f"The number of rows to keep of {name} is {max_samples}; it must be 1 or more")
     if not hasattr(dataset, "__len__"):
         dataset = dataset if max_samples is None else dataset.take(max_samples)
-        is_empty = next(iter(dataset), None) is None
+        fix = "fix the row that it names, or load the rows with `dataset_streaming` false"
+        is_empty = read_dataset(lambda: next(iter(dataset), None), name, fix) is None
     else:
         dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
         is_empty = len(dataset) == 0
@@ -121,8 +134,9 @@ def _head(dataset: "Dataset", max_samples: int | None, name: str) -> "Dataset":
     return dataset
 
 
-def _column(columns: list[str], given: str | None, default: str, usual: tuple[str, ...], name: str) -> str:
-    return find_column(columns, (given or default,), f"dataset_{default}_column", name, near=() if given else usual)
+def _column(paths: list[str], given: str | None, default: str, usual: tuple[str, ...], name: str) -> str:
+    near = usual + tuple(path for path in paths if path.rpartition(".")[2] in (default, *usual))
+    return find_column(paths, (given or default,), f"dataset_{default}_column", name, near=() if given else near)
 
 
 @dataclass
@@ -136,9 +150,9 @@ class _RowBuilder:
     name: str
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        built = {"prompt": self._prompt(row[self.prompt_column], f"row {index} of {self.name}")}
+        built = {"prompt": self._prompt(cell(row, self.prompt_column), f"row {index} of {self.name}")}
         if self.solution_column is not None:
-            built["solution"] = self._solution(row[self.solution_column], f"row {index} of {self.name}")
+            built["solution"] = self._solution(cell(row, self.solution_column), f"row {index} of {self.name}")
         return built
 
     def _prompt(self, prompt: Any, where: str) -> str | list[dict[str, Any]]:
@@ -147,7 +161,9 @@ class _RowBuilder:
             return self._messages(prompt, where)
         if not isinstance(prompt, str) and prompt is not None:
             kind = type(prompt).__name__
-            raise DataError(f"The prompt (column '{column}') of {where} is of type {kind}, not text or messages")
+            raise DataError(
+                f"The prompt (column '{column}') of {where} is of type {kind}, not text or messages; write it as text"
+            )
         if not prompt or not prompt.strip():
             raise DataError(f"The prompt (column '{column}') of {where} is empty; fill it in or remove the row")
         if self.conversational:
@@ -161,31 +177,24 @@ class _RowBuilder:
                 f"The prompt (column '{column}') of {where} is a list of messages, which needs a tokenizer with a "
                 "chat template; use such a model, or prompts that are plain text"
             )
-        # Arrow gives every message the keys of all of them; absent ones come back as None.
-        messages = [
-            {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
-            for message in messages
-        ]
-        if not messages or not all("role" in m and m.get("content") for m in messages):
+        if not messages:
             raise DataError(
-                f"The prompt (column '{column}') of {where} holds no messages or an empty one; every message needs "
-                "a 'role' and a 'content'"
+                f"The prompt (column '{column}') of {where} holds no messages; fill it in or remove the row"
             )
+        messages = [
+            _message(m, f"Message {i} of the prompt (column '{column}') of {where}") for i, m in enumerate(messages)
+        ]
         if not self.system_prompt:
             return messages
         return [{"role": "system", "content": self.system_prompt}] + [m for m in messages if m["role"] != "system"]
 
     def _solution(self, solution: Any, where: str) -> str | None:
         column = self.solution_column
-        if isinstance(solution, (int, float)) and not isinstance(solution, bool):
-            solution = str(solution)
-        if solution is None or solution == "":
+        solution = answer_text(solution, f"The solution (column '{column}') of {where}")
+        if solution is None:
             if not self.require_solution:
                 return None
             raise DataError(f"The solution (column '{column}') of {where} is empty; fill it in or remove the row")
-        if not isinstance(solution, str):
-            kind = type(solution).__name__
-            raise DataError(f"The solution (column '{column}') of {where} is of type {kind}, not text or a number")
         if not self.solution_delimiter:
             return solution
         extracted = extract_solution(solution, self.solution_delimiter)
@@ -198,11 +207,34 @@ class _RowBuilder:
         return extracted
 
 
-def prompt_text(prompt: str | list[dict] | None) -> str:
+def _message(message: Any, where: str, may_be_empty: bool = False) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise DataError(f"{where} is {message!r:.100}; every message needs a 'role' and a 'content'")
+    # Arrow gives every message the keys of all of them; absent ones come back as None.
+    message = {key: value for key, value in message.items() if value is not None}
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        found = "the keys " + ", ".join(f"'{key}'" for key in message) if message else "no keys"
+        raise DataError(f"{where} has {found}; every message needs a 'role' and a 'content'")
+    if role not in ROLES:
+        raise DataError(f"{where} has the role {role!r}, which chat templates do not know; use one of {sorted(ROLES)}")
+    if content is not None and not isinstance(content, (str, list)):
+        kind = type(content).__name__
+        raise DataError(f"{where} has a 'content' of type {kind}; write it as text, or as a list of blocks")
+    may_be_empty = may_be_empty or role == "tool" or role == "assistant" and message.get("tool_calls")
+    if not may_be_empty and not (content.strip() if isinstance(content, str) else content):
+        raise DataError(f"{where} has an empty 'content'; fill it in, or remove the message or the row")
+    return message if content is not None else {**message, "content": ""}
+
+
+def prompt_text(prompt: Any, where: str = "the dataset") -> str:
     """Return the text of the problem in a prompt: the prompt itself, or what its user messages say."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
     if not isinstance(prompt, list):
-        return prompt if isinstance(prompt, str) else ""
-    contents = [m.get("content") or "" for m in prompt if isinstance(m, dict) and m.get("role") == "user"]
+        raise DataError(f"The prompt of {where} is of type {type(prompt).__name__}, not text or messages")
+    messages = [_message(message, f"Message {i} of the prompt of {where}", True) for i, message in enumerate(prompt)]
+    contents = [message["content"] for message in messages if message["role"] == "user"]
     blocks = [[{"text": content}] if isinstance(content, str) else content for content in contents]
     return "\n".join("".join(b.get("text") or "" for b in content if isinstance(b, dict)) for content in blocks)
 
@@ -274,9 +306,8 @@ def _load(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig | 
         from trl import get_dataset
 
         paths = [getattr(dataset, "path", str(dataset)) for dataset in mixture]
-        return read(
-            lambda: get_dataset(dataset_args), ", ".join(paths), "check the entries of `datasets`"
-        ), "the mixture"
+        name, fix = f"The mixture of {', '.join(paths)}", "check the entries of `datasets`"
+        return read_dataset(lambda: get_dataset(dataset_args), name, fix), "the mixture"
     if not script_args.dataset_name:
         raise DataError("No dataset is given; set `dataset_name` to a Hub id, a file or a folder, or set `datasets`")
     name = script_args.dataset_name

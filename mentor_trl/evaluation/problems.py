@@ -12,8 +12,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.data.answers import answer_text, extract_solution
-from mentor_trl.data.loading import FILE_FORMATS, DataError, load_dataset_dict
+from mentor_trl.data.cells import answer_text, extract_solution
+from mentor_trl.data.loading import COMPRESSIONS, FILE_FORMATS, DataError, load_dataset_dict
 from mentor_trl.data.rows import prompt_text
 from mentor_trl.rewards import extract_boxed
 
@@ -108,15 +108,16 @@ def _load_from_hub(path: str, config: str | None, split: str) -> "Dataset":
 def _find_file(folder: Path, names: list[str]) -> Path:
     if not folder.is_dir():
         raise DataError(f"The folder {folder} (`data_dir`) does not exist")
+    endings = ["", *(ending + packed for ending in FILE_FORMATS for packed in ("", *COMPRESSIONS))]
     for name in names:
-        for path in [folder / name, *(folder / f"{name}{ending}" for ending in FILE_FORMATS)]:
+        for path in (folder / f"{name}{ending}" for ending in endings):
             if path.exists():
                 return path
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
     raise DataError(
-        f"The folder {folder} (`data_dir`) holds no {names[0]} ({', '.join(FILE_FORMATS)} or a folder; also taken: "
-        f"{', '.join(names[1:]) or 'no other name'}), only: {there}. Rename the file, or leave `data_dir` out to load "
-        "the set from the Hub"
+        f"The folder {folder} (`data_dir`) holds no {names[0]} (a data file, as {names[0]}.jsonl, or a folder; also "
+        f"taken: {', '.join(names[1:]) or 'no other name'}), only: {there}. Rename the file, or leave `data_dir` out "
+        "to load the set from the Hub"
     )
 
 
@@ -124,9 +125,15 @@ def build_problem(form: str, row: Row, index: int, where: str) -> Row:
     """Return `question`, `answer` and `choices` of a row of a set whose rows have this form."""
     try:
         question, answer, choices = FORMS[form](row, index)
+    except DataError as error:
+        raise DataError(f"Row {index} of {where} cannot be used: {error}") from error
     except KeyError as error:
         raise DataError(
             f"Row {index} of {where} has no {error}, only the columns {sorted(row)}; the form '{form}' needs it"
+        ) from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise DataError(
+            f"Row {index} of {where} is not as the form '{form}' needs it ({error}); fix the row"
         ) from error
     if not question.strip() or not answer.strip():
         raise DataError(f"Row {index} of {where} has an empty question or answer; fill it in or remove the row")
@@ -140,7 +147,7 @@ def build_problem(form: str, row: Row, index: int, where: str) -> Row:
     }
 
 
-def answer_of(value: Any, delimiter: str | None = None) -> str | None:
+def answer_of(value: Any, delimiter: str | None = None, where: str = "The answer") -> str | None:
     r"""
     Return the bare answer that a cell holds, or `None` where it holds none.
 
@@ -149,6 +156,11 @@ def answer_of(value: Any, delimiter: str | None = None) -> str | None:
             An answer as text or number, a list of answers, a worked solution that ends in `\boxed{}`, or GSM8K's.
         delimiter (`str`, *optional*):
             The answer is what follows the last occurrence of this text.
+        where (`str`, *optional*, defaults to `"The answer"`):
+            What the error message calls the cell.
+
+    Raises:
+        [`~mentor_trl.data.DataError`]: if the cell is no text, number or list of these.
 
     Example:
     ```python
@@ -160,7 +172,7 @@ def answer_of(value: Any, delimiter: str | None = None) -> str | None:
     """
     if isinstance(value, (list, tuple)):
         value = [_DOLLAR.sub("", part) if isinstance(part, str) else part for part in value]
-    text = answer_text(value) or ""
+    text = answer_text(value, where) or ""
     if delimiter:
         return extract_solution(text, delimiter) or None
     if "\\boxed" in text or "\\fbox" in text:

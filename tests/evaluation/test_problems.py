@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_mmlu_pro(tmp_path):
     assert row["answer"] == "J" and "\nJ. option 9\n" in row["question"]
 
 
+@pytest.mark.parametrize("name", ["set.jsonl.gz", "set.csv", "set.tsv"])
+def test_files_of_other_types(tmp_path, name):
+    separator = b"\t" if name.endswith("tsv") else b","
+    content = (
+        gzip.compress(b'{"problem": "q", "answer": "N/A"}\n') if name.endswith("gz") else b"problem,answer\nq,N/A\n"
+    )
+    (tmp_path / name).write_bytes(content if name.endswith("gz") else content.replace(b",", separator))
+    rows = load_problems(path="org/set", split="test", files=["set"], data_dir=str(tmp_path))["test"]
+    assert rows["answer"] == ["N/A"]
+
+
 def test_missing_file_names_what_is_there(tmp_path):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"holds no set .*only: other.jsonl"):
@@ -83,7 +95,11 @@ def test_missing_folder(tmp_path):
         ({"text": "q"}, "short_answer", "Row 0 of .*set.jsonl has no 'problem', only the columns"),
         ({"problem": "q"}, "short_answer", "has no 'solution'"),
         ({"problem": "q", "solution": "no box"}, "short_answer", "empty question or answer"),
+        ({"problem": "q", "answer": True}, "short_answer", "Row 0 of .*set.jsonl cannot be used: The answer is True"),
+        ({"problem": "q", "answer": 1e30}, "short_answer", "Row 0 .* may have lost digits"),
         ({"question": "q"}, "gpqa", "has no 'Correct Answer'"),
+        ({**GPQA, "Question": None}, "gpqa", "Row 0 of .*set.jsonl .* 'gpqa'"),
+        ({**ARC, "answerKey": "9"}, "arc", "Row 0 of .*set.jsonl .* 'arc'"),
     ],
 )
 def test_bad_rows(tmp_path, row, form, message):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from mentor_trl.evaluation.problems import ANSWER_COLUMNS, QUESTION_COLUMNS, build_problem
 from mentor_trl.rewards import format_reward
 
-from ..loading import DataError, find_column, load_dataset_dict, select_split
+from ..cells import cell, column_paths, find_column, text_of, widen
+from ..loading import DataError, load_dataset_dict, select_split
 from ..rows import build_prompt_dataset, prompt_text
 from .account import Funnel, Report
 from .matching import normalize_problem
 from .openr1 import CORRECT, GENERATIONS, keep_generations
 from .settings import PromptArguments
-from .sources import answers_of, load_test_set, load_tokenizer, parse_test_set, render_prompts
+from .sources import answers_of, are_verifiable, load_test_set, load_tokenizer, parse_test_set, render_prompts
 
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     if args.generations:
         keep_generations(funnel, tokenizer, args.max_response_tokens, args.num_proc)
     if args.verifiable_only:
-        _keep_verifiable(funnel)
+        funnel.keep("answer that math-verify cannot parse", are_verifiable(funnel.columns["answer"]))
     train = None if not funnel.report.kept else _keep_short(funnel, args, tokenizer, name)
     if not funnel.report.kept:
         steps = ", ".join(f"{step} ({dropped:,})" for step, dropped in funnel.report.steps if dropped)
@@ -99,7 +100,7 @@ def _check_arguments(args: PromptArguments) -> str:
 
 def _find_columns(funnel: Funnel, args: PromptArguments, name: str) -> None:
     """Fill the funnel with what is looked at row by row: `problem`, `answer`, `key` and `level`."""
-    dataset, present = funnel.dataset, funnel.dataset.column_names
+    dataset, present = funnel.dataset, column_paths(funnel.dataset)
 
     def find(option: str, usual: tuple[str, ...] = ()) -> str:
         given = getattr(args, option)
@@ -113,11 +114,19 @@ def _find_columns(funnel: Funnel, args: PromptArguments, name: str) -> None:
         find_column(present, (column,), "keep_columns", name)
     for column in [GENERATIONS, CORRECT] if args.generations else []:
         find_column(present, (column,), "generations", name)
-    problems = [prompt_text(prompt) for prompt in dataset[args.prompt_column]]
-    answers = answers_of(dataset[args.solution_column], args.solution_delimiter)
+
+    def cells(path: str) -> list[Any]:
+        column = path if path in dataset.column_names else path.partition(".")[0]
+        return [cell(row, path) for row in dataset.select_columns(column)]
+
+    funnel.dataset = dataset = widen(dataset, args.solution_column)
+    prompts = cells(args.prompt_column)
+    problems = [prompt_text(prompt, f"row {index} of {name}") for index, prompt in enumerate(prompts)]
+    place = f"column '{args.solution_column}' of {name}"
+    answers = answers_of(cells(args.solution_column), args.solution_delimiter, place)
     funnel.columns = {"problem": problems, "answer": answers, "key": [normalize_problem(text) for text in problems]}
     if args.level_column:
-        funnel.columns["level"] = [parse_level(value) for value in dataset[find("level_column")]]
+        funnel.columns["level"] = [parse_level(value) for value in cells(find("level_column"))]
 
 
 def parse_level(value: Any) -> int | None:
@@ -186,14 +195,6 @@ def _drop_duplicates(funnel: Funnel, args: PromptArguments) -> None:
         funnel.keep("problem occurred before", [first[key] == index for index, key in enumerate(keys)])
 
 
-def _keep_verifiable(funnel: Funnel) -> None:
-    from mentor_trl.rewards.grading import get_grader
-
-    answers = funnel.columns["answer"]
-    verdicts = get_grader().grade([(answer, answer) for answer in answers])
-    funnel.keep("answer that math-verify cannot parse", [verdict.correct is not None for verdict in verdicts])
-
-
 def _keep_short(
     funnel: Funnel, args: PromptArguments, tokenizer: "PreTrainedTokenizerBase | None", name: str
 ) -> "Dataset":
@@ -214,7 +215,7 @@ def _build(funnel: Funnel, args: PromptArguments, name: str) -> "Dataset":
     source = path.name if path.exists() else args.dataset_name
 
     def row_of(row: dict[str, Any], index: int) -> dict[str, Any]:
-        built = {"prompt": row[args.prompt_column], "solution": columns["answer"][index]}
+        built = {"prompt": cell(row, args.prompt_column), "solution": columns["answer"][index]}
         built["source"] = f"{source}/{row['source']}" if row.get("source") else source
         if "level" in columns:
             built["level"] = columns["level"][index]
@@ -223,8 +224,9 @@ def _build(funnel: Funnel, args: PromptArguments, name: str) -> "Dataset":
             built["trajectory"] = texts[0]
             built |= {"trajectories": texts} if args.all_generations else {}
         elif args.trajectory_column:
-            built["trajectory"] = row[args.trajectory_column] or None
-        return built | {column: row[column] for column in args.keep_columns or []}
+            where = f"The trajectory (column '{args.trajectory_column}') of row {index} of those kept of {name}"
+            built["trajectory"] = text_of(cell(row, args.trajectory_column), where)
+        return built | {column: cell(row, column) for column in args.keep_columns or []}
 
     dataset = funnel.dataset.map(
         row_of,
@@ -241,14 +243,14 @@ def _features(funnel: Funnel, args: PromptArguments) -> "Features":
     from datasets import Features, List, Value
 
     given, text = funnel.dataset.features, Value("string")
-    features = Features({"prompt": given[args.prompt_column], "solution": text, "source": text})
+    features = Features({"prompt": cell(given, args.prompt_column), "solution": text, "source": text})
     if "level" in funnel.columns:
         features["level"] = Value("int64")
     if args.generations or args.trajectory_column:
         features["trajectory"] = text
     if args.all_generations:
         features["trajectories"] = List(text)
-    return Features({**features, **{column: given[column] for column in args.keep_columns or []}})
+    return Features({**features, **{column: cell(given, column) for column in args.keep_columns or []}})
 
 
 def _prompt_options(args: PromptArguments) -> dict[str, Any]:
@@ -265,7 +267,8 @@ def _build_eval(rows: "Dataset", args: PromptArguments) -> "Dataset":
         prompts, answers = [row["question"] for row in problems], [row["answer"] for row in problems]
     else:
         prompts = list(rows[find_column(rows.column_names, QUESTION_COLUMNS, "eval_set", name)])
-        answers = answers_of(rows[find_column(rows.column_names, ANSWER_COLUMNS, "eval_set", name)])
+        column = find_column(rows.column_names, ANSWER_COLUMNS, "eval_set", name)
+        answers = answers_of(rows[column], None, f"column '{column}' of {name}")
     if None in answers:
         raise DataError(
             f"Row {answers.index(None)} of the evaluation set '{name}' has no answer; fix the row, or set `eval_set` "

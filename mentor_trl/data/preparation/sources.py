@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from mentor_trl.evaluation.problems import answer_of, test_sets
 
-from ..loading import DataError, is_data_file, load_dataset_dict, select_split
+from ..loading import DataError, file_type, load_dataset_dict, select_split
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
 ALIASES = {"gpqa": "gpqa_diamond", "arc": "arc_challenge"}
@@ -38,7 +38,7 @@ def parse_test_set(spec: str, option: str) -> tuple[str, dict[str, Any]]:
         return name, {"path": path, "form": known.get(name, {}).get("form")}
     if name in known:
         return name, known[name]
-    if "/" in spec or is_data_file(Path(spec)) or Path(spec).exists():
+    if "/" in spec or file_type(Path(spec)) or Path(spec).exists():
         return Path(spec).stem, {"path": spec}
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else "or give NAME=PATH of a file, a folder or a Hub id"
@@ -86,7 +86,7 @@ def render_prompts(prompts: list[str | list[dict]], tokenizer: "PreTrainedTokeni
     return rendered["input_ids"]
 
 
-def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str | None]:
+def answers_of(values: Iterable[Any], delimiter: str | None, column: str) -> list[str | None]:
     r"""
     Return the bare answers of a solution column, with `None` where a cell holds none.
 
@@ -96,4 +96,28 @@ def answers_of(values: Iterable[Any], delimiter: str | None = None) -> list[str 
     values = list(values)
     boxed = [isinstance(value, str) and "\\boxed" in value for value in values]
     worked = delimiter is None and 2 * sum(boxed) > len(values)
-    return [answer_of(value, delimiter) if box or not worked else None for value, box in zip(values, boxed)]
+    return [
+        answer_of(value, delimiter, f"The answer ({column}) of row {index}") if box or not worked else None
+        for index, (value, box) in enumerate(zip(values, boxed))
+    ]
+
+
+def are_verifiable(answers: list[str]) -> list[bool]:
+    """Say of each answer whether math-verify can parse it; `accuracy_reward` skips the others."""
+    from mentor_trl.rewards.grading import get_grader
+
+    return [verdict.correct is not None for verdict in get_grader().grade([(answer, answer) for answer in answers])]
+
+
+def count_unverifiable(dataset: "DatasetDict") -> list[tuple[str, str]]:
+    """Count the answers of each split that math-verify cannot parse, as facts of a report."""
+    facts = []
+    for split, rows in dataset.items():
+        if "solution" not in rows.column_names:
+            continue
+        answers = [answer_of(solution) or "" for solution in rows["solution"]]
+        bad = [answer for answer, good in zip(answers, are_verifiable(answers)) if not good]
+        example = f", as {bad[0]!r:.80}" if bad else ""
+        name = f"answers of `{split}` that math-verify cannot parse, and `accuracy_reward` skips"
+        facts.append((name, f"{len(bad):,} of {len(answers):,}{example}"))
+    return facts

@@ -11,11 +11,6 @@ from mentor_trl.data.preparation import PRESETS, PromptArguments, normalize_prob
 from mentor_trl.data.preparation.sources import known_test_sets, parse_test_set
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def write(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -278,3 +273,65 @@ def test_messages_are_taken_as_they_are(tmp_path):
     write(tmp_path / "test.jsonl", [{"question": "what is 1"}])
     with pytest.raises(DataError, match="No row"):
         prepare_prompts(args)
+
+
+def test_fields_of_records_are_columns(tmp_path):
+    rows = [
+        {"in": {"prompt": "What is 1?", "level": 3}, "reward_model": {"ground_truth": "1"}, "reply": {"text": "t"}}
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    options = {
+        "prompt_column": "in.prompt",
+        "solution_column": "reward_model.ground_truth",
+        "level_column": "in.level",
+    }
+    args = PromptArguments(path, trajectory_column="reply.text", keep_columns=["in.level"], **options)
+    (row,) = prepare_prompts(args)[0]["train"]
+    assert (row["solution"], row["level"], row["trajectory"], row["in.level"]) == ("1", 3, "t", 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"answer": 1e30}, ["column 'answer'", "row 1", "may have lost digits"]),
+        ({"answer": True}, ["column 'answer'", "row 1", "of type bool"]),
+        ({"answer": {"a": 1}}, ["row 1", "a record of ['a']"]),
+        ({"prompt": [{"role": "human", "content": "q"}]}, ["row 1", "the role 'human'", "'user'"]),
+        ({"prompt": [{"role": "user", "content": 3}]}, ["row 1", "'content' of type int"]),
+        ({"prompt": {"text": "q"}}, ["row 1", "of type dict"]),
+        ({"reply": ["t"]}, ["column 'reply'", "row 1", "of type list, not text"]),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path, row, parts):
+    rows = [{"prompt": "q", "answer": "1", "reply": "t"}, {"prompt": "p", "answer": "2", "reply": "t"} | row]
+    args = PromptArguments(write(tmp_path / "rows.jsonl", rows), trajectory_column="reply")
+    with pytest.raises(DataError) as error:
+        prepare_prompts(args)
+    assert all(part in str(error.value) for part in [*parts, "rows.jsonl"]), error.value
+
+
+def test_no_row_left_is_told_in_one_line(tmp_path):
+    rows = [{"prompt": " ", "answer": "1"}, {"prompt": "p", "answer": None}]
+    with pytest.raises(DataError, match=r"is left of 2; dropped were: no problem text \(1\), no answer \(1\)$"):
+        prepare_prompts(PromptArguments(write(tmp_path / "rows.jsonl", rows)))
+
+
+def test_answers_that_cannot_be_graded_are_always_counted(tmp_path, capsys):
+    source = write(tmp_path / "rows.jsonl", [{"problem": "a", "answer": "4"}, {"problem": "b", "answer": "???"}])
+    test = write(tmp_path / "test.jsonl", [{"problem": "c", "answer": "5"}])
+    argv = ["custom", "--dataset_name", source, "--eval_set", test, "--output_dir", str(tmp_path / "out")]
+    assert script.run(argv) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- answers of `train` that math-verify cannot parse, and `accuracy_reward` skips: 1 of 2, as '???'" in card
+    assert "- answers of `test` that math-verify cannot parse, and `accuracy_reward` skips: 0 of 1" in card
+    assert "1 of 2" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"problem": "a", "answer": "1"}\n{"prob', "1\n"])
+def test_files_that_cannot_be_read_end_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        script.run(["custom", "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "error: Dataset" in last and "rows.jsonl cannot be read" in last

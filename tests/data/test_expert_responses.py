@@ -13,11 +13,6 @@ from mentor_trl.data.preparation.engines import Response, choose_engine, server_
 from mentor_trl.data.preparation.settings import OutputArguments
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 class ScriptedEngine:
     """Answers by the seed, which is the index of the row; dies at the batch of a row."""
 
