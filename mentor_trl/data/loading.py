@@ -50,8 +50,6 @@ def load_dataset_dict(name: str, config: str | None = None, streaming: bool = Fa
     Raises:
         [`DataError`]: naming the file or folder that cannot be read, and the fix.
     """
-    from datasets import load_dataset
-
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, config, streaming)
@@ -64,10 +62,20 @@ def load_dataset_dict(name: str, config: str | None = None, streaming: bool = Fa
     if ending or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"Dataset file or folder {name} does not exist ({where})")
     return read_dataset(
-        lambda: load_dataset(name, name=config, streaming=streaming),
+        lambda: _load_repository(name, config, streaming),
         f"There is no file or folder {name} ({where}), and the Hub dataset {name}",
         "check the Hub id, `dataset_config` and the connection, or give the path of a local file or folder",
     )
+
+
+def _load_repository(name: str, config: str | None, streaming: bool) -> "DatasetDict":
+    from datasets import load_dataset
+
+    dataset = load_dataset(name, name=config, streaming=streaming)
+    if not any(rows.info.builder_name == "csv" for rows in dataset.values()):
+        return dataset
+    # Read by pandas' defaults, the answers `None` and `N/A` are gone.
+    return load_dataset(name, name=config, streaming=streaming, keep_default_na=False, na_values=[""])
 
 
 def _near(path: Path) -> str:
@@ -147,10 +155,12 @@ def _with_numbers(rows: "Dataset") -> "Dataset":
 
 
 def _load_folder(path: Path, config: str | None, streaming: bool) -> "DatasetDict":
-    from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder, load_from_disk
+    from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset_builder, load_from_disk
 
-    name, entries = f"Dataset {path}", [entry for entry in path.rglob("*") if entry.is_file()]
-    fix = f"put data files of one type into it ({_TYPES}), or a folder written by `save_to_disk`"
+    name, fix = f"Dataset {path}", f"put data files of one type into it ({_TYPES}), or what `save_to_disk` writes"
+    inside = read_dataset(lambda: sorted(entry for entry in path.rglob("*") if entry.is_file()), name, fix)
+    entries = [entry.relative_to(path) for entry in inside]
+    entries = [entry for entry in entries if not any(part.startswith(".") for part in entry.parts)]
     if not entries:
         raise DataError(f"Dataset folder {path} is empty; {fix}")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -160,13 +170,14 @@ def _load_folder(path: Path, config: str | None, streaming: bool) -> "DatasetDic
             dataset if not streaming else IterableDatasetDict({k: v.to_iterable_dataset() for k, v in dataset.items()})
         )
     if (path / "README.md").exists():  # the card of a cloned repository may declare configurations
-        return read_dataset(lambda: load_dataset(str(path), name=config, streaming=streaming), name, fix)
-    endings = {file_type(entry.relative_to(path)): entry for entry in entries} | {None: None}
-    if len(endings) > 2:
-        files = ", ".join(str(entry.relative_to(path)) for entry in endings.values() if entry)
+        return read_dataset(lambda: _load_repository(str(path), config, streaming), name, fix)
+    data = [entry for entry in entries if file_type(entry)]
+    kinds = {"tsv" if file_type(entry) == ".tsv" else FILE_FORMATS[file_type(entry)]: str(entry) for entry in data}
+    if not kinds:
+        raise DataError(f"Dataset folder {path} holds no data file, only {entries[0]}; {fix}")
+    if len(kinds) > 1:
+        files = ", ".join(kinds.values())
         raise DataError(f"Dataset folder {path} holds files of several types ({files}); keep one type, or name a file")
-    if len(endings) == 1:
-        raise DataError(f"Dataset folder {path} holds no data file, only {entries[0].relative_to(path)}; {fix}")
     files = read_dataset(lambda: load_dataset_builder(str(path)).config.data_files, name, fix)
     return _load_files({str(split): list(map(str, paths)) for split, paths in files.items()}, streaming)
 

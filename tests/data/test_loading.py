@@ -37,6 +37,7 @@ def test_folder_of_files_gives_the_splits_of_their_names(write, tmp_path, suffix
     write(f"rows/train{suffix}", ROWS)
     write(f"rows/test{suffix}", [{**ROWS[0], "extra": "another column than in the other split"}])
     write("rows/LICENSE", "text")
+    write("rows/.cache/rows.parquet", "no part of the dataset")
     assert load_dataset_dict(str(tmp_path / "rows")).num_rows == {"train": 2, "test": 1}
 
 
@@ -95,6 +96,20 @@ def test_cells_of_a_csv_are_what_is_written_there(write, cells, expected):
 )
 def test_marks_and_ends_of_lines_are_no_content(write, content):
     assert load_dataset_dict(write("rows.jsonl", content))["train"].to_list() == [{"a": "x", "b": 7}]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_csv_files_of_a_repository_with_a_card(write, tmp_path, streaming):
+    write("rows/README.md", "A card.")
+    write("rows/train.csv", "a,b\nx,None\ny,N/A\nz,\n")
+    dataset = load_dataset_dict(str(tmp_path / "rows"), streaming=streaming)
+    assert [row["b"] for row in dataset["train"]] == ["None", "N/A", None]
+
+
+def test_json_and_jsonl_are_one_type(write, tmp_path):
+    write("rows/train.jsonl", ROWS)
+    write("rows/test.json", ROWS[:1])
+    assert load_dataset_dict(str(tmp_path / "rows")).num_rows == {"train": 2, "test": 1}
 
 
 def test_a_csv_with_byte_order_mark_and_a_column_without_name(write):
