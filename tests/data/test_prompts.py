@@ -8,7 +8,8 @@ from mentor_trl.cli import data as script
 from mentor_trl.cli.arguments import MentorScriptArguments
 from mentor_trl.data import MENTOR_SYSTEM_PROMPT, DataError, load_prompt_datasets
 from mentor_trl.data.preparation import PRESETS, PromptArguments, normalize_problem, prepare_prompts
-from mentor_trl.data.preparation.sources import known_test_sets, parse_test_set
+from mentor_trl.data.preparation.sources import parse_test_set
+from mentor_trl.data.problems import TEST_SETS, TestSet
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -168,16 +169,16 @@ def test_mistakes_are_named(tmp_path, options, parts):
 
 
 def test_test_sets_are_named_or_given_by_path():
-    assert parse_test_set("olympiadbench", "test_sets") == ("olympiadbench", known_test_sets()["olympiadbench"])
-    assert parse_test_set("gpqa", "test_sets")[1]["path"] == "Idavidrein/gpqa"
+    assert parse_test_set("olympiadbench", "test_sets") == ("olympiadbench", TEST_SETS["olympiadbench"])
+    assert parse_test_set("gpqa", "test_sets") == ("gpqa_diamond", TEST_SETS["gpqa_diamond"])
     # A copy keeps the form of its rows, and neither configuration nor split.
-    assert parse_test_set("arc=copy.jsonl", "test_sets") == ("arc_challenge", {"path": "copy.jsonl", "form": "arc"})
-    assert parse_test_set("org/set", "test_sets")[1] == {"path": "org/set"}
+    assert parse_test_set("arc=copy.jsonl", "test_sets") == ("arc_challenge", TestSet("copy.jsonl", form="arc"))
+    assert parse_test_set("org/set", "test_sets") == ("set", TestSet("org/set"))
 
 
 def test_every_test_set_of_the_presets_is_known():
     names = {name for preset in PRESETS.values() for name in preset.get("test_sets", [])}
-    assert names and names <= set(known_test_sets())
+    assert names and names <= set(TEST_SETS)
 
 
 def test_multiple_choice_questions_come_with_their_choices(tmp_path):

@@ -6,17 +6,17 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.evaluation.problems import ANSWER_COLUMNS, QUESTION_COLUMNS, build_problem
 from mentor_trl.rewards import format_reward
 
 from ..cells import cell, column_paths, find_column, text_of, widen
 from ..loading import DataError, load_dataset_dict, select_split
+from ..problems import ANSWER_COLUMNS, QUESTION_COLUMNS, TEST_SETS, build_problem
 from ..rows import build_prompt_dataset, prompt_text
 from .account import Funnel, Report
 from .matching import normalize_problem
 from .openr1 import CORRECT, GENERATIONS, keep_generations
 from .settings import PromptArguments
-from .sources import answers_of, are_verifiable, load_test_set, load_tokenizer, parse_test_set, render_prompts
+from .sources import ALIASES, answers_of, are_verifiable, load_test_set, load_tokenizer, parse_test_set, render_prompts
 
 
 if TYPE_CHECKING:
@@ -163,15 +163,15 @@ def _drop_test_problems(funnel: Funnel, args: PromptArguments) -> "Dataset | Non
     specs += [] if _is_none(args.test_sets) else [("test_sets", spec) for spec in args.test_sets]
     eval_rows, seen = None, {}
     for option, spec in specs:
-        name, where = parse_test_set(spec, option)
+        name, test_set = parse_test_set(spec, option)
         # A name alone means the set that was given a path before.
-        if where in seen.values() or (spec == name and name in seen):
+        if test_set in seen.values() or (name in seen and spec in (*TEST_SETS, *ALIASES)):
             continue
-        seen[name] = where
-        rows = load_test_set(name, where, option)
+        seen[name] = test_set
+        rows = load_test_set(name, test_set, option)
         column = find_column(rows.column_names, QUESTION_COLUMNS, option, name)
         keys = {normalize_problem(prompt_text(prompt)) for prompt in rows[column]}
-        parts = [where["path"], *(f"{part} {where[part]}" for part in ("config", "split") if where.get(part))]
+        parts = [part if key == "path" else f"{key} {part}" for key, part in test_set.on_hub.items()]
         funnel.report.facts.append((f"test set {name}", ", ".join(parts)))
         step = f"problem of {name} ({len(keys):,} problems)"
         funnel.keep(step, [key not in keys for key in funnel.columns["key"]])
@@ -261,9 +261,9 @@ def _prompt_options(args: PromptArguments) -> dict[str, Any]:
 def _build_eval(rows: "Dataset", args: PromptArguments) -> "Dataset":
     from datasets import Dataset
 
-    name, where = parse_test_set(args.eval_set, "eval_set")
-    if where.get("form"):
-        problems = [build_problem(where["form"], row, index, name) for index, row in enumerate(rows)]
+    name, test_set = parse_test_set(args.eval_set, "eval_set")
+    if test_set.form != "short_answer":
+        problems = [build_problem(test_set.form, row, index, name) for index, row in enumerate(rows)]
         prompts, answers = [row["question"] for row in problems], [row["answer"] for row in problems]
     else:
         prompts = list(rows[find_column(rows.column_names, QUESTION_COLUMNS, "eval_set", name)])

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.evaluation.problems import answer_of, test_sets
-
 from ..loading import DataError, file_type, load_dataset_dict, select_split
+from ..problems import TEST_SETS, TestSet, answer_of
 
 
 if TYPE_CHECKING:
@@ -17,44 +16,39 @@ if TYPE_CHECKING:
 ALIASES = {"gpqa": "gpqa_diamond", "arc": "arc_challenge"}
 
 
-def known_test_sets() -> dict[str, dict[str, Any]]:
-    """The evaluation sets and `amc`, AMC 12 of 2022 and 2023 (`amc23` is that of 2023)."""
-    return {**test_sets(), "amc": {"path": "AI-MO/aimo-validation-amc", "split": "train"}}
-
-
-def parse_test_set(spec: str, option: str) -> tuple[str, dict[str, Any]]:
+def parse_test_set(spec: str, option: str) -> tuple[str, TestSet]:
     """
-    Return the name of a test set and where it is: `path`, and `config`, `split` and `form` where they are known.
+    Return the name of a test set, and where it is.
 
-    `spec` is a name of [`known_test_sets`]; `NAME=PATH` for a Hub id, file or folder, whose rows have the form of the
-    test set of that name where there is one; or a Hub id, file or folder alone.
+    `spec` is a name of [`~mentor_trl.data.problems.TEST_SETS`]; `NAME=PATH` for a Hub id, file or folder, whose rows
+    have the form of the test set of that name where there is one; or a Hub id, file or folder alone.
     """
     name, has_path, path = spec.partition("=")
-    known, name = known_test_sets(), ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     if has_path:
         if not (name and path):
             raise DataError(f"`{option}` holds '{spec}'; write NAME=PATH, for example math500=math500.jsonl")
         # A copy of a known set keeps the form of its rows; its configuration and split are its own affair.
-        return name, {"path": path, "form": known.get(name, {}).get("form")}
-    if name in known:
-        return name, known[name]
+        return name, TestSet(path, form=TEST_SETS[name].form) if name in TEST_SETS else TestSet(path)
+    if name in TEST_SETS:
+        return name, TEST_SETS[name]
     if "/" in spec or file_type(Path(spec)) or Path(spec).exists():
-        return Path(spec).stem, {"path": spec}
-    near = difflib.get_close_matches(spec, known, n=1)
+        return Path(spec).stem, TestSet(spec)
+    near = difflib.get_close_matches(spec, TEST_SETS, n=1)
     hint = f"did you mean '{near[0]}'?" if near else "or give NAME=PATH of a file, a folder or a Hub id"
-    raise DataError(f"Unknown test set '{spec}' in `{option}`, known are {', '.join(known)}; {hint}")
+    raise DataError(f"Unknown test set '{spec}' in `{option}`, known are {', '.join(TEST_SETS)}; {hint}")
 
 
-def load_test_set(name: str, where: dict[str, Any], option: str) -> "Dataset":
-    """Load the rows of a test set; where it is, [`parse_test_set`] says."""
+def load_test_set(name: str, test_set: TestSet, option: str) -> "Dataset":
+    """Load the rows of a test set."""
     try:
-        splits = load_dataset_dict(where["path"], where.get("config"))
+        splits = load_dataset_dict(test_set.path, test_set.config)
     except DataError as error:
         raise DataError(f"Test set '{name}' of `{option}`: {error} (or give `{option}` {name}=PATH)") from error
-    split = where.get("split") or ("test" if "test" in splits else next(iter(splits)))
-    if "split" not in where and split != "test" and len(splits) > 1:
+    split = test_set.split or ("test" if "test" in splits else next(iter(splits)))
+    if test_set.split is None and split != "test" and len(splits) > 1:
         raise DataError(
-            f"Test set '{name}' ({where['path']}) has the splits {', '.join(splits)} and none of them is 'test'; give "
+            f"Test set '{name}' ({test_set.path}) has the splits {', '.join(splits)} and none of them is 'test'; give "
             "the path of the file that holds the test problems"
         )
     return select_split(splits, split, option)
@@ -91,7 +85,7 @@ def answers_of(values: Iterable[Any], delimiter: str | None, column: str) -> lis
     Return the bare answers of a solution column, with `None` where a cell holds none.
 
     Where most cells have a `\boxed{}`, they are worked solutions, and one without a box has no answer. The others are
-    read by [`~mentor_trl.evaluation.problems.answer_of`].
+    read by [`~mentor_trl.data.problems.answer_of`].
     """
     values = list(values)
     boxed = [isinstance(value, str) and "\\boxed" in value for value in values]

@@ -1,21 +1,23 @@
 """
-From the rows of an evaluation set (on the Hub or in a local file) to a question and its answer.
+The test sets: where each is, and from its rows (on the Hub or in a local file) to a question and its answer.
 
-The task files in `tasks/` name [`load_problems`] as their `custom_dataset`, so that lm-eval's own command line loads
-the sets in the same way.
+The task files of `mentor_trl/evaluation/tasks` name [`load_problems`] as their `custom_dataset`, so that lm-eval's own
+command line loads the sets in the same way.
 """
 
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.data.cells import answer_text, extract_solution
-from mentor_trl.data.loading import COMPRESSIONS, FILE_FORMATS, DataError, load_dataset_dict
-from mentor_trl.data.rows import prompt_text
 from mentor_trl.rewards import extract_boxed
+
+from .cells import answer_text, extract_solution
+from .loading import COMPRESSIONS, FILE_FORMATS, DataError, load_dataset_dict
+from .rows import prompt_text
 
 
 if TYPE_CHECKING:
@@ -27,41 +29,81 @@ Row = dict[str, Any]
 CHOICE_INSTRUCTION = "Answer with the letter of the correct choice."
 QUESTION_COLUMNS = ("prompt", "problem", "question", "Problem", "Question", "instruction")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution", "Answer", "Solution")
-TASK_FOLDER = Path(__file__).with_name("tasks")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 
 
-def test_sets() -> dict[str, dict[str, Any]]:
-    """Where each evaluation set is, as its task file says: the arguments of [`load_problems`], by its name."""
-    import yaml
-
-    files = sorted(TASK_FOLDER.glob("*.yaml"))
-    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))["dataset_kwargs"] for file in files}
-
-
-def load_problems(
-    path: str,
-    split: str,
-    config: str | None = None,
-    form: str = "short_answer",
-    files: list[str] | None = None,
-    data_dir: str | None = None,
-    **_: Any,
-) -> "dict[str, Dataset]":
+@dataclass(frozen=True)
+class TestSet:
     """
-    Load an evaluation set.
+    A test set.
 
     Args:
         path (`str`):
-            Hub id of the set.
-        split (`str`):
-            Split to evaluate on. A local file that holds a single split is taken as it is.
+            Hub id, file or folder.
+        split (`str`, *optional*):
+            Split that holds the problems. If not set, `test`, or the only split.
         config (`str`, *optional*):
-            Configuration name on the Hub.
+            Configuration on the Hub.
         form (`str`, *optional*, defaults to `"short_answer"`):
             What the rows look like: `short_answer`, `gpqa`, `arc` or `mmlu_pro`.
-        files (`list[str]`, *optional*):
-            Names, without ending, that the set may have in `data_dir`.
+        files (`tuple[str, ...]`, *optional*):
+            Names, without ending, that the set may have in a folder of local files.
+        title (`str`, *optional*):
+            Name in tables. If not set, `mentor-trl eval` does not know the set.
+    """
+
+    __test__ = False  # not a test case of pytest
+
+    path: str
+    split: str | None = None
+    config: str | None = None
+    form: str = "short_answer"
+    files: tuple[str, ...] = ()
+    title: str | None = None
+
+    @property
+    def on_hub(self) -> dict[str, str]:
+        """`path`, `split` and, where there is one, `config`."""
+        place = {"path": self.path, "split": self.split, "config": self.config}
+        return {key: value for key, value in place.items() if value is not None}
+
+
+TEST_SETS: dict[str, TestSet] = {
+    "math500": TestSet("HuggingFaceH4/MATH-500", "test", files=("math500", "math-500", "MATH-500"), title="MATH500"),
+    "aime24": TestSet("HuggingFaceH4/aime_2024", "train", files=("aime24", "aime_2024"), title="AIME24"),
+    "aime25": TestSet("math-ai/aime25", "test", files=("aime25", "aime_2025"), title="AIME25"),
+    "amc23": TestSet("math-ai/amc23", "test", files=("amc23", "amc"), title="AMC23"),
+    "amc": TestSet("AI-MO/aimo-validation-amc", "train"),  # AMC 12 of 2022 and 2023
+    "minerva": TestSet(
+        "math-ai/minervamath", "test", files=("minerva_math", "minervamath", "minerva"), title="Minerva"
+    ),
+    "olympiadbench": TestSet(
+        "Hothan/OlympiadBench",
+        "train",
+        "OE_TO_maths_en_COMP",
+        files=("olympiadbench", "OlympiadBench", "OE_TO_maths_en_COMP"),
+        title="OlympiadBench",
+    ),
+    "gpqa_diamond": TestSet(
+        "Idavidrein/gpqa", "train", "gpqa_diamond", "gpqa", ("gpqa_diamond", "gpqa"), "GPQA-diamond"
+    ),
+    "arc_challenge": TestSet(
+        "allenai/ai2_arc", "test", "ARC-Challenge", "arc", ("arc_challenge", "ARC-Challenge"), "ARC-challenge"
+    ),
+    "mmlu_pro": TestSet(
+        "TIGER-Lab/MMLU-Pro", "test", form="mmlu_pro", files=("mmlu_pro", "MMLU-Pro"), title="MMLU-Pro"
+    ),
+    "gsm8k": TestSet("openai/gsm8k", "test", "main", files=("gsm8k_test", "gsm8k"), title="GSM8K"),
+}
+
+
+def load_problems(test_set: str, data_dir: str | None = None, **_: Any) -> "dict[str, Dataset]":
+    """
+    Load a test set for evaluation.
+
+    Args:
+        test_set (`str`):
+            Its name in [`TEST_SETS`]. A local file that holds a single split is taken as it is.
         data_dir (`str`, *optional*):
             Folder of local files. If set, nothing is asked of the Hub.
         **_:
@@ -76,17 +118,17 @@ def load_problems(
     """
     from datasets import Dataset
 
+    found = TEST_SETS[test_set]
     if data_dir is None:
-        where = f"{path} (split '{split}')"
-        rows = _load_from_hub(path, config, split)
+        where = f"{found.path} (split '{found.split}')"
+        rows = _load_from_hub(found.path, found.config, found.split)
     else:
-        file = _find_file(Path(data_dir).expanduser(), files or [path.rpartition("/")[2]])
-        where = str(file)
-        splits = load_dataset_dict(where, config)
-        if split not in splits and len(splits) > 1:
-            raise DataError(f"{where} has the splits {sorted(splits)}, but not '{split}'; name one of them so")
-        rows = splits[split] if split in splits else next(iter(splits.values()))
-    problems = [build_problem(form, row, index, where) for index, row in enumerate(rows)]
+        where = str(_find_file(Path(data_dir).expanduser(), found.files))
+        splits = load_dataset_dict(where)
+        if found.split not in splits and len(splits) > 1:
+            raise DataError(f"{where} has the splits {sorted(splits)}, but not '{found.split}'; name one of them so")
+        rows = splits[found.split] if found.split in splits else next(iter(splits.values()))
+    problems = [build_problem(found.form, row, index, where) for index, row in enumerate(rows)]
     if not problems:
         raise DataError(f"There are no rows in {where}")
     return {"test": Dataset.from_list(problems)}
@@ -105,7 +147,7 @@ def _load_from_hub(path: str, config: str | None, split: str) -> "Dataset":
     return splits[split]
 
 
-def _find_file(folder: Path, names: list[str]) -> Path:
+def _find_file(folder: Path, names: tuple[str, ...]) -> Path:
     if not folder.is_dir():
         raise DataError(f"The folder {folder} (`data_dir`) does not exist")
     endings = ["", *(ending + packed for ending in FILE_FORMATS for packed in ("", *COMPRESSIONS))]
@@ -164,7 +206,7 @@ def answer_of(value: Any, delimiter: str | None = None, where: str = "The answer
 
     Example:
     ```python
-    >>> from mentor_trl.evaluation.problems import answer_of
+    >>> from mentor_trl.data.problems import answer_of
 
     >>> answer_of(27.0), answer_of(r"So it is $\boxed{\frac{1}{2}}$."), answer_of(["$3$", "5"]), answer_of("2 #### 2")
     ('27', '\\frac{1}{2}', '3, 5', '2')
