@@ -123,7 +123,7 @@ def load_problems(test_set: str, data_dir: str | None = None, **_: Any) -> "dict
         where = f"{found.path} (split '{found.split}')"
         rows = _load_from_hub(found.path, found.config, found.split)
     else:
-        where = str(_find_file(Path(data_dir).expanduser(), found.files))
+        where = str(find_file(Path(data_dir).expanduser(), found.files))
         splits = load_dataset_dict(where)
         if found.split not in splits and len(splits) > 1:
             raise DataError(f"{where} has the splits {sorted(splits)}, but not '{found.split}'; name one of them so")
@@ -147,7 +147,8 @@ def _load_from_hub(path: str, config: str | None, split: str) -> "Dataset":
     return splits[split]
 
 
-def _find_file(folder: Path, names: tuple[str, ...]) -> Path:
+def find_file(folder: Path, names: tuple[str, ...]) -> Path:
+    """Return the file or folder that has the first of these names (without ending) for which there is one."""
     if not folder.is_dir():
         raise DataError(f"The folder {folder} (`data_dir`) does not exist")
     endings = ["", *(ending + packed for ending in FILE_FORMATS for packed in ("", *COMPRESSIONS))]
