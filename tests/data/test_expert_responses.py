@@ -86,6 +86,16 @@ def test_a_run_that_died_goes_on(draw, tmp_path):
     assert not stored.parent.exists()
 
 
+@pytest.mark.parametrize("line", ["{", "[]", '{"index": 0}', "null"])
+def test_a_damaged_store_is_named(draw, tmp_path, line):
+    with pytest.raises(KeyboardInterrupt):
+        draw(ScriptedEngine(ANSWERS, dies_at=1))
+    with (tmp_path / "out.partial" / "responses.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="responses.jsonl is damaged .*remove the folder to begin anew"):
+        draw(ScriptedEngine(ANSWERS))
+
+
 def test_responses_of_other_settings_are_refused(draw):
     with pytest.raises(KeyboardInterrupt):
         draw(ScriptedEngine(ANSWERS, dies_at=1))

@@ -148,6 +148,8 @@ def test_long_prompts_are_measured_with_the_chat_template(tmp_path, tiny_model_d
         ({"prompt_column": "query"}, ["'query'", "`prompt_column`"]),
         ({"solution_column": "answer"}, ["'answer'", "`solution_column`"]),
         ({"keep_columns": ["subject"]}, ["'subject'", "`keep_columns`"]),
+        ({"keep_columns": ["solution"]}, ["`keep_columns`", "'solution'", "made here"]),
+        ({"num_proc": 0}, ["`num_proc` is 0"]),
         ({"level_column": None}, ["`level_column`"]),
         ({"test_sets": ["math50"]}, ["'math50'", "did you mean 'math500'?"]),
         ({"test_sets": ["math500=/absent.jsonl"]}, ["/absent.jsonl does not exist", "`test_sets`"]),
@@ -156,7 +158,7 @@ def test_long_prompts_are_measured_with_the_chat_template(tmp_path, tiny_model_d
         ({"dataset_name": "/absent.jsonl"}, ["/absent.jsonl does not exist"]),
         ({"max_samples": 0}, ["`max_samples` is 0"]),
         ({"max_prompt_tokens": 5}, ["`tokenizer`"]),
-        ({"max_prompt_tokens": 5, "tokenizer": "/absent"}, ["No tokenizer", "/absent"]),
+        ({"max_prompt_tokens": 5, "tokenizer": "/absent"}, ["No tokenizer", "there is no folder /absent"]),
         ({"generations": True, "tokenizer": "x", "trajectory_column": "y"}, ["set one of them"]),
         ({"all_generations": True}, ["`all_generations` needs `generations`"]),
         ({"levels": [1], "solution_delimiter": "####"}, ["No row", "no answer"]),
@@ -336,3 +338,29 @@ def test_files_that_cannot_be_read_end_in_one_line(tmp_path, capsys, content):
         script.run(["custom", "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")])
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "error: Dataset" in last and "rows.jsonl cannot be read" in last
+
+
+def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--output_dir", str(tmp_path / "file" / "out"))
+    assert f"cannot be made inside {tmp_path / 'file'}; choose another" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    def fill(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "to_parquet", fill)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--output_dir", str(tmp_path / "new" / "out"))
+    assert "No space left on device; make room there" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_chat_template_that_refuses_the_messages_is_named(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"problem": "a", "answer": "1"}]
+    with pytest.raises(DataError, match="refuses a prompt: no system role; change the messages"):
+        prepare(tmp_path, rows, "custom", tokenizer=str(tmp_path / "tokenizer"), max_prompt_tokens=8)

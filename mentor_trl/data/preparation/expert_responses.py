@@ -30,22 +30,24 @@ class ResponseStore:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.path, self.settings = folder / "responses.jsonl", settings
-        self.responses: dict[int, list[Response]] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
         # A run that died while it wrote leaves a last line without its end.
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             self.path.write_bytes(whole)
-        head, *rows = [json.loads(line) for line in whole.decode().splitlines()] or [settings]
-        names = [key for key in settings if head.get(key) != settings[key]]
+        try:
+            head, *rows = [json.loads(line) for line in whole.decode().splitlines()] or [settings]
+            self.responses = {row["index"]: [Response(*response) for response in row["responses"]] for row in rows}
+            settings_then = dict(head)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path} is damaged ({error!r}); remove the folder to begin anew") from error
+        names = [key for key in settings if settings_then.get(key) != settings[key]]
         if names:
-            differ = ", ".join(f"{key} ({head.get(key)!r} then, {settings[key]!r} now)" for key in names)
+            differ = ", ".join(f"{key} ({settings_then.get(key)!r} then, {settings[key]!r} now)" for key in names)
             raise DataError(
                 f"{folder} holds responses of an earlier run that differs in {differ}; run with the settings of "
                 "then to go on with it, or remove the folder to begin anew"
             )
-        for row in rows:
-            self.responses[row["index"]] = [Response(*response) for response in row["responses"]]
 
     def add(self, responses: dict[int, list[Response]]) -> None:
         """Store the responses of a batch, by the index of their row."""

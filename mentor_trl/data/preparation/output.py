@@ -25,6 +25,9 @@ def check_output(args: OutputArguments) -> None:
         path = Path(args.output_dir).expanduser()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise DataError(f"The output folder {path} already exists; choose another `output_dir`, or remove it")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise DataError(f"The output folder {path} cannot be made inside {above}; choose another `output_dir`")
 
 
 def write_dataset(dataset: "DatasetDict", card: str, args: OutputArguments) -> list[str]:
@@ -51,6 +54,8 @@ def write_dataset(dataset: "DatasetDict", card: str, args: OutputArguments) -> l
         if target.exists():
             target.rmdir()
         os.replace(folder, target)
+    except OSError as error:
+        raise DataError(f"The dataset cannot be written to {folder.parent}: {error}; make room there") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     # The folder is in place by now: a failed upload loses nothing.

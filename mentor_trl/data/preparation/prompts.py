@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
     from transformers import PreTrainedTokenizerBase
 
-_LEVEL = re.compile(r"(?:level\s*)?(\d+)", re.IGNORECASE)
+MADE = ("prompt", "solution", "source", "level", "trajectory", "trajectories")
+_LEVEL = re.compile(r"(?:level\s*)?(\d+)(?:\.0)?", re.IGNORECASE)
 
 
 def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
@@ -84,7 +85,7 @@ def _measures(args: PromptArguments) -> bool:
 def _check_arguments(args: PromptArguments) -> str:
     if not args.dataset_name:
         raise DataError("No dataset is given; set `dataset_name` to a Hub id, a file or a folder")
-    for option in ("max_response_tokens", "max_prompt_tokens", "max_samples"):
+    for option in ("max_response_tokens", "max_prompt_tokens", "max_samples", "num_proc"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise DataError(f"`{option}` is {value}; it must be 1 or more")
@@ -95,6 +96,11 @@ def _check_arguments(args: PromptArguments) -> str:
         raise DataError("`all_generations` needs `generations`; set both, or neither")
     if args.generations and args.trajectory_column:
         raise DataError("`trajectory_column` and `generations` both say what becomes `trajectory`; set one of them")
+    made = next((column for column in args.keep_columns or [] if column in MADE), None)
+    if made is not None:
+        raise DataError(
+            f"`keep_columns` names '{made}', a column that is made here; rename that of the source, or drop it"
+        )
     return f"{args.dataset_name} (split '{args.dataset_split}')"
 
 
@@ -133,8 +139,8 @@ def parse_level(value: Any) -> int | None:
     """
     Return the level that a cell names, or `None` where it names none.
 
-    >>> parse_level("Level 5"), parse_level(3), parse_level("Level ?")
-    (5, 3, None)
+    >>> parse_level("Level 5"), parse_level(3), parse_level(3.0), parse_level("Level ?")
+    (5, 3, 3, None)
     """
     match = _LEVEL.fullmatch(str(value).strip())
     return int(match[1]) if match else None

@@ -61,11 +61,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"No tokenizer can be loaded from `tokenizer` {name!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        absent = "" if Path(name).is_dir() else f"there is no folder {name}, and as a Hub id: "
+        raise DataError(f"No tokenizer can be loaded from `tokenizer` {name!r}: {absent}{reason}") from error
 
 
 def render_prompts(prompts: list[str | list[dict]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the token ids of prompts (all text, or all messages) as `GRPOTrainer` makes them."""
+    from jinja2 import TemplateError
+
     prompts = list(prompts)
     if not prompts or isinstance(prompts[0], str):
         return tokenizer(text=prompts)["input_ids"] if prompts else []
@@ -76,8 +80,13 @@ def render_prompts(prompts: list[str | list[dict]], tokenizer: "PreTrainedTokeni
         )
     # Arrow gives every message the keys of all of them; absent ones come back as None.
     prompts = [[{k: v for k, v in message.items() if v is not None} for message in prompt] for prompt in prompts]
-    rendered = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return rendered["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise DataError(
+            f"The chat template of {tokenizer.name_or_path!r} refuses a prompt: {error}; change the messages (often "
+            "the system prompt or the order of the roles), or take another tokenizer"
+        ) from error
 
 
 def answers_of(values: Iterable[Any], delimiter: str | None, column: str) -> list[str | None]:
