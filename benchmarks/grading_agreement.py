@@ -13,24 +13,16 @@ import argparse
 from pathlib import Path
 
 from mentor_trl.data import load_dataset_dict
+from mentor_trl.data.problems import TEST_SETS, find_file, load_problems
 from mentor_trl.evaluation import TASKS
 from mentor_trl.evaluation.graded_rows import CORRECT, grade_math
-from mentor_trl.evaluation.harness import TASK_FOLDER
-from mentor_trl.evaluation.problems import _find_file, load_problems
 from mentor_trl.rewards import extract_boxed
-
-
-def _dataset_kwargs(task: str) -> dict:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return load_yaml(TASK_FOLDER / f"{task}.yaml", resolve_func=False)["dataset_kwargs"]
 
 
 def measure(task: str, data_dir: str) -> None:
     """Print the agreement on one set and every row that disagrees."""
-    kwargs = _dataset_kwargs(task)
-    answers = load_problems(**kwargs, data_dir=data_dir)["test"]["answer"]
-    rows = next(iter(load_dataset_dict(str(_find_file(Path(data_dir), kwargs["files"]))).values()))
+    answers = load_problems(task, data_dir)["test"]["answer"]
+    rows = next(iter(load_dataset_dict(str(find_file(Path(data_dir), TEST_SETS[task].files))).values()))
     # AIME's solutions of several authors end in remarks and boxes of their own
     own = task in ("math500", "minerva")
     solutions = [row["solution"] if own and extract_boxed(row["solution"]) else None for row in rows]

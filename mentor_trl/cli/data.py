@@ -22,8 +22,8 @@ from mentor_trl.errors import SetupError
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-    from mentor_trl.data.preparation.output import OutputArguments
-    from mentor_trl.data.preparation.report import Report
+    from mentor_trl.data.preparation.account import Report
+    from mentor_trl.data.preparation.settings import OutputArguments
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,13 @@ class DataArgumentParser(MentorArgumentParser):
 
 def make_parser(name: str) -> DataArgumentParser:
     """Build the parser of a subcommand."""
-    from mentor_trl.data.preparation import PRESETS, PromptArguments, TrajectoryArguments
-    from mentor_trl.data.preparation.hints import HintArguments
-    from mentor_trl.data.preparation.output import OutputArguments
+    from mentor_trl.data.preparation.settings import (
+        PRESETS,
+        HintArguments,
+        OutputArguments,
+        PromptArguments,
+        TrajectoryArguments,
+    )
 
     arguments = {"trajectories": TrajectoryArguments, "hints": HintArguments}.get(name, PromptArguments)
     groups = {"data": (arguments, None), "output": (OutputArguments, None)}
@@ -105,16 +109,18 @@ def main(name: str, args: Any, output: "OutputArguments", command: str) -> None:
             Name of the subcommand.
         args ([`~mentor_trl.data.preparation.PromptArguments`] and others):
             Options of the subcommand.
-        output ([`~mentor_trl.data.preparation.output.OutputArguments`]):
+        output ([`~mentor_trl.data.preparation.settings.OutputArguments`]):
             Where the dataset goes.
         command (`str`):
             The command line, for the card.
     """
     from mentor_trl.data.preparation.output import check_output, make_card, write_dataset
+    from mentor_trl.data.preparation.sources import count_unverifiable
 
     check_output(output)
     dataset, report, store = _prepare(name, args, output)
-    card = make_card(COMMANDS[name].title, command, report, dataset, _notes(args))
+    report.facts += count_unverifiable(dataset)
+    card = make_card(COMMANDS[name].title, command, report, dataset, _notes(args), output.output_format)
     report.print(f"{COMMANDS[name].title} ({getattr(args, 'dataset_name', None)})")
     for place in write_dataset(dataset, card, output):
         print(place)

@@ -22,9 +22,9 @@ from mentor_trl.errors import SetupError
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
 
+    from mentor_trl.cli.arguments import MentorScriptArguments
     from mentor_trl.cli.parser import MentorArgumentParser
     from mentor_trl.config import MentorGRPOConfig
-    from mentor_trl.data.loading import MentorScriptArguments
     from mentor_trl.trainer import MentorGRPOTrainer
 
 
@@ -53,9 +53,9 @@ def make_parser(prog: str | None = None) -> "MentorArgumentParser":
     """
     from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments
 
+    from mentor_trl.cli.arguments import MentorScriptArguments
     from mentor_trl.cli.parser import MentorArgumentParser, help_sections
     from mentor_trl.config import MentorGRPOConfig
-    from mentor_trl.data.loading import MentorScriptArguments
 
     sections = help_sections(
         {
@@ -192,7 +192,7 @@ def main(
     Load the data, build the trainer, train and save.
 
     Args:
-        script_args ([`~mentor_trl.data.MentorScriptArguments`]):
+        script_args ([`~mentor_trl.cli.arguments.MentorScriptArguments`]):
             Data and rewards.
         training_args ([`~mentor_trl.MentorGRPOConfig`]):
             Training, the expert and mixed rollouts.
@@ -203,7 +203,7 @@ def main(
         recipe (`dict[str, Any]`, *optional*):
             The options that were set, which are saved as `recipe.yaml` and shown in the model card.
     """
-    from mentor_trl.data.loading import load_prompt_datasets
+    from mentor_trl.data import load_prompt_datasets
     from mentor_trl.publishing.hub import make_repository
     from mentor_trl.publishing.recipe import save
 

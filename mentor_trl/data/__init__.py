@@ -1,24 +1,18 @@
 """Training data: prompts, answers, expert trajectories and hints."""
 
-from .loading import (
-    MENTOR_SYSTEM_PROMPT,
-    DataError,
-    MentorScriptArguments,
-    add_hints,
-    build_prompt_dataset,
-    extract_solution,
-    load_dataset_dict,
-    load_prompt_datasets,
-    select_split,
-)
+from .cells import extract_solution
+from .hints import add_hint, add_hints, cut_hint
+from .loading import DataError, load_dataset_dict, select_split
+from .rows import MENTOR_SYSTEM_PROMPT, build_prompt_dataset, load_prompt_datasets
 
 
 __all__ = [
     "DataError",
     "MENTOR_SYSTEM_PROMPT",
-    "MentorScriptArguments",
+    "add_hint",
     "add_hints",
     "build_prompt_dataset",
+    "cut_hint",
     "extract_solution",
     "load_dataset_dict",
     "load_prompt_datasets",

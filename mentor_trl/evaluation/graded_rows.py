@@ -85,7 +85,7 @@ def grade_responses(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> lis
         resps (`Sequence[Sequence[str]]`):
             Completions of each problem.
         docs (`Sequence[dict]`):
-            Problems, as [`~mentor_trl.evaluation.problems.load_problems`] returns them.
+            Problems, as [`~mentor_trl.data.problems.load_problems`] returns them.
 
     Returns:
         `list[list[str]]`: a verdict in place of each completion.

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mentor_trl.data.loading import MENTOR_SYSTEM_PROMPT
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT
+from mentor_trl.data.problems import TEST_SETS
 from mentor_trl.errors import SetupError
 
 from . import TASKS
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 
-BACKENDS = ("hf", "vllm", "server")
 TASK_FOLDER = Path(__file__).with_name("tasks")
+BACKENDS = ("hf", "vllm", "server")
 SAMPLING_TEMPERATURE = 0.6
 
 
@@ -276,8 +277,7 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
     if results is None:
         return None
     rows = sorted(results["samples"][task.config.task], key=lambda row: row["doc_id"])
-    dataset = {key: value for key, value in task.config.dataset_kwargs.items() if key in ("path", "config", "split")}
-    return TaskRun(name, num_samples, temperature, dataset, [_sample(name, row) for row in rows])
+    return TaskRun(name, num_samples, temperature, TEST_SETS[name].on_hub, [_sample(name, row) for row in rows])
 
 
 def generation_kwargs(backend: str, settings: Settings, temperature: float) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """Making training sets: prompts without the problems of the test sets, expert trajectories, and hints."""
 
-from .hints import HINT_HEADER, HintArguments, add_hint, cut_hint, prepare_hints
+from ..hints import add_hint, cut_hint
+from .expert_responses import prepare_trajectories
+from .hinted_prompts import prepare_hints
 from .matching import normalize_problem
-from .prompts import PRESETS, PromptArguments, prepare_prompts
-from .sources import TEST_SETS, TestSet
-from .trajectories import TrajectoryArguments, prepare_trajectories
+from .prompts import prepare_prompts
+from .settings import PRESETS, HintArguments, PromptArguments, TrajectoryArguments
 
 
 __all__ = [
-    "HINT_HEADER",
     "HintArguments",
     "PRESETS",
     "PromptArguments",
-    "TEST_SETS",
-    "TestSet",
     "TrajectoryArguments",
     "add_hint",
     "cut_hint",

@@ -44,17 +44,3 @@ def normalize_problem(text: str) -> str:
     text = _SPACE.sub("", text).casefold()
     text = _ONE_IN_BRACES.sub(r"\1", _THOUSANDS.sub("", text))
     return text.rstrip(".,;:!?")
-
-
-def problem_text(prompt: str | list[dict] | None) -> str:
-    """Return the text of the problem in a prompt: the prompt itself, or what its user messages say."""
-    if isinstance(prompt, list):
-        contents = [m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") == "user"]
-        return "\n".join(_content_text(content) for content in contents)
-    return prompt if isinstance(prompt, str) else ""
-
-
-def _content_text(content: str | list[dict] | None) -> str:
-    if isinstance(content, list):
-        return "".join(block.get("text") or "" for block in content if isinstance(block, dict))
-    return content or ""

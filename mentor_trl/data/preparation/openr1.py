@@ -1,13 +1,12 @@
 """Which of the generations of an OpenR1-Math row become expert trajectories."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.data.loading import DataError
+from ..loading import DataError
+from .account import Funnel
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 GENERATIONS, CORRECT, COMPLETE = "generations", "correctness_math_verify", "is_reasoning_complete"
@@ -16,86 +15,48 @@ INCORRECT = "no generation that math-verify marked correct"
 INCOMPLETE = "no such generation whose reasoning is complete"
 
 
-@dataclass
-class GenerationChooser:
+def keep_generations(
+    funnel: Funnel, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, num_proc: int | None = None
+) -> None:
     """
-    Chooses the generations that math-verify marked correct, that are complete, and that are short enough.
+    Keep the rows that have a generation which is marked correct, complete and of `max_tokens` tokens at most.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that measures the generations.
-        max_tokens (`int`):
-            Tokens that a generation may have.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    max_tokens: int
-
-    @property
-    def too_long(self) -> str:
-        """The reason of rows whose generations are all too long."""
-        return f"no such generation of {self.max_tokens:,} tokens at most"
-
-    @property
-    def reasons(self) -> list[str]:
-        """Every reason for which a row is dropped."""
-        return [INCORRECT, INCOMPLETE, self.too_long]
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        chosen = [self._correct(generations, marks) for generations, marks in zip(batch[GENERATIONS], batch[CORRECT])]
-        reasons = [None if indices else INCORRECT for indices in chosen]
-        if COMPLETE in batch:
-            chosen = [
-                [i for i in indices if marks is None or marks[i]] for indices, marks in zip(chosen, batch[COMPLETE])
-            ]
-        reasons = [reason or (None if indices else INCOMPLETE) for reason, indices in zip(reasons, chosen)]
-        texts = [generations[i] for generations, indices in zip(batch[GENERATIONS], chosen) for i in indices]
-        lengths = iter(self._lengths(texts))
-        chosen = [[i for i in indices if next(lengths) <= self.max_tokens] for indices in chosen]
-        reasons = [reason or (None if indices else self.too_long) for reason, indices in zip(reasons, chosen)]
-        return {"chosen": chosen, "reason": reasons}
-
-    def _correct(self, generations: list[str] | None, marks: list[bool] | None) -> list[int]:
-        generations, marks = generations or [], marks or []
-        if marks and len(generations) != len(marks):
-            raise DataError(
-                f"A row has {len(generations)} `{GENERATIONS}` and {len(marks)} marks in `{CORRECT}`; mend the row"
-            )
-        return [i for i, mark in enumerate(marks) if mark and generations[i]]
-
-    def _lengths(self, texts: list[str]) -> list[int]:
-        if not texts:
-            return []
-        # A tokenizer's warning that a text is longer than the model's context is no news here.
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-
-
-def choose_generations(dataset: "Dataset", chooser: GenerationChooser, num_proc: int | None = None) -> "Dataset":
-    """
-    Choose among the generations of every row.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with the columns `generations`, `correctness_math_verify` and, where known, `is_reasoning_complete`.
-        chooser ([`GenerationChooser`]):
-            What chooses.
-        num_proc (`int`, *optional*):
-            Number of processes.
-
-    Returns:
-        [`~datasets.Dataset`]: for each row `chosen` (`list[int]`), the indices of its generations, and `reason`
-        (`str` or `None`), why none is left.
+    The indices of those generations become the funnel's column `chosen`.
     """
     from datasets import Features, List, Value
 
-    columns = [column for column in (GENERATIONS, CORRECT, COMPLETE) if column in dataset.column_names]
-    return dataset.select_columns(columns).map(
-        chooser,
-        batched=True,
-        batch_size=64,
+    too_long = f"no such generation of {max_tokens:,} tokens at most"
+
+    def choose(row: dict[str, Any]) -> dict[str, Any]:
+        generations, marks = row[GENERATIONS] or [], row[CORRECT] or []
+        if marks and len(generations) != len(marks):
+            raise DataError(
+                f"A row has {len(generations)} `{GENERATIONS}` and {len(marks)} marks in `{CORRECT}`; fix the row"
+            )
+        correct = [i for i, mark in enumerate(marks) if mark and generations[i]]
+        whole = row.get(COMPLETE) or [True] * len(marks)
+        complete = [i for i in correct if whole[i]]
+        # A tokenizer's warning that a text is longer than the model's context is no news here.
+        lengths = {
+            i: len(tokenizer(generations[i], add_special_tokens=False, verbose=False).input_ids) for i in complete
+        }
+        chosen = [i for i in complete if lengths[i] <= max_tokens]
+        reason = INCORRECT if not correct else INCOMPLETE if not complete else None if chosen else too_long
+        return {"chosen": chosen, "reason": reason}
+
+    columns = [column for column in (GENERATIONS, CORRECT, COMPLETE) if column in funnel.dataset.column_names]
+    choice = funnel.dataset.select_columns(columns).map(
+        choose,
         remove_columns=columns,
         features=Features({"chosen": List(Value("int64")), "reason": Value("string")}),
         num_proc=num_proc,
         load_from_cache_file=False,
         desc="Measuring generations",
     )
+    funnel.columns |= {"chosen": list(choice["chosen"]), "reason": list(choice["reason"])}
+    for step in (INCORRECT, INCOMPLETE, too_long):
+        funnel.keep(step, [reason != step for reason in funnel.columns["reason"]])
+    if COMPLETE not in columns:
+        funnel.report.facts.append((f"column `{COMPLETE}`", "absent, so that no generation was dropped for it"))
+    number = sum(map(len, funnel.columns["chosen"]))
+    funnel.report.facts.append(("generations that pass, over all rows", f"{number:,}"))

@@ -5,14 +5,11 @@ import pytest
 from datasets import Dataset, load_dataset, load_from_disk
 
 from mentor_trl.cli import data as script
-from mentor_trl.data import MENTOR_SYSTEM_PROMPT, DataError, MentorScriptArguments, load_prompt_datasets
+from mentor_trl.cli.arguments import MentorScriptArguments
+from mentor_trl.data import MENTOR_SYSTEM_PROMPT, DataError, load_prompt_datasets
 from mentor_trl.data.preparation import PRESETS, PromptArguments, normalize_problem, prepare_prompts
-from mentor_trl.data.preparation.sources import TEST_SETS, parse_test_set
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+from mentor_trl.data.preparation.sources import parse_test_set
+from mentor_trl.data.problems import TEST_SETS, TestSet
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -151,6 +148,8 @@ def test_long_prompts_are_measured_with_the_chat_template(tmp_path, tiny_model_d
         ({"prompt_column": "query"}, ["'query'", "`prompt_column`"]),
         ({"solution_column": "answer"}, ["'answer'", "`solution_column`"]),
         ({"keep_columns": ["subject"]}, ["'subject'", "`keep_columns`"]),
+        ({"keep_columns": ["solution"]}, ["`keep_columns`", "'solution'", "made here"]),
+        ({"num_proc": 0}, ["`num_proc` is 0"]),
         ({"level_column": None}, ["`level_column`"]),
         ({"test_sets": ["math50"]}, ["'math50'", "did you mean 'math500'?"]),
         ({"test_sets": ["math500=/absent.jsonl"]}, ["/absent.jsonl does not exist", "`test_sets`"]),
@@ -159,7 +158,7 @@ def test_long_prompts_are_measured_with_the_chat_template(tmp_path, tiny_model_d
         ({"dataset_name": "/absent.jsonl"}, ["/absent.jsonl does not exist"]),
         ({"max_samples": 0}, ["`max_samples` is 0"]),
         ({"max_prompt_tokens": 5}, ["`tokenizer`"]),
-        ({"max_prompt_tokens": 5, "tokenizer": "/absent"}, ["No tokenizer", "/absent"]),
+        ({"max_prompt_tokens": 5, "tokenizer": "/absent"}, ["No tokenizer", "there is no folder /absent"]),
         ({"generations": True, "tokenizer": "x", "trajectory_column": "y"}, ["set one of them"]),
         ({"all_generations": True}, ["`all_generations` needs `generations`"]),
         ({"levels": [1], "solution_delimiter": "####"}, ["No row", "no answer"]),
@@ -173,10 +172,24 @@ def test_mistakes_are_named(tmp_path, options, parts):
 
 def test_test_sets_are_named_or_given_by_path():
     assert parse_test_set("olympiadbench", "test_sets") == ("olympiadbench", TEST_SETS["olympiadbench"])
-    name, test_set = parse_test_set("gsm8k=copy.jsonl", "test_sets")
-    assert (name, test_set.path, test_set.config, test_set.split) == ("gsm8k", "copy.jsonl", None, None)
-    assert test_set.solution_delimiter == "####"
-    assert parse_test_set("org/set", "test_sets")[1].path == "org/set"
+    assert parse_test_set("gpqa", "test_sets") == ("gpqa_diamond", TEST_SETS["gpqa_diamond"])
+    # A copy keeps the form of its rows, and neither configuration nor split.
+    assert parse_test_set("arc=copy.jsonl", "test_sets") == ("arc_challenge", TestSet("copy.jsonl", form="arc"))
+    assert parse_test_set("org/set", "test_sets") == ("set", TestSet("org/set"))
+
+
+def test_every_test_set_of_the_presets_is_known():
+    names = {name for preset in PRESETS.values() for name in preset.get("test_sets", [])}
+    assert names and names <= set(TEST_SETS)
+
+
+def test_multiple_choice_questions_come_with_their_choices(tmp_path):
+    row = {"question": "What melts?", "choices": {"text": ["ice", "stone"], "label": ["A", "B"]}, "answerKey": "A"}
+    test = write(tmp_path / "test.jsonl", [row])
+    rows = [{"problem": "What melts?", "answer": "ice"}, {"problem": "What is 1?", "answer": "1"}]
+    dataset, report = prepare(tmp_path, rows, "custom", eval_set=f"arc={test}", system_prompt="none")
+    assert report.kept == 1 and dataset["test"]["solution"] == ["A"]
+    assert dataset["test"][0]["prompt"][0]["content"].startswith("What melts?\n\nA. ice\nB. stone")
 
 
 def run(tmp_path, *flags, rows=MATH_ROWS):
@@ -263,3 +276,91 @@ def test_messages_are_taken_as_they_are(tmp_path):
     write(tmp_path / "test.jsonl", [{"question": "what is 1"}])
     with pytest.raises(DataError, match="No row"):
         prepare_prompts(args)
+
+
+def test_fields_of_records_are_columns(tmp_path):
+    rows = [
+        {"in": {"prompt": "What is 1?", "level": 3}, "reward_model": {"ground_truth": "1"}, "reply": {"text": "t"}}
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    options = {
+        "prompt_column": "in.prompt",
+        "solution_column": "reward_model.ground_truth",
+        "level_column": "in.level",
+    }
+    args = PromptArguments(path, trajectory_column="reply.text", keep_columns=["in.level"], **options)
+    (row,) = prepare_prompts(args)[0]["train"]
+    assert (row["solution"], row["level"], row["trajectory"], row["in.level"]) == ("1", 3, "t", 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"answer": 1e30}, ["column 'answer'", "row 1", "may have lost digits"]),
+        ({"answer": True}, ["column 'answer'", "row 1", "of type bool"]),
+        ({"answer": {"a": 1}}, ["row 1", "a record of ['a']"]),
+        ({"prompt": [{"role": "human", "content": "q"}]}, ["row 1", "the role 'human'", "'user'"]),
+        ({"prompt": [{"role": "user", "content": 3}]}, ["row 1", "'content' of type int"]),
+        ({"prompt": {"text": "q"}}, ["row 1", "of type dict"]),
+        ({"reply": ["t"]}, ["column 'reply'", "row 1", "of type list, not text"]),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path, row, parts):
+    rows = [{"prompt": "q", "answer": "1", "reply": "t"}, {"prompt": "p", "answer": "2", "reply": "t"} | row]
+    args = PromptArguments(write(tmp_path / "rows.jsonl", rows), trajectory_column="reply")
+    with pytest.raises(DataError) as error:
+        prepare_prompts(args)
+    assert all(part in str(error.value) for part in [*parts, "rows.jsonl"]), error.value
+
+
+def test_no_row_left_is_told_in_one_line(tmp_path):
+    rows = [{"prompt": " ", "answer": "1"}, {"prompt": "p", "answer": None}]
+    with pytest.raises(DataError, match=r"is left of 2; dropped were: no problem text \(1\), no answer \(1\)$"):
+        prepare_prompts(PromptArguments(write(tmp_path / "rows.jsonl", rows)))
+
+
+def test_answers_that_cannot_be_graded_are_always_counted(tmp_path, capsys):
+    source = write(tmp_path / "rows.jsonl", [{"problem": "a", "answer": "4"}, {"problem": "b", "answer": "???"}])
+    test = write(tmp_path / "test.jsonl", [{"problem": "c", "answer": "5"}])
+    argv = ["custom", "--dataset_name", source, "--eval_set", test, "--output_dir", str(tmp_path / "out")]
+    assert script.run(argv) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- answers of `train` that math-verify cannot parse, and `accuracy_reward` skips: 1 of 2, as '???'" in card
+    assert "- answers of `test` that math-verify cannot parse, and `accuracy_reward` skips: 0 of 1" in card
+    assert "1 of 2" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"problem": "a", "answer": "1"}\n{"prob', "1\n"])
+def test_files_that_cannot_be_read_end_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        script.run(["custom", "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "error: Dataset" in last and "rows.jsonl cannot be read" in last
+
+
+def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--output_dir", str(tmp_path / "file" / "out"))
+    assert f"cannot be made inside {tmp_path / 'file'}; choose another" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    def fill(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "to_parquet", fill)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--output_dir", str(tmp_path / "new" / "out"))
+    assert "No space left on device; make room there" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_chat_template_that_refuses_the_messages_is_named(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"problem": "a", "answer": "1"}]
+    with pytest.raises(DataError, match="refuses a prompt: no system role; change the messages"):
+        prepare(tmp_path, rows, "custom", tokenizer=str(tmp_path / "tokenizer"), max_prompt_tokens=8)

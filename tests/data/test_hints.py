@@ -2,8 +2,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from helpers import make_tiny_tokenizer
-from mentor_trl.data import DataError, MentorScriptArguments, load_prompt_datasets
-from mentor_trl.data.preparation import HintArguments, add_hint, cut_hint, prepare_hints
+from mentor_trl.cli.arguments import MentorScriptArguments
+from mentor_trl.data import DataError, add_hint, cut_hint, load_prompt_datasets
+from mentor_trl.data.preparation import HintArguments, prepare_hints
 from mentor_trl.errors import SetupError
 from trainer_helpers import letters_reward, make_trainer
 
@@ -67,7 +68,7 @@ def test_hints_are_in_the_training_split_only(tmp_path):
     [
         ([{}], {}, "no column 'trajectory'"),
         ([{"trajectory": "a", "hint": "a"}], {}, "hold hints already"),
-        ([{"trajectory": ""}], {}, "nothing to take hints from"),
+        ([{"trajectory": ""}], {}, "has a trajectory in the column"),
         ([{"trajectory": "ab"}], {"fraction": 0.0}, "`fraction` is 0.0"),
     ],
 )
@@ -101,9 +102,11 @@ def test_without_a_fraction_the_prompts_are_plain_and_trajectories_stay(tmp_path
 
 
 def test_hints_from_another_column(tmp_path):
-    options = {"hint_fraction": 1.0, "dataset_trajectory_column": "steps", "conversational": False}
-    args = MentorScriptArguments(dataset_name=folder(tmp_path, [{"prompt": "q", "steps": "ab"}]), **options)
-    assert load_prompt_datasets(args)[0]["hint"] == ["ab"]
+    rows = [{"prompt": "q", "steps": "ab", "expert": {"text": "cd"}}]
+    for column, hint in (("steps", "ab"), ("expert.text", "cd")):
+        options = {"hint_fraction": 1.0, "dataset_trajectory_column": column, "conversational": False}
+        args = MentorScriptArguments(dataset_name=folder(tmp_path, rows), **options)
+        assert load_prompt_datasets(args)[0]["hint"] == [hint]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,7 @@ def test_hints_from_another_column(tmp_path):
         ({"trajectory": "ab"}, {"hint_fraction": 0.0}, "`hint_fraction` is 0.0"),
         ({"trajectory": "ab"}, {"hint_fraction": 1.5}, "above 0 and up to 1"),
         ({"trajectory": "ab"}, {"dataset_streaming": True}, "set `dataset_streaming` to false"),
+        ({"trajectory": ["ab"]}, {}, "column 'trajectory'.* of row 0 of .* is of type list, not text"),
     ],
 )
 def test_mistakes_of_the_training_options_are_named(tmp_path, row, options, part):

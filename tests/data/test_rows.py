@@ -1,19 +1,19 @@
-import json
-from pathlib import Path
+"""From columns to prompts and solutions."""
 
+from decimal import Decimal
+
+import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from trl import DatasetMixtureConfig
 
+from mentor_trl.cli.arguments import MentorScriptArguments
 from mentor_trl.data import (
     MENTOR_SYSTEM_PROMPT,
     DataError,
-    MentorScriptArguments,
     build_prompt_dataset,
-    extract_solution,
     load_dataset_dict,
     load_prompt_datasets,
-    select_split,
 )
 
 
@@ -21,71 +21,6 @@ GSM8K_ROWS = [
     {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5", "level": 1},
     {"question": "What is 1000 + 24?", "answer": "It is 1,024.\n#### 1,024", "level": 2},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
-        Dataset.from_list(rows).to_csv(path, index=False)
-    else:
-        Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_local_files_give_one_train_split(tmp_path, suffix):
-    path = write_rows(tmp_path / f"rows{suffix}", GSM8K_ROWS)
-    dataset = load_dataset_dict(str(path))
-    assert list(dataset) == ["train"]
-    assert dataset["train"].to_list() == GSM8K_ROWS
-
-
-def test_the_config_of_a_hub_dataset_does_not_disturb_a_local_file_or_folder(tmp_path):
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    path = write_rows(folder / "train.jsonl", GSM8K_ROWS)
-    assert load_dataset_dict(str(path), config="main")["train"].num_rows == 2
-    assert load_dataset_dict(str(folder), config="main")["train"].num_rows == 2
-
-
-def test_folder_of_files_gives_the_splits_of_their_names(tmp_path):
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    write_rows(folder / "train.jsonl", GSM8K_ROWS)
-    write_rows(folder / "test.jsonl", GSM8K_ROWS[:1])
-    assert load_dataset_dict(str(folder)).num_rows == {"train": 2, "test": 1}
-
-
-@pytest.mark.parametrize("with_splits", [True, False])
-def test_folder_of_save_to_disk(tmp_path, with_splits):
-    dataset = Dataset.from_list(GSM8K_ROWS)
-    (DatasetDict({"train": dataset}) if with_splits else dataset).save_to_disk(tmp_path / "saved")
-    assert load_dataset_dict(str(tmp_path / "saved"))["train"].to_list() == GSM8K_ROWS
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a #### 5", "5"),
-        ("#### 1 #### -2", "-2"),
-        ("#### 1,234,567.5", "1234567.5"),
-        ("#### $1,000", "$1000"),
-        ("#### 1,2", "1,2"),
-        ("#### (1,000)", "(1,000)"),
-        ("#### ", ""),
-        ("no mark", None),
-    ],
-)
-def test_extract_solution(text, expected):
-    assert extract_solution(text, "####") == expected
 
 
 def build(rows, **options):
@@ -137,15 +72,15 @@ def test_max_samples_keeps_the_first_rows():
     assert len(build(rows, max_samples=9)) == 5
 
 
-def test_a_changed_option_is_not_answered_from_a_cache(tmp_path):
-    dataset = load_dataset_dict(str(write_rows(tmp_path / "rows.jsonl", GSM8K_ROWS)))["train"]
+def test_a_changed_option_is_not_answered_from_a_cache(write, tmp_path):
+    dataset = load_dataset_dict(write("rows.jsonl", GSM8K_ROWS))["train"]
     for system_prompt in ("one", "two"):
         built = build_prompt_dataset(dataset, system_prompt=system_prompt, **GSM8K_OPTIONS)
         assert built[0]["prompt"][0]["content"] == system_prompt
 
 
-def test_streamed_rows_are_built_as_they_are_read(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", GSM8K_ROWS)
+def test_streamed_rows_are_built_as_they_are_read(write, tmp_path):
+    path = write("rows.jsonl", GSM8K_ROWS)
     stream = load_dataset_dict(str(path), streaming=True)["train"]
     rows = list(build_prompt_dataset(stream, max_samples=1, **GSM8K_OPTIONS))
     assert [row["solution"] for row in rows] == ["5"]
@@ -153,6 +88,7 @@ def test_streamed_rows_are_built_as_they_are_read(tmp_path):
 
 
 GOOD = {"prompt": "hi", "solution": "#### 1"}
+USER = {"role": "user", "content": "q"}
 
 
 @pytest.mark.parametrize(
@@ -177,13 +113,31 @@ GOOD = {"prompt": "hi", "solution": "#### 1"}
         ([{"prompt": [{"role": "user", "content": ""}], "solution": "1"}], {}, ["row 0", "'content'"]),
         ([{"prompt": [{"role": "user", "content": "a"}]}], {"conversational": False}, ["chat template"]),
         ([GOOD, {"prompt": "q", "solution": None}], {}, ["row 1", "solution", "empty"]),
-        ([{"prompt": "q", "solution": ["1"]}], {}, ["row 0", "of type list"]),
+        ([{"prompt": "q", "solution": True}], {}, ["row 0", "of type bool", "write it as text"]),
+        ([{"prompt": "q", "solution": 1e30}], {}, ["row 0", "column 'solution'", "may have lost digits"]),
+        ([{"prompt": "q", "solution": {"a": "1"}}], {}, ["row 0", "a record of ['a']", "`column.field`"]),
+        ([{"prompt": "q", "solution": float("nan")}], {}, ["row 0", "empty"]),
+        ([{"prompt": {"text": "q"}, "solution": "1"}], {}, ["row 0", "'prompt'", "of type dict", "write it as text"]),
+        ([{"prompt": ["q"], "solution": "1"}], {}, ["Message 0", "row 0", "is 'q'", "a 'role' and a 'content'"]),
+        ([{"prompt": [USER, None], "solution": "1"}], {}, ["Message 1", "row 0", "is None"]),
+        ([{"prompt": [{"from": "human", "value": "q"}], "solution": "1"}], {}, ["the keys 'from', 'value'", "'role'"]),
+        ([{"prompt": [{**USER, "role": "human"}], "solution": "1"}], {}, ["row 0", "'prompt'", "'human'", "'user'"]),
+        ([{"prompt": [{"role": "user", "content": 3}], "solution": "1"}], {}, ["row 0", "of type int"]),
+        ([{"prompt": [{"role": "assistant", "content": ""}], "solution": "1"}], {}, ["row 0", "empty 'content'"]),
+        ([{**GOOD, "completions": "x"}], {}, ["a column 'completions'", "TRL", "rename it"]),
+        ([{**GOOD, "log_extra": "x"}], {}, ["a column 'log_extra'"]),
+        ([{"prompt": "q", "reward_model": {"ground_truth": "1"}}], {}, ["_solution_column reward_model.ground_truth"]),
+        (
+            [{**GOOD, "a": {"b": "1"}}],
+            {"solution_column": "a.c"},
+            ["no column 'a.c'", "--dataset_solution_column a.b"],
+        ),
         ([GOOD, {"prompt": "q", "solution": "it is 7"}], {"solution_delimiter": "####"}, ["row 1", "####", "it is 7"]),
         ([GOOD, {"prompt": "q", "solution": "so ####"}], {"solution_delimiter": "####"}, ["row 1", "ends with"]),
         ([GOOD], {"max_samples": 0}, ["0", "1 or more"]),
     ],
 )
-def test_unusable_rows_are_named_with_their_mend(rows, options, parts):
+def test_unusable_rows_are_named_with_their_fix(rows, options, parts):
     if "conversational" in options:
         options = {**options, "require_solution": False}
     with pytest.raises(DataError) as error:
@@ -197,57 +151,15 @@ def test_empty_dataset():
         build_prompt_dataset(Dataset.from_dict({"prompt": [], "solution": []}))
 
 
-def test_unknown_split_lists_the_splits():
-    splits = DatasetDict({"train": Dataset.from_list([GOOD]), "validation": Dataset.from_list([GOOD])})
-    with pytest.raises(DataError, match="no split 'test', only 'train', 'validation'; set `dataset_test_split`"):
-        select_split(splits, "test", "dataset_test_split")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "part"),
-    [
-        ("absent.jsonl", None, "does not exist"),
-        ("rows.jsonl", '{"a": 1}\n{"a": \n', "line 2 is not valid JSON"),
-        ("rows.jsonl", "", "the file is empty"),
-        ("rows.json", "{", "cannot be read"),
-        ("rows.parquet", "not parquet", "cannot be read"),
-        ("rows.txt", "a", "files of type '.txt' cannot be read"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path, name, content, part):
-    path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(DataError) as error:
-        load_dataset_dict(str(path))
-    assert part in str(error.value) and str(path) in str(error.value)
-
-
-def test_empty_folder_is_named(tmp_path):
-    (tmp_path / "rows").mkdir()
-    with pytest.raises(DataError, match="is empty; put data files"):
-        load_dataset_dict(str(tmp_path / "rows"))
-
-
-def test_unreachable_hub_dataset_says_what_to_check(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(DataError, match=r"openai/gsm8k cannot be read: ConnectionError: no route; check the Hub id"):
-        load_dataset_dict("openai/gsm8k")
-
-
-def script_args(path: Path, **options) -> MentorScriptArguments:
+def script_args(path: str, **options) -> MentorScriptArguments:
     options = {f"dataset_{key}": value for key, value in GSM8K_OPTIONS.items()} | options
     return MentorScriptArguments(dataset_name=str(path), **options)
 
 
-def test_load_prompt_datasets_with_evaluation_rows(tmp_path):
+def test_load_prompt_datasets_with_evaluation_rows(write, tmp_path):
     folder = tmp_path / "rows"
-    folder.mkdir()
-    write_rows(folder / "train.jsonl", GSM8K_ROWS)
-    write_rows(folder / "test.jsonl", GSM8K_ROWS)
+    write("rows/train.jsonl", GSM8K_ROWS)
+    write("rows/test.jsonl", GSM8K_ROWS)
     args = script_args(folder, max_eval_samples=1)
     train_rows, eval_rows = load_prompt_datasets(args, DatasetMixtureConfig(), with_eval=True)
     assert (len(train_rows), len(eval_rows)) == (2, 1)
@@ -256,8 +168,8 @@ def test_load_prompt_datasets_with_evaluation_rows(tmp_path):
     assert train_rows[0]["prompt"] == "What is 2 + 3?" and eval_rows is None
 
 
-def test_load_prompt_datasets_refuses_what_contradicts_itself(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", GSM8K_ROWS)
+def test_load_prompt_datasets_refuses_what_contradicts_itself(write, tmp_path):
+    path = write("rows.jsonl", GSM8K_ROWS)
     with pytest.raises(DataError, match="no split 'test', only 'train'"):
         load_prompt_datasets(script_args(path), with_eval=True)
     with pytest.raises(DataError, match="no chat template"):
@@ -268,9 +180,71 @@ def test_load_prompt_datasets_refuses_what_contradicts_itself(tmp_path):
         load_prompt_datasets(script_args(path), DatasetMixtureConfig(datasets=[{"path": "json"}]))
 
 
-def test_load_prompt_datasets_takes_a_mixture(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", GSM8K_ROWS)
+def test_load_prompt_datasets_takes_a_mixture(write, tmp_path):
+    path = write("rows.jsonl", GSM8K_ROWS)
     mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": str(path)}] * 2)
     args = script_args(path)
     args.dataset_name = None
     assert len(load_prompt_datasets(args, mixture)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("type", "value", "expected"),
+    [
+        (pa.decimal128(10, 2), Decimal("1.5"), "1.50"),
+        (pa.float32(), 7.1, "7.1"),
+        (pa.float64(), 7.0, "7"),
+        (pa.int64(), 2**63 - 1, "9223372036854775807"),
+        (pa.uint64(), 2**64 - 1, "18446744073709551615"),
+        (pa.list_(pa.string()), ["7"], "7"),
+    ],
+)
+def test_answers_of_every_type_of_column(type, value, expected):
+    dataset = Dataset(pa.table({"prompt": ["q"], "solution": pa.array([value], type)}))
+    assert build_prompt_dataset(dataset)["solution"] == [expected]
+
+
+def test_numbers_beside_a_float_stay_whole_and_lost_digits_are_refused(write):
+    path = write("rows.jsonl", '{"prompt": "a", "solution": 0.5}\n{"prompt": "b", "solution": 7}\n')
+    assert load_prompt_datasets(MentorScriptArguments(dataset_name=path))[0]["solution"] == ["0.5", "7"]
+    path = write("big.jsonl", '{"prompt": "a", "solution": 7}\n{"prompt": "b", "solution": 12345678901234567890123}\n')
+    with pytest.raises(
+        DataError, match=r"row 1 of .*big.jsonl.* is the float 1.2345678901234568e\+22, which may have lost"
+    ):
+        load_prompt_datasets(MentorScriptArguments(dataset_name=path))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_fields_of_records_are_columns(write, streaming):
+    rows = [{"in": {"prompt": [USER]}, "reward_model": {"ground_truth": str(i), "style": "rule"}} for i in range(2)]
+    options = {"dataset_prompt_column": "in.prompt", "dataset_solution_column": "reward_model.ground_truth"}
+    args = MentorScriptArguments(dataset_name=write("rows.jsonl", rows), dataset_streaming=streaming, **options)
+    built = list(load_prompt_datasets(args)[0])
+    assert [row["prompt"] for row in built] == [[USER]] * 2 and [row["solution"] for row in built] == ["0", "1"]
+    assert built[0]["reward_model"] == rows[0]["reward_model"]
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_messages_that_only_call_tools(content):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    prompt = [USER, {"role": "assistant", "content": content, "tool_calls": [call]}, {"role": "tool", "content": ""}]
+    (row,) = build([{"prompt": prompt, "solution": "1"}])
+    assert [message["content"] for message in row["prompt"]] == ["q", "", ""]
+    assert row["prompt"][1]["tool_calls"] == [call]
+
+
+def test_a_solution_of_its_own_form_is_left_to_the_reward_that_reads_it():
+    rows = [{"prompt": "q", "solution": {"tests": ["a", "b"]}}]
+    assert build(rows, require_solution=False)[0]["solution"] == rows[0]["solution"]
+
+
+def test_rows_of_text_and_of_messages_in_one_column(write):
+    rows = [{"prompt": "a", "solution": "1"}, {"prompt": [USER], "solution": "2"}]
+    built = load_prompt_datasets(MentorScriptArguments(dataset_name=write("rows.jsonl", rows)))[0]
+    assert built["prompt"][:] == [[{"role": "user", "content": "a"}], [USER]]
+
+
+def test_a_stream_that_cannot_be_read_is_named(write):
+    args = MentorScriptArguments(dataset_name=write("rows.jsonl", '{"prompt": '), dataset_streaming=True)
+    with pytest.raises(DataError, match="rows.jsonl.* cannot be read"):
+        load_prompt_datasets(args)

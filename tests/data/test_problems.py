@@ -1,12 +1,13 @@
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
 from mentor_trl.data import DataError
+from mentor_trl.data.problems import TEST_SETS, TestSet, load_problems
 from mentor_trl.evaluation import TASKS
 from mentor_trl.evaluation.harness import TASK_FOLDER
-from mentor_trl.evaluation.problems import load_problems
 
 
 GPQA = {
@@ -23,10 +24,18 @@ ARC = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _sets(monkeypatch):
+    """A set `set` of short answers, and one of each other form by the form's name."""
+    monkeypatch.setitem(TEST_SETS, "set", TestSet("org/set", "test", files=("set", "Set")))
+    for form in ("gpqa", "arc", "mmlu_pro"):
+        monkeypatch.setitem(TEST_SETS, form, TestSet("org/set", "test", form=form, files=("set",)))
+
+
 def load(folder: Path, *rows: dict, form: str = "short_answer"):
     path = folder / "set.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_problems(path="org/set", split="test", form=form, files=["set"], data_dir=str(folder))["test"]
+    return load_problems("set" if form == "short_answer" else form, data_dir=str(folder))["test"]
 
 
 @pytest.mark.parametrize(
@@ -66,15 +75,26 @@ def test_mmlu_pro(tmp_path):
     assert row["answer"] == "J" and "\nJ. option 9\n" in row["question"]
 
 
+@pytest.mark.parametrize("name", ["set.jsonl.gz", "set.csv", "set.tsv"])
+def test_files_of_other_types(tmp_path, name):
+    separator = b"\t" if name.endswith("tsv") else b","
+    content = (
+        gzip.compress(b'{"problem": "q", "answer": "N/A"}\n') if name.endswith("gz") else b"problem,answer\nq,N/A\n"
+    )
+    (tmp_path / name).write_bytes(content if name.endswith("gz") else content.replace(b",", separator))
+    rows = load_problems("set", data_dir=str(tmp_path))["test"]
+    assert rows["answer"] == ["N/A"]
+
+
 def test_missing_file_names_what_is_there(tmp_path):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"holds no set .*only: other.jsonl"):
-        load_problems(path="org/set", split="test", files=["set", "Set"], data_dir=str(tmp_path))
+        load_problems("set", data_dir=str(tmp_path))
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        load_problems(path="org/set", split="test", data_dir=str(tmp_path / "no"))
+        load_problems("set", data_dir=str(tmp_path / "no"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +103,11 @@ def test_missing_folder(tmp_path):
         ({"text": "q"}, "short_answer", "Row 0 of .*set.jsonl has no 'problem', only the columns"),
         ({"problem": "q"}, "short_answer", "has no 'solution'"),
         ({"problem": "q", "solution": "no box"}, "short_answer", "empty question or answer"),
+        ({"problem": "q", "answer": True}, "short_answer", "Row 0 of .*set.jsonl cannot be used: The answer is True"),
+        ({"problem": "q", "answer": 1e30}, "short_answer", "Row 0 .* may have lost digits"),
         ({"question": "q"}, "gpqa", "has no 'Correct Answer'"),
+        ({**GPQA, "Question": None}, "gpqa", "Row 0 of .*set.jsonl .* 'gpqa'"),
+        ({**ARC, "answerKey": "9"}, "arc", "Row 0 of .*set.jsonl .* 'arc'"),
     ],
 )
 def test_bad_rows(tmp_path, row, form, message):
@@ -91,20 +115,20 @@ def test_bad_rows(tmp_path, row, form, message):
         load(tmp_path, row, form=form)
 
 
-def test_folder_with_other_splits(tmp_path):
+def test_folder_with_other_splits(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     folder.mkdir()
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text('{"problem": "q", "answer": "1"}\n')
     with pytest.raises(DataError, match="but not 'test'"):
-        load_problems(path="org/set", split="test", files=["set"], data_dir=str(tmp_path))
-    rows = load_problems(path="org/set", split="validation", files=["set"], data_dir=str(tmp_path))
-    assert len(rows["test"]) == 1
+        load_problems("set", data_dir=str(tmp_path))
+    monkeypatch.setitem(TEST_SETS, "set", TestSet("org/set", "validation", files=("set",)))
+    assert len(load_problems("set", data_dir=str(tmp_path))["test"]) == 1
 
 
 def test_hub_error_names_the_local_way():
     with pytest.raises(DataError, match="--data_dir"):
-        load_problems(path="org/no_such_set", split="test")
+        load_problems("set")
 
 
 def test_every_set_has_a_task_file():

@@ -9,13 +9,8 @@ from helpers import make_tiny_tokenizer
 from mentor_trl.cli import data as script
 from mentor_trl.data import DataError
 from mentor_trl.data.preparation import TrajectoryArguments, prepare_trajectories
-from mentor_trl.data.preparation.engines import Response, Sampling, ServerEngine, TransformersEngine, choose_engine
-from mentor_trl.data.preparation.output import OutputArguments
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+from mentor_trl.data.preparation.engines import Response, choose_engine, server_engine, transformers_engine
+from mentor_trl.data.preparation.settings import OutputArguments
 
 
 class ScriptedEngine:
@@ -24,7 +19,7 @@ class ScriptedEngine:
     def __init__(self, answers: dict[int, list[Response]], dies_at: int | None = None):
         self.answers, self.dies_at, self.asked, self.prompts = answers, dies_at, [], []
 
-    def generate(self, prompt_ids, seeds):
+    def __call__(self, prompt_ids, seeds):
         if self.dies_at in seeds:
             raise KeyboardInterrupt
         self.asked += seeds
@@ -91,6 +86,16 @@ def test_a_run_that_died_goes_on(draw, tmp_path):
     assert not stored.parent.exists()
 
 
+@pytest.mark.parametrize("line", ["{", "[]", '{"index": 0}', "null"])
+def test_a_damaged_store_is_named(draw, tmp_path, line):
+    with pytest.raises(KeyboardInterrupt):
+        draw(ScriptedEngine(ANSWERS, dies_at=1))
+    with (tmp_path / "out.partial" / "responses.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="responses.jsonl is damaged .*remove the folder to begin anew"):
+        draw(ScriptedEngine(ANSWERS))
+
+
 def test_responses_of_other_settings_are_refused(draw):
     with pytest.raises(KeyboardInterrupt):
         draw(ScriptedEngine(ANSWERS, dies_at=1))
@@ -126,19 +131,22 @@ def test_the_opening_tag_of_a_template_is_put_back(draw, tmp_path):
 def test_transformers_engine_repeats_itself_and_stops_at_the_end_of_text(tiny_expert_dir):
     tokenizer = make_tiny_tokenizer()
     prompts = [tokenizer("<user>1+1<bot>")["input_ids"], tokenizer("<user>2<bot>")["input_ids"]]
-    engine = TransformersEngine(str(tiny_expert_dir), tokenizer, Sampling(num=3, temperature=1.0, max_new_tokens=40))
-    first, second = engine.generate(prompts, [7, 8]), engine.generate(prompts, [7, 8])
+
+    def make(**options):
+        return transformers_engine(TrajectoryArguments(expert=str(tiny_expert_dir), **options), tokenizer)
+
+    engine = make(num=3, temperature=1.0, max_new_tokens=40)
+    first, second = engine(prompts, [7, 8]), engine(prompts, [7, 8])
     assert first == second and [len(row) for row in first] == [3, 3]
-    assert first != engine.generate(prompts, [9, 8])
+    assert first != engine(prompts, [9, 8])
     responses = [response for row in first for response in row]
     assert {response.finished for response in responses} == {True, False}
     assert all(len(r.text) <= 40 - r.finished for r in responses)
     # Padding does not change the likeliest tokens.
-    greedy = TransformersEngine(str(tiny_expert_dir), tokenizer, Sampling(temperature=0.0, max_new_tokens=10))
-    assert greedy.generate(prompts, [0, 1]) == [greedy.generate([ids], [0])[0] for ids in prompts]
-    too_long = TransformersEngine(str(tiny_expert_dir), tokenizer, Sampling(max_new_tokens=4000))
+    greedy = make(temperature=0.0, max_new_tokens=10)
+    assert greedy(prompts, [0, 1]) == [greedy([ids], [0])[0] for ids in prompts]
     with pytest.raises(DataError, match="`max_new_tokens`"):
-        too_long.generate(prompts, [0, 1])
+        make(max_new_tokens=4000)(prompts, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -150,9 +158,9 @@ def test_transformers_engine_repeats_itself_and_stops_at_the_end_of_text(tiny_ex
         ({"temperature": -1.0}, "`temperature` is -1.0"),
     ],
 )
-def test_sampling_mistakes_are_named(options, part):
+def test_sampling_mistakes_are_named(draw, options, part):
     with pytest.raises(DataError, match=part):
-        Sampling(**options)
+        draw(ScriptedEngine(ANSWERS), **options)
 
 
 def test_choice_of_the_engine(monkeypatch):
@@ -183,7 +191,7 @@ def test_mistakes_are_named(draw, tmp_path, columns, options, part):
 def server():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply(200, {"data": [{"id": "expert"}]})
+            self.reply(200, self.server.models)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -198,13 +206,13 @@ def server():
         def reply(self, status, content):
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+            self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
 
         def log_message(self, *args):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.bodies, server.failures = [], 0
+    server.bodies, server.failures, server.models = [], 0, {"data": [{"id": "expert"}]}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -215,17 +223,20 @@ def server():
 
 def test_server_engine(server):
     url = f"http://127.0.0.1:{server.server_port}"
+    args = TrajectoryArguments(expert="expert", num=2, server_url=url + "/v1")
     server.failures = 1
-    engine = ServerEngine(url + "/v1", "expert", Sampling(num=2), pause=0.0)
-    drawn = engine.generate([[5, 6], [7]], [3, 4])
+    drawn = server_engine(args, pause=0.0)([[5, 6], [7]], [3, 4])
     assert drawn == [[Response(f"prompt {i}", True), Response("second", False)] for i in (5, 7)]
     assert {(body["seed"], *body["prompt"]) for body in server.bodies} == {(3, 5, 6), (4, 7)}
     assert len(server.bodies) == 3 and all(body["n"] == 2 and body["top_k"] == -1 for body in server.bodies)
     server.failures = 9
     with pytest.raises(DataError, match="503.*2 times"):
-        ServerEngine(url, "expert", Sampling(), attempts=2, pause=0.0).generate([[5]], [3])
+        server_engine(args, attempts=2, pause=0.0)([[5]], [3])
     with pytest.raises(DataError, match="serves expert, not other"):
-        ServerEngine(url, "other", Sampling())
+        server_engine(TrajectoryArguments(expert="other", server_url=url))
+    server.models = "<html>hello</html>"
+    with pytest.raises(DataError, match="no list of `data`: '<html>hello"):
+        server_engine(args)
 
 
 def test_the_command_writes_the_column_and_removes_the_store(tmp_path, tiny_expert_dir):

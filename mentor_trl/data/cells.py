@@ -1,0 +1,139 @@
+"""Which column of a dataset holds something, and what its cells say."""
+
+import difflib
+import math
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from .loading import DataError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+_THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?%?")
+
+
+def extract_solution(text: str, delimiter: str) -> str | None:
+    """
+    Return what follows the last `delimiter` in `text`, or `None` where there is none.
+
+    >>> extract_solution("She sold 24 + 1,000 clips. #### 1,024", "####")
+    '1024'
+    >>> extract_solution("The pair is #### (1,024)", "####")
+    '(1,024)'
+    """
+    _, found, solution = text.rpartition(delimiter)
+    if not found:
+        return None
+    solution = solution.strip()
+    return solution.replace(",", "") if _THOUSANDS.fullmatch(solution) else solution
+
+
+def answer_text(value: Any, where: str = "The answer") -> str | None:
+    """
+    Return what a cell says as text, or `None` where it says nothing. A list is all of its answers.
+
+    Args:
+        value (`Any`):
+            Text, number, or list of these.
+        where (`str`, *optional*, defaults to `"The answer"`):
+            What the error message calls the cell.
+
+    Raises:
+        [`DataError`]: if the cell is neither, or a number whose digits are lost.
+
+    >>> answer_text(27.0), answer_text(0.00001), answer_text(["3", 5]), answer_text(float("nan"))
+    ('27', '0.00001', '3, 5', None)
+    """
+    if isinstance(value, (list, tuple)):
+        parts = [answer_text(part, where) for part in value]
+        return ", ".join(parts) if parts and all(parts) else None
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    if isinstance(value, dict):
+        raise DataError(f"{where} is a record of {sorted(value)}; name one of its fields, as `column.field`")
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        kind = type(value).__name__
+        raise DataError(f"{where} is {value!r:.100}, of type {kind}, not text or a number; write it as text")
+    if value != value:
+        return None
+    if isinstance(value, float) and abs(value) >= 2**53:
+        digits = "is no number" if math.isinf(value) else "may have lost digits"
+        raise DataError(f"{where} is the float {value!r}, which {digits}; write it as text, in quotes")
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else Decimal(repr(value))
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
+
+
+def text_of(value: Any, where: str) -> str | None:
+    """Return a cell that must be text, or `None` where it is empty."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where} is of type {type(value).__name__}, not text; make it the text alone")
+    return value or None
+
+
+def find_column(
+    columns: list[str], names: tuple[str, ...], option: str, dataset: str, near: tuple[str, ...] = ()
+) -> str:
+    """
+    Return the first of `names` that is a column.
+
+    Args:
+        columns (`list[str]`):
+            Columns that there are.
+        names (`tuple[str, ...]`):
+            Names that the column may have.
+        option (`str`):
+            Option that names the column, for the error message.
+        dataset (`str`):
+            What the error message calls the dataset.
+        near (`tuple[str, ...]`, *optional*):
+            Usual names, which the error message proposes.
+
+    Raises:
+        [`DataError`]: naming the columns that there are and the option to set.
+    """
+    for name in names:
+        if name in columns:
+            return name
+    found = [column for column in near if column in columns] or difflib.get_close_matches(names[0], columns)
+    wanted = f"column '{names[0]}'" if len(names) == 1 else f"column named {' or '.join(names)}"
+    example = f", for example --{option} {found[0]}" if found else ""
+    raise DataError(
+        f"There is no {wanted} in {dataset}, only {columns}; set `{option}` to the column that holds it{example}"
+    )
+
+
+def column_paths(dataset: "Dataset") -> list[str]:
+    """Return the columns, and the fields of those that are records, as `column.field`."""
+    first = next(iter(dataset))
+    features = dataset.features or first
+
+    def walk(name: str, feature: Any) -> list[str]:
+        fields = feature.items() if isinstance(feature, dict) else []
+        return [name, *(path for field, inner in fields for path in walk(f"{name}.{field}", inner))]
+
+    # The fields of a `Json` column are known from its values alone.
+    kinds = {name: kind if isinstance(kind, dict) else first[name] for name, kind in features.items()}
+    return [path for name, kind in kinds.items() for path in walk(name, kind)]
+
+
+def cell(row: dict[str, Any], path: str) -> Any:
+    """Return the cell of a column or of a field, `column.field`; `None` where the record is not there."""
+    if path in row or "." not in path:
+        return row.get(path)
+    column, _, field = path.partition(".")
+    record = row.get(column)
+    return cell(record, field) if isinstance(record, dict) else None
+
+
+def widen(dataset: "Dataset", column: str) -> "Dataset":
+    """Return the dataset with a column of short floats as the numbers that they stand for: 7.1, not 7.0999999."""
+    from datasets import Value
+
+    if getattr((dataset.features or {}).get(column), "dtype", None) not in ("float16", "float32"):
+        return dataset
+    return dataset.cast_column(column, Value("string")).cast_column(column, Value("float64"))

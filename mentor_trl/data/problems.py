@@ -1,0 +1,261 @@
+"""
+The test sets: where each is, and from its rows (on the Hub or in a local file) to a question and its answer.
+
+The task files of `mentor_trl/evaluation/tasks` name [`load_problems`] as their `custom_dataset`, so that lm-eval's own
+command line loads the sets in the same way.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
+
+from mentor_trl.rewards import extract_boxed
+
+from .cells import answer_text, extract_solution
+from .loading import COMPRESSIONS, FILE_FORMATS, DataError, load_dataset_dict
+from .rows import prompt_text
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+Row = dict[str, Any]
+
+CHOICE_INSTRUCTION = "Answer with the letter of the correct choice."
+QUESTION_COLUMNS = ("prompt", "problem", "question", "Problem", "Question", "instruction")
+ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution", "Answer", "Solution")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """
+    A test set.
+
+    Args:
+        path (`str`):
+            Hub id, file or folder.
+        split (`str`, *optional*):
+            Split that holds the problems. If not set, `test`, or the only split.
+        config (`str`, *optional*):
+            Configuration on the Hub.
+        form (`str`, *optional*, defaults to `"short_answer"`):
+            What the rows look like: `short_answer`, `gpqa`, `arc` or `mmlu_pro`.
+        files (`tuple[str, ...]`, *optional*):
+            Names, without ending, that the set may have in a folder of local files.
+        title (`str`, *optional*):
+            Name in tables. If not set, `mentor-trl eval` does not know the set.
+    """
+
+    __test__ = False  # not a test case of pytest
+
+    path: str
+    split: str | None = None
+    config: str | None = None
+    form: str = "short_answer"
+    files: tuple[str, ...] = ()
+    title: str | None = None
+
+    @property
+    def on_hub(self) -> dict[str, str]:
+        """`path`, `split` and, where there is one, `config`."""
+        place = {"path": self.path, "split": self.split, "config": self.config}
+        return {key: value for key, value in place.items() if value is not None}
+
+
+TEST_SETS: dict[str, TestSet] = {
+    "math500": TestSet("HuggingFaceH4/MATH-500", "test", files=("math500", "math-500", "MATH-500"), title="MATH500"),
+    "aime24": TestSet("HuggingFaceH4/aime_2024", "train", files=("aime24", "aime_2024"), title="AIME24"),
+    "aime25": TestSet("math-ai/aime25", "test", files=("aime25", "aime_2025"), title="AIME25"),
+    "amc23": TestSet("math-ai/amc23", "test", files=("amc23", "amc"), title="AMC23"),
+    "amc": TestSet("AI-MO/aimo-validation-amc", "train"),  # AMC 12 of 2022 and 2023
+    "minerva": TestSet(
+        "math-ai/minervamath", "test", files=("minerva_math", "minervamath", "minerva"), title="Minerva"
+    ),
+    "olympiadbench": TestSet(
+        "Hothan/OlympiadBench",
+        "train",
+        "OE_TO_maths_en_COMP",
+        files=("olympiadbench", "OlympiadBench", "OE_TO_maths_en_COMP"),
+        title="OlympiadBench",
+    ),
+    "gpqa_diamond": TestSet(
+        "Idavidrein/gpqa", "train", "gpqa_diamond", "gpqa", ("gpqa_diamond", "gpqa"), "GPQA-diamond"
+    ),
+    "arc_challenge": TestSet(
+        "allenai/ai2_arc", "test", "ARC-Challenge", "arc", ("arc_challenge", "ARC-Challenge"), "ARC-challenge"
+    ),
+    "mmlu_pro": TestSet(
+        "TIGER-Lab/MMLU-Pro", "test", form="mmlu_pro", files=("mmlu_pro", "MMLU-Pro"), title="MMLU-Pro"
+    ),
+    "gsm8k": TestSet("openai/gsm8k", "test", "main", files=("gsm8k_test", "gsm8k"), title="GSM8K"),
+}
+
+
+def load_problems(test_set: str, data_dir: str | None = None, **_: Any) -> "dict[str, Dataset]":
+    """
+    Load a test set for evaluation.
+
+    Args:
+        test_set (`str`):
+            Its name in [`TEST_SETS`]. A local file that holds a single split is taken as it is.
+        data_dir (`str`, *optional*):
+            Folder of local files. If set, nothing is asked of the Hub.
+        **_:
+            What else lm-eval passes on (the metadata of the task).
+
+    Returns:
+        `dict[str, Dataset]`: one split, `test`, with the columns `question`, `answer` and `choices`; the last is the
+        number of choices of a multiple-choice question and 0 elsewhere.
+
+    Raises:
+        [`~mentor_trl.data.DataError`]: if there is no such set, or if a row lacks its question or answer.
+    """
+    from datasets import Dataset
+
+    found = TEST_SETS[test_set]
+    if data_dir is None:
+        where = f"{found.path} (split '{found.split}')"
+        rows = _load_from_hub(found.path, found.config, found.split)
+    else:
+        where = str(find_file(Path(data_dir).expanduser(), found.files))
+        splits = load_dataset_dict(where)
+        if found.split not in splits and len(splits) > 1:
+            raise DataError(f"{where} has the splits {sorted(splits)}, but not '{found.split}'; name one of them so")
+        rows = splits[found.split] if found.split in splits else next(iter(splits.values()))
+    problems = [build_problem(found.form, row, index, where) for index, row in enumerate(rows)]
+    if not problems:
+        raise DataError(f"There are no rows in {where}")
+    return {"test": Dataset.from_list(problems)}
+
+
+def _load_from_hub(path: str, config: str | None, split: str) -> "Dataset":
+    try:
+        splits = load_dataset_dict(path, config)
+    except DataError as error:
+        raise DataError(
+            f"{error}. Without a connection, put the set as a file into a folder and pass it as --data_dir. Gated "
+            "sets (GPQA) need `hf auth login` and the consent of their authors"
+        ) from error
+    if split not in splits:
+        raise DataError(f"{path} has no split '{split}', only {sorted(splits)}")
+    return splits[split]
+
+
+def find_file(folder: Path, names: tuple[str, ...]) -> Path:
+    """Return the file or folder that has the first of these names (without ending) for which there is one."""
+    if not folder.is_dir():
+        raise DataError(f"The folder {folder} (`data_dir`) does not exist")
+    endings = ["", *(ending + packed for ending in FILE_FORMATS for packed in ("", *COMPRESSIONS))]
+    for name in names:
+        for path in (folder / f"{name}{ending}" for ending in endings):
+            if path.exists():
+                return path
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+    raise DataError(
+        f"The folder {folder} (`data_dir`) holds no {names[0]} (a data file, as {names[0]}.jsonl, or a folder; also "
+        f"taken: {', '.join(names[1:]) or 'no other name'}), only: {there}. Rename the file, or leave `data_dir` out "
+        "to load the set from the Hub"
+    )
+
+
+def build_problem(form: str, row: Row, index: int, where: str) -> Row:
+    """Return `question`, `answer` and `choices` of a row of a set whose rows have this form."""
+    try:
+        question, answer, choices = FORMS[form](row, index)
+    except DataError as error:
+        raise DataError(f"Row {index} of {where} cannot be used: {error}") from error
+    except KeyError as error:
+        raise DataError(
+            f"Row {index} of {where} has no {error}, only the columns {sorted(row)}; the form '{form}' needs it"
+        ) from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise DataError(
+            f"Row {index} of {where} is not as the form '{form}' needs it ({error}); fix the row"
+        ) from error
+    if not question.strip() or not answer.strip():
+        raise DataError(f"Row {index} of {where} has an empty question or answer; fill it in or remove the row")
+    if not choices:
+        return {"question": question, "answer": answer, "choices": 0}
+    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices))
+    return {
+        "question": f"{question}\n\n{lines}\n\n{CHOICE_INSTRUCTION}",
+        "answer": answer,
+        "choices": len(choices),
+    }
+
+
+def answer_of(value: Any, delimiter: str | None = None, where: str = "The answer") -> str | None:
+    r"""
+    Return the bare answer that a cell holds, or `None` where it holds none.
+
+    Args:
+        value (`Any`):
+            An answer as text or number, a list of answers, a worked solution that ends in `\boxed{}`, or GSM8K's.
+        delimiter (`str`, *optional*):
+            The answer is what follows the last occurrence of this text.
+        where (`str`, *optional*, defaults to `"The answer"`):
+            What the error message calls the cell.
+
+    Raises:
+        [`~mentor_trl.data.DataError`]: if the cell is no text, number or list of these.
+
+    Example:
+    ```python
+    >>> from mentor_trl.data.problems import answer_of
+
+    >>> answer_of(27.0), answer_of(r"So it is $\boxed{\frac{1}{2}}$."), answer_of(["$3$", "5"]), answer_of("2 #### 2")
+    ('27', '\\frac{1}{2}', '3, 5', '2')
+    ```
+    """
+    if isinstance(value, (list, tuple)):
+        value = [_DOLLAR.sub("", part) if isinstance(part, str) else part for part in value]
+    text = answer_text(value, where) or ""
+    if delimiter:
+        return extract_solution(text, delimiter) or None
+    if "\\boxed" in text or "\\fbox" in text:
+        return extract_boxed(text)
+    return extract_solution(text, "####") or text or None
+
+
+def _short_answer(row: Row, index: int) -> tuple[str, str, list[str]]:
+    question = next((row[name] for name in QUESTION_COLUMNS if row.get(name)), None)
+    if question is None:
+        raise KeyError("problem")
+    answers = (answer_of(row[name]) for name in ANSWER_COLUMNS if name in row and name != "solution")
+    answer = next(filter(None, answers), None)
+    if answer is None:
+        # Minerva, and AIME24 in one of its forms, keep the answer inside the solution.
+        answer = extract_boxed(row["solution"] or "")
+    return prompt_text(question), answer or "", []
+
+
+def _gpqa(row: Row, index: int) -> tuple[str, str, list[str]]:
+    choices = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    order = list(range(len(choices)))
+    # The same order in every evaluation, whatever its seed: models are compared on the same prompts.
+    random.Random(f"gpqa {index}").shuffle(order)
+    return row["Question"].strip(), ascii_uppercase[order.index(0)], [choices[i].strip() for i in order]
+
+
+def _arc(row: Row, index: int) -> tuple[str, str, list[str]]:
+    choices = row["choices"]
+    # A few questions number their choices 1 to 4.
+    return row["question"], ascii_uppercase[choices["label"].index(row["answerKey"])], choices["text"]
+
+
+def _mmlu_pro(row: Row, index: int) -> tuple[str, str, list[str]]:
+    return row["question"], row["answer"], row["options"]
+
+
+FORMS: dict[str, Callable[[Row, int], tuple[str, str, list[str]]]] = {
+    "short_answer": _short_answer,
+    "gpqa": _gpqa,
+    "arc": _arc,
+    "mmlu_pro": _mmlu_pro,
+}
