@@ -583,7 +583,18 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        complete_card(self, dataset_name, results)
+        if self.is_world_process_zero():
+            complete_card(
+                self.args,
+                self.state,
+                base=self.model.config._name_or_path,
+                expert=self.expert_name,
+                rewards=list(zip(self.reward_func_names, self.reward_weights.tolist())),
+                recipe=self.recipe,
+                dataset_name=dataset_name,
+                results=results,
+                training=self.is_in_train,
+            )
 
     def push_to_hub(self, *args, **kwargs):
         with model_files_only(self.args):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evaluation.test_report import make_run
+from evaluation.test_summary import make_run
 
 from mentor_trl.analysis.pass_at_k_curves import pass_at_k_curves
 from mentor_trl.analysis.results import make_table, read_results
