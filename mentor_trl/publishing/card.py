@@ -92,7 +92,10 @@ def complete_card(
             *(curve_section(path.parent, state.log_history, first) if pushed or not training else []),
         ]
         if recipe is not None:
-            sections += ["### Recipe", f"`mentor-trl train --config {PUBLISHED}` repeats this run: [{PUBLISHED}]({PUBLISHED})."]
+            sections += [
+                "### Recipe",
+                f"`mentor-trl train --config {PUBLISHED}` repeats this run: [{PUBLISHED}]({PUBLISHED}).",
+            ]
         card.text = "\n\n".join([before.rstrip("\n"), *sections, heading + after])
     if results is not None:
         update_card(card, model_index(_read_results(results)), path.resolve().parent.name)

@@ -53,8 +53,8 @@ class _RunApi(HfApi):
 @contextmanager
 def model_files_only(args: MentorGRPOConfig) -> Iterator[None]:
     """
-    Leave out what [`withheld`] names while the Trainer pushes. Its list of exceptions is fixed, and it takes its client
-    from a name in its module, which stands for ours here.
+    Leave out what [`withheld`] names while the Trainer pushes. Its list of exceptions is fixed, and it takes its
+    client from a name in its module, which stands for ours here.
     """
     shared = transformers.trainer.hf_api
     transformers.trainer.hf_api = lambda: _RunApi(args)

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from mentor_trl.evaluation import PAPER_TASKS
-
 from mentor_trl.evaluation.summary import TaskRun, collect, summarize, to_markdown, write_samples
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from cli.test_cli import train_argv
 from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
-from cli.test_cli import train_argv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mentor_trl.cli import train

@@ -65,7 +65,16 @@ def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
         "env: {A: b}\nnum_processes: 1\nlearning_rate: 1e-6\nreward_funcs: format_reward\nseed: 1\nmax_steps: 3\n"
         "generation_batch_size: 16\nhub_token: secret\nbf16: true\n"
     )
-    argv = ["--config", "config.yaml", "--seed", "7", f"--output_dir={tmp_path / 'out'}", "--use_cpu", "--bf16", "false"]
+    argv = [
+        "--config",
+        "config.yaml",
+        "--seed",
+        "7",
+        f"--output_dir={tmp_path / 'out'}",
+        "--use_cpu",
+        "--bf16",
+        "false",
+    ]
     argv += ["--model_init_kwargs", '{"dtype": "float32"}', "--hub_strategy", "end"]
     parser = train.make_parser()
     first = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
