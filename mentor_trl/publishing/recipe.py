@@ -13,7 +13,7 @@ import yaml
 FILE = "recipe.yaml"
 PUBLISHED = "assets/recipe.yaml"
 # Where this run happened to run, rather than how
-_SITE = {"env", "resume_from_checkpoint", "vllm_server_base_url", "vllm_server_host"}
+_SITE = {"env", "vllm_server_base_url", "vllm_server_host"}
 _SECRET_NAME = re.compile(r"(^|[_-])(token|key|secret|password|credentials?)$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|://[^/\s]*@")
 
@@ -58,6 +58,7 @@ def without_secrets(options: dict[str, Any], publish: bool = False) -> tuple[dic
 
 def save(options: dict[str, Any], folder: str | Path) -> Path:
     """Write `recipe.yaml`, which starts the run again here, and `assets/recipe.yaml`, which may be published."""
+    options = {name: value for name, value in options.items() if name != "resume_from_checkpoint"}
     for name, publish in ((PUBLISHED, True), (FILE, False)):
         kept, left_out = without_secrets(options, publish)
         head = f"# Launch: mentor-trl train --config {name}\n"

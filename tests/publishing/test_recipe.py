@@ -21,7 +21,6 @@ def test_secrets_and_places_stay_here():
         "dataset_name": "https://ada:pw@example.org/rows.jsonl",
         "model_init_kwargs": {"token": "abc", "attn": {"api_key": 1, "x": 2}},
         "vllm_server_base_url": "http://10.0.0.1:8000",
-        "resume_from_checkpoint": True,
         "expert_model_name_or_path": "/home/ada/experts/big",
         "output_dir": "~/runs/mentor",
         "datasets": [{"path": "/data/rows.jsonl", "token": "abc"}],
@@ -65,17 +64,9 @@ def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
         "env: {A: b}\nnum_processes: 1\nlearning_rate: 1e-6\nreward_funcs: format_reward\nseed: 1\nmax_steps: 3\n"
         "generation_batch_size: 16\nhub_token: secret\nbf16: true\n"
     )
-    argv = [
-        "--config",
-        "config.yaml",
-        "--seed",
-        "7",
-        f"--output_dir={tmp_path / 'out'}",
-        "--use_cpu",
-        "--bf16",
-        "false",
-    ]
-    argv += ["--model_init_kwargs", '{"dtype": "float32"}', "--hub_strategy", "end"]
+    out = tmp_path / "out"
+    argv = f"--config config.yaml --seed 7 --output_dir={out} --use_cpu --bf16 false --hub_strategy end".split()
+    argv += ["--model_init_kwargs", '{"dtype": "float32"}']
     parser = train.make_parser()
     first = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
     options = parser.given_options(argv)
@@ -83,7 +74,7 @@ def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
         *("num_processes", "learning_rate", "reward_funcs", "seed", "max_steps", "generation_batch_size", "hub_token"),
         *("bf16", "output_dir", "use_cpu", "model_init_kwargs", "hub_strategy"),
     }
-    path = save(options, "out")
+    path = save(options | {"resume_from_checkpoint": True}, "out")
     assert "# Left out: hub_token\n" in path.read_text()
     again = train.make_parser().parse_args_and_config(["--config", str(path)], fail_with_unknown_args=False)
     for one, other in zip(first, again):
