@@ -118,5 +118,6 @@ def test_it_survives_being_saved():
 
 
 def test_the_device_of_a_process_on_the_cpu_is_known_to_torch(tmp_path, monkeypatch):
+    config = MentorGRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     monkeypatch.setattr("trl.GRPOConfig.device", torch.device("cpu:1"))
-    assert MentorGRPOConfig(str(tmp_path), bf16=False).device == torch.device("cpu")
+    assert config.device == torch.device("cpu")

@@ -88,7 +88,10 @@ def _read(path: Path) -> list[Sample]:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".parquet":
-        return pd.read_parquet(file).to_dict("records")
+        try:
+            return pd.read_parquet(file).to_dict("records")
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{file} cannot be read as parquet: {error}") from error
     if file.suffix != ".jsonl":
         raise SetupError(f"Samples {file} must be a .jsonl or a .parquet file, or a folder of them.")
     rows = []

@@ -140,7 +140,7 @@ def make_model(
         device = "cpu"
     try:
         return get_model(backend).create_from_arg_obj(args, {"batch_size": batch_size, "device": device})
-    except OSError as error:  # what transformers raises for a model that is not there
+    except (OSError, TypeError, ValueError) as error:  # no such model, or arguments that it does not take
         raise SetupError(f"The model {model} cannot be loaded: {error}") from error
 
 

@@ -109,7 +109,10 @@ def _read_results(results: str | Path | dict[str, Any]) -> dict[str, Any]:
     file = file / "results.json" if file.is_dir() else file
     if not file.is_file():
         raise SetupError(f"There are no results {file}; `mentor-trl eval --output_dir FOLDER` writes them.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SetupError(f"{file} is not valid JSON: {error}") from error
 
 
 def settings_table(

@@ -134,6 +134,12 @@ def test_files_that_are_no_samples(tmp_path, text, message):
         read_samples([tmp_path / "s.jsonl"])
 
 
+def test_a_table_that_is_no_parquet(tmp_path):
+    (tmp_path / "s.parquet").write_text("PAR")
+    with pytest.raises(SetupError, match="s.parquet cannot be read as parquet"):
+        read_samples([tmp_path])
+
+
 def test_line_separators_inside_texts_do_not_end_a_row(tmp_path):
     row = {"doc_id": 3, "task": "t", "completions": ["a\u2028b"], "correct": [1]}
     (tmp_path / "s.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -213,6 +213,9 @@ def test_options_are_checked_before_the_model_is_loaded(capsys, data_dir, tiny_m
     assert "write it as key=value" in error_of(capsys, *model, "--model_args", "dtype")
     assert "did you mean 'num_samples'" in error_of(capsys, *model, "--num_sample", "4")
     assert "cannot be loaded" in error_of(capsys, "--model", str(tmp_path / "none"))
+    monkeypatch.undo()
+    unknown = ("--output_dir", str(tmp_path / "out"), "--tasks", "math500", "--model_args", "colour=1")
+    assert "cannot be loaded: " in error_of(capsys, *model[:4], *unknown)
     (tmp_path / "results.json").write_text("{}")
     assert "already holds results" in error_of(capsys, *model, "--tasks", "math500")
 

@@ -157,6 +157,9 @@ def test_results_that_are_not_there(tmp_path):
     trainer = make_trainer(tmp_path / "run")
     with pytest.raises(SetupError, match="There are no results .*absent"):
         trainer.create_model_card(results=tmp_path / "absent")
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(SetupError, match="results.json is not valid JSON"):
+        trainer.create_model_card(results=tmp_path)
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
