@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import GRPOConfig
 
 from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS
@@ -450,3 +451,9 @@ class MentorGRPOConfig(GRPOConfig):
             )
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is unset; mixed rollouts need a limit, e.g. 512.")
+
+    @property
+    def device(self) -> torch.device:
+        # accelerate numbers the processes of a CPU (`cpu:0`), which torch.load does not know
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device

@@ -22,7 +22,7 @@ from .errors import SetupError
 from .publishing.card import complete_card
 from .publishing.hub import model_files_only
 from .random_state import untouched_rng
-from .rollout.engines import engine_setup
+from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
 from .rollout.types import EngineError
 from .training.batch import Credit, RolloutBatch, Scored
@@ -337,7 +337,18 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        complete_card(self, dataset_name, results)
+        if self.is_world_process_zero():
+            complete_card(
+                self.args,
+                self.state,
+                base=self.model.config._name_or_path,
+                expert=self.expert_name,
+                rewards=list(zip(self.reward_func_names, self.reward_weights.tolist())),
+                recipe=self.recipe,
+                dataset_name=dataset_name,
+                results=results,
+                training=self.is_in_train,
+            )
 
     def push_to_hub(self, *args, **kwargs):
         with model_files_only(self.args):

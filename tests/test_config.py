@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import GRPOConfig
 
@@ -114,3 +115,9 @@ def test_it_survives_being_saved():
     saved = config.to_dict()
     assert saved["expert_model_name_or_path"] == "open-r1/OpenR1-Qwen-7B"
     assert isinstance(config, GRPOConfig) and '"num_mixed_generations": 4' in config.to_json_string()
+
+
+def test_the_device_of_a_process_on_the_cpu_is_known_to_torch(tmp_path, monkeypatch):
+    config = MentorGRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    monkeypatch.setattr("trl.GRPOConfig.device", torch.device("cpu:1"))
+    assert config.device == torch.device("cpu")

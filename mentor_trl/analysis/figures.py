@@ -1,7 +1,7 @@
 """The figures: training dynamics, guidance, reasoning words, pass@k."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,10 +53,7 @@ GUIDANCE = (
     Panel(
         "where the expert speaks",
         "share of the tokens",
-        {
-            "branch points": ("mentor/branch_rate",),
-            "replaced tokens": ("mentor/replaced_rate",),
-        },
+        {"branch points": ("mentor/branch_rate",), "replaced tokens": ("mentor/replaced_rate",)},
     ),
     Panel("drafted tokens that stand", "acceptance", {"": ("mentor/acceptance",)}),
     Panel(
@@ -74,16 +71,9 @@ GUIDANCE = (
 
 def training_panel(name: str, accuracy: str = "accuracy_reward", evaluation: bool = False) -> Panel:
     """
-    Panel of the training dynamics. On-policy rows are preferred: with mixed rows in it, a metric of TRL is not about
-    the policy. Runs without an expert have TRL's metrics, all of whose rows are on-policy.
-
-    Args:
-        name (`str`):
-            `"accuracy"`, `"reward"`, `"entropy"` or `"length"`.
-        accuracy (`str`, *optional*, defaults to `"accuracy_reward"`):
-            Reward function that is the accuracy.
-        evaluation (`bool`, *optional*, defaults to `False`):
-            Whether the metrics are those of evaluations.
+    Panel of the training dynamics: accuracy, reward, entropy or length. On-policy rows are preferred: with mixed rows
+    in it, a metric of TRL is not about the policy. Runs without an expert have TRL's metrics, all of whose rows are
+    on-policy.
     """
     titles = {
         "accuracy": ("accuracy", "mean of " + accuracy, f"rewards/{accuracy}", f"rewards/{accuracy}/mean"),
@@ -99,12 +89,7 @@ def training_panel(name: str, accuracy: str = "accuracy_reward", evaluation: boo
 
 
 def panel_curves(runs: Sequence[Run], panel: Panel, smooth: int = 1) -> PanelCurves:
-    """
-    Curves of a panel, one for each label and line.
-
-    Raises:
-        [`SetupError`]: if a run lacks a metric.
-    """
+    """Curves of a panel, one for each label and line; a run that lacks a metric is a [`SetupError`]."""
     curves = {
         label: {
             line: make_curve([run.first_series(names, line or panel.title) for run in group], smooth)
@@ -142,39 +127,20 @@ def plot_training(
     """
     shown = [panel_curves(runs, training_panel(name, accuracy, evaluation), smooth) for name in panels]
     figure = new_figure(max(3.7 * len(shown), 5.0), 3.5)
-    axes = figure.subplots(1, len(shown), squeeze=False, sharex=True).flat
-    _draw_panels(figure, list(axes), shown, smooth)
+    _draw_panels(figure, figure.subplots(1, len(shown), squeeze=False, sharex=True).flat, shown, smooth)
     return figure, shown
 
 
 def plot_guidance(runs: Sequence[Run], smooth: int = 1) -> tuple["Figure", list[PanelCurves]]:
-    """
-    What the expert did: alpha, gamma, branch rate, acceptance, and rewards and advantages by source.
-
-    Args:
-        runs (`Sequence[Run]`):
-            Runs with mixed rollouts.
-        smooth (`int`, *optional*, defaults to `1`):
-            Number of logged values in the moving mean.
-
-    Returns:
-        The figure, and what it shows.
-    """
+    """What the expert did, as [`plot_training`]: alpha, gamma, branches, acceptance, and rewards by source."""
     shown = [panel_curves(runs, panel, smooth) for panel in GUIDANCE]
     figure = new_figure(11.0, 6.2)
-    axes = list(figure.subplots(2, 3, sharex=True).flat)
-    _draw_panels(figure, axes, shown, smooth)
+    _draw_panels(figure, figure.subplots(2, 3, sharex=True).flat, shown, smooth)
     return figure, shown
 
 
 def plot_words(rates: "pd.DataFrame") -> "Figure":
-    """
-    Rates of reasoning words, with 95% intervals (Figure 3 of the paper).
-
-    Args:
-        rates (`pd.DataFrame`):
-            Result of [`~mentor_trl.analysis.words.word_rates`].
-    """
+    """Rates of [`~mentor_trl.analysis.rates.word_rates`], with 95% intervals (Figure 3 of the paper)."""
     labels, words = list(dict.fromkeys(rates["label"])), list(dict.fromkeys(rates["word"]))
     colors, width = color_of(labels), 0.8 / len(labels)
     figure = new_figure(min(max(1.6 + len(words) * (0.3 + 0.13 * len(labels)), 5.5), 11.0), 3.8)
@@ -196,13 +162,7 @@ def plot_words(rates: "pd.DataFrame") -> "Figure":
 
 
 def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
-    """
-    pass@k against k, a panel for each task, with 95% bands over the prompts (Figure 4 of the paper).
-
-    Args:
-        curves (`pd.DataFrame`):
-            Result of [`~mentor_trl.analysis.pass_at_k_curves.pass_at_k_curves`].
-    """
+    """Curves of [`~mentor_trl.analysis.rates.pass_at_k_curves`], a panel a task (Figure 4 of the paper)."""
     tasks, labels = list(dict.fromkeys(curves["task"])), list(dict.fromkeys(curves["label"]))
     colors, columns = color_of(labels), min(len(tasks), 3)
     rows = math.ceil(len(tasks) / columns)
@@ -231,7 +191,8 @@ def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
     return figure
 
 
-def _draw_panels(figure: "Figure", axes: list["Axes"], shown: list[PanelCurves], smooth: int) -> None:
+def _draw_panels(figure: "Figure", axes: Iterable["Axes"], shown: list[PanelCurves], smooth: int) -> None:
+    axes = list(axes)
     colors = color_of(list(shown[0].curves))
     for axis, panel in zip(axes, shown):
         for label, lines in panel.curves.items():

@@ -62,15 +62,7 @@ def summary(record: RolloutRecord) -> list[str]:
 
 
 def to_terminal(record: RolloutRecord, plain: bool = False) -> RenderableType:
-    """
-    Render for a terminal.
-
-    Args:
-        record ([`RolloutRecord`]):
-            Rollout.
-        plain (`bool`, *optional*, defaults to `False`):
-            Whether to mark by brackets rather than by style, for where there is no colour.
-    """
+    """Render for a terminal; `plain` marks by brackets rather than by style, for where there is no colour."""
     legend = Text()
     for kind, meaning in LEGEND.items():
         legend.append_text(_marked("token", kind, plain)).append(f"  {meaning}\n")
@@ -123,25 +115,13 @@ def print_rollout(record: RolloutRecord, console: Console) -> None:
 
 
 def to_html(records: Sequence[RolloutRecord], title: str = "Rollouts") -> str:
-    """
-    Render as one page of HTML that needs no other file.
-
-    Args:
-        records (`Sequence[RolloutRecord]`):
-            Rollouts, one below the other.
-        title (`str`, *optional*, defaults to `"Rollouts"`):
-            Title of the page.
-
-    Returns:
-        `str`. A token's title, shown on hover, holds its numbers.
-    """
+    """Render as one page of HTML that needs no other file; a token's title, shown on hover, holds its numbers."""
     template = Template(resources.files("mentor_trl.analysis").joinpath("rollout.html").read_text(encoding="utf-8"))
     legend = "".join(
         f'<span><span class="t {kind}">token</span> {html.escape(meaning)}</span>' for kind, meaning in LEGEND.items()
     )
-    return template.substitute(
-        title=html.escape(title), legend=legend, rollouts="\n".join(map(_section, records)).strip()
-    )
+    sections = "\n".join(map(_section, records)).strip()
+    return template.substitute(title=html.escape(title), legend=legend, rollouts=sections)
 
 
 def _section(record: RolloutRecord) -> str:

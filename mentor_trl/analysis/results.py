@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import SetupError
+from ..evaluation.summary import to_table
 from .runs import group_by_label, resolve_labels
 
 
 AVERAGE = "average"
+Value = tuple[float, float | None]  # and its standard error
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,13 @@ class Result:
 
     path: Path
     label: str
-    tasks: dict[str, dict[str | None, tuple[float, float | None]]]
+    tasks: dict[str, dict[str | None, Value]]
     headlines: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    A number of the table.
-
-    Args:
-        value (`float`):
-            Mean over the evaluations of the label.
-        error (`float`, *optional*):
-            Standard error: over the evaluations where there are several, else over the prompts.
-        best (`bool`):
-            Whether no other row has more, to the digits shown.
-    """
+    """A mean over the evaluations of a label, its standard error, and whether no other row has more as shown."""
 
     value: float
     error: float | None = None
@@ -106,12 +98,9 @@ class ResultsTable:
         return table
 
     def to_markdown(self) -> str:
-        lines = [["", *self.columns], ["---"] + ["---:"] * len(self.columns)]
-        for label, cells in self.rows.items():
-            texts = ["-" if cell is None else f"**{cell.text}**" if cell.best else cell.text for cell in cells]
-            lines.append([self.name(label), *texts])
-        escape = lambda text: text.replace("|", "\\|")
-        return "\n".join([f"{self.caption}", "", *(f"| {' | '.join(map(escape, line))} |" for line in lines), ""])
+        shown = lambda cell: "-" if cell is None else f"**{cell.text}**" if cell.best else cell.text
+        lines = [[self.name(label), *map(shown, cells)] for label, cells in self.rows.items()]
+        return f"{self.caption}\n\n{to_table([['', *self.columns], *lines])}\n"
 
     def to_csv(self) -> str:
         numbers = [
@@ -167,10 +156,9 @@ def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsT
         if any(one != found[0] for one in found):
             raise SetupError(f"The {len(group)} evaluations of {label!r} are not of the same tasks with {metric!r}.")
         per_task = [[one.tasks[task][metric] for one in group] if task in found[0] else None for task in tasks]
-        cells = [None if values is None else _cell(values) for values in per_task]
-        if len(tasks) > 1:
-            cells.append(_average(per_task))
-        rows[label], seeds[label] = cells, len(group)
+        if len(tasks) > 1:  # the average of each evaluation
+            per_task.append(None if None in per_task else [_mean(of_one) for of_one in zip(*per_task)])
+        rows[label], seeds[label] = [values and _cell(values) for values in per_task], len(group)
     names = [_column(task, results) for task in tasks] if metric is None else tasks
     return ResultsTable(metric or "accuracy", names + [AVERAGE] * (len(tasks) > 1), _mark_best(rows), seeds)
 
@@ -185,24 +173,17 @@ def _column(task: str, results: Sequence[Result]) -> str:
     return f"{task} {headlines[0]}"
 
 
-def _cell(values: list[tuple[float, float | None]]) -> Cell:
+def _cell(values: list[Value]) -> Cell:
     if len(values) == 1:
         return Cell(*values[0])
     numbers = pd.Series([value for value, _ in values])
     return Cell(float(numbers.mean()), float(numbers.sem(ddof=1)))
 
 
-def _average(per_task: list[list[tuple[float, float | None]] | None]) -> Cell | None:
-    """Average over tasks; of several evaluations, the averages of each are compared."""
-    if any(values is None for values in per_task):
-        return None
-    averages = []
-    for of_one in zip(*per_task):
-        errors = [error for _, error in of_one]
-        known = all(error is not None for error in errors)
-        error = math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None
-        averages.append((sum(value for value, _ in of_one) / len(of_one), error))
-    return _cell(averages)
+def _mean(values: Sequence[Value]) -> Value:
+    errors = [error for _, error in values if error is not None]
+    error = math.hypot(*errors) / len(errors) if len(errors) == len(values) else None
+    return sum(value for value, _ in values) / len(values), error
 
 
 def _mark_best(rows: dict[str, list[Cell | None]]) -> dict[str, list[Cell | None]]:
@@ -211,7 +192,7 @@ def _mark_best(rows: dict[str, list[Cell | None]]) -> dict[str, list[Cell | None
     shown = lambda cell: round(100 * cell.value, 1)
     best = [max((shown(cell) for cell in column if cell is not None), default=None) for column in zip(*rows.values())]
     return {
-        label: [cell and Cell(cell.value, cell.error, shown(cell) == top) for cell, top in zip(cells, best)]
+        label: [cell and replace(cell, best=shown(cell) == top) for cell, top in zip(cells, best)]
         for label, cells in rows.items()
     }
 
@@ -226,16 +207,10 @@ def _result_file(path: Path) -> Path:
     return path / "results.json"
 
 
-def _tasks(file: Path) -> tuple[dict[str, dict[str | None, tuple[float, float | None]]], dict[str, str]]:
+def _tasks(file: Path) -> tuple[dict[str, dict[str | None, Value]], dict[str, str]]:
     """Metrics of each task, and the names of their headlines."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SetupError(f"{file} is not valid JSON: {error}.") from error
-    tasks = content.get("tasks") if isinstance(content, dict) else None
-    if not isinstance(tasks, dict) or not tasks:
-        raise SetupError(f"{file} has no `tasks`; it is not the result of an evaluation by `mentor-trl eval`.")
-    try:
+        tasks = json.loads(file.read_text(encoding="utf-8"))["tasks"]
         metrics = {
             task: {None: _value(one), **{f"pass@{k}": _value(number) for k, number in one["pass_at_k"].items()}}
             for task, one in tasks.items()
@@ -243,11 +218,11 @@ def _tasks(file: Path) -> tuple[dict[str, dict[str | None, tuple[float, float | 
         return metrics, {task: str(one["metric"]) for task, one in tasks.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SetupError(
-            f"{file} is not as `mentor-trl eval` writes it (a task has `metric`, `value`, `stderr` and `pass_at_k`): "
-            f"{error!r}."
+            f"{file} is not as `mentor-trl eval` writes it (JSON with `tasks`, each with `metric`, `value`, `stderr` "
+            f"and `pass_at_k`): {error!r}."
         ) from error
 
 
-def _value(number: dict[str, Any]) -> tuple[float, float | None]:
+def _value(number: dict[str, Any]) -> Value:
     error = number.get("stderr")
     return float(number["value"]), None if error is None else float(error)

@@ -95,19 +95,8 @@ class Run:
 @dataclass(frozen=True)
 class Curve:
     """
-    A metric over the steps, of one run or of several of a label.
-
-    Args:
-        mean (`pd.Series`):
-            Mean over the runs by step, smoothed.
-        error (`pd.Series`, *optional*):
-            Standard error of the mean over the runs; `None` for one run.
-        raw (`pd.Series`, *optional*):
-            What was smoothed; `None` where nothing was.
-        runs (`int`):
-            Number of runs.
-        dropped (`int`):
-            Steps that some of the runs, but not all of them, have. They are in no mean.
+    A metric over the steps: the mean over `runs` of a label, smoothed; for several runs its standard error, for a
+    smoothed one what was smoothed; and the number of steps that not all runs have, which are in no mean.
     """
 
     mean: pd.Series

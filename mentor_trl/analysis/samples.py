@@ -15,19 +15,8 @@ from .runs import resolve_labels
 @dataclass(frozen=True)
 class Sample:
     """
-    A prompt and the responses to it.
-
-    Args:
-        doc_id (`str`):
-            Id of the prompt within its task.
-        task (`str`):
-            Name of the task.
-        completions (`list[str]`):
-            Responses.
-        correct (`list[int]`, *optional*):
-            1 for each response that is right, else 0.
-        source (`str`, *optional*):
-            Who sampled it, in a completions table of training.
+    A prompt (`doc_id` of a task) and the responses to it; `correct` is 1 for each that is right, and `source` says who
+    sampled them, in a completions table of training.
     """
 
     doc_id: str
@@ -91,23 +80,20 @@ def _read(path: Path) -> list[Sample]:
     if not path.exists():
         raise SetupError(f"Samples {path} do not exist (working directory: {Path.cwd()}).")
     files = [path] if path.is_file() else sorted([*path.rglob("*.jsonl"), *path.rglob("*.parquet")])
-    samples = [sample for file in files for sample in _read_file(file)]
+    samples = [_sample(file, index, row) for file in files for index, row in enumerate(_rows(file))]
     if not samples:
         raise SetupError(f"Samples {path} are empty: there is no row in {len(files)} .jsonl and .parquet files.")
     return samples
 
 
-def _read_file(file: Path) -> list[Sample]:
+def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".parquet":
-        rows = pd.read_parquet(file).to_dict("records")
-    elif file.suffix == ".jsonl":
-        rows = _read_json_lines(file)
-    else:
+        try:
+            return pd.read_parquet(file).to_dict("records")
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{file} cannot be read as parquet: {error}") from error
+    if file.suffix != ".jsonl":
         raise SetupError(f"Samples {file} must be a .jsonl or a .parquet file, or a folder of them.")
-    return [_sample(file, index, row) for index, row in enumerate(rows)]
-
-
-def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -122,24 +108,21 @@ def _read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
-    if row.get("completions") is not None:
-        completions = [_text(one) for one in row["completions"]]
-    elif row.get("completion") is not None:
-        completions = [_text(row["completion"])]
-    else:
+    where = f"{file}, row {index}"
+    completions = row.get("completions")
+    if completions is None:
+        completions = [row["completion"]] if row.get("completion") is not None else None
+    if completions is None:
         raise SetupError(
-            f"{file}, row {index} has neither `completions` (a list of texts) nor `completion`; it has "
+            f"{where} has neither `completions` (a list of texts) nor `completion`; it has "
             f"{', '.join(f'`{name}`' for name in row)}."
         )
+    if len(completions) == 0:
+        raise SetupError(f"{where} has an empty list of completions.")
     correct = None if row.get("correct") is None else [int(one) for one in row["correct"]]
     if correct is not None and len(correct) != len(completions):
-        raise SetupError(f"{file}, row {index} has {len(completions)} completions and {len(correct)} of `correct`.")
-    if not completions:
-        raise SetupError(f"{file}, row {index} has an empty list of completions.")
+        raise SetupError(f"{where} has {len(completions)} completions and {len(correct)} of `correct`.")
+    # A conversation is a list of messages
+    joined = lambda one: one if isinstance(one, str) else "\n".join(str(part["content"]) for part in one)
     doc_id, task = row.get("doc_id", index), row.get("task") or file.stem
-    return Sample(str(doc_id), str(task), completions, correct, row.get("source"))
-
-
-def _text(completion: Any) -> str:
-    """A text, also of a conversation, whose messages are joined."""
-    return completion if isinstance(completion, str) else "\n".join(str(part["content"]) for part in completion)
+    return Sample(str(doc_id), str(task), [joined(one) for one in completions], correct, row.get("source"))

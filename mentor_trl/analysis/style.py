@@ -18,12 +18,7 @@ DPI = 160
 
 
 def color_of(labels: Sequence[str]) -> dict[str, str]:
-    """
-    A colour for each label.
-
-    Raises:
-        [`SetupError`]: if there are more labels than colours that one can tell apart.
-    """
+    """A colour for each label; more labels than colours that one can tell apart are a [`SetupError`]."""
     if len(labels) > len(COLORS):
         raise SetupError(
             f"There are {len(labels)} labels, and only {len(COLORS)} colours that can be told apart. Draw fewer runs "
@@ -33,12 +28,7 @@ def color_of(labels: Sequence[str]) -> dict[str, str]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """
-    Empty figure, sizes in inches. It is drawn by matplotlib without a window or global state.
-
-    Raises:
-        [`SetupError`]: if matplotlib is not installed.
-    """
+    """Empty figure, sizes in inches. It is drawn by matplotlib, if that is installed, without a window."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -64,12 +54,7 @@ def shared_legend(figure: "Figure", axis: "Axes", note: str = "") -> None:
 
 
 def check_output(path: str | Path) -> Path:
-    """
-    Check that a figure can be saved under a name, before it is drawn.
-
-    Raises:
-        [`SetupError`]: if the suffix is none of png, pdf and svg.
-    """
+    """Check that a figure can be saved under a name, before it is drawn: a [`SetupError`] names the formats."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise SetupError(f"The figure's name {path} must end in one of {', '.join(FORMATS)}.")

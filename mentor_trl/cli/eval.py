@@ -85,13 +85,7 @@ class EvalReportArguments:
 
 
 def make_parser(prog: str | None = None) -> "MentorArgumentParser":
-    """
-    Build the parser of the script.
-
-    Args:
-        prog (`str`, *optional*):
-            Name of the program in help and error messages.
-    """
+    """Build the parser of the script; `prog` is its name in help and error messages."""
     from mentor_trl.cli.parser import MentorArgumentParser, help_sections
 
     classes = {"model": EvalModelArguments, "sets and sampling": EvalDataArguments, "report": EvalReportArguments}
@@ -162,19 +156,9 @@ def _settings_record(model_args: EvalModelArguments, settings: "Settings") -> di
 
 
 def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_args: EvalReportArguments) -> None:
-    """
-    Evaluate and report.
-
-    Args:
-        model_args ([`EvalModelArguments`]):
-            The model.
-        data_args ([`EvalDataArguments`]):
-            The sets and the sampling.
-        report_args ([`EvalReportArguments`]):
-            What is written.
-    """
+    """Evaluate and report; the arguments are the parsed options, by group."""
     from mentor_trl.evaluation import harness
-    from mentor_trl.evaluation import summary as report
+    from mentor_trl.evaluation.summary import collect, summarize, to_markdown, write_samples
 
     harness.require_lm_eval()
     if not model_args.model:
@@ -201,27 +185,27 @@ def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_ar
         run = harness.run_task(lm, name, task, settings, model_args.backend)
         if run is None:  # another process than the first
             continue
-        report.write_samples(run, folder)
-        summaries[name] = report.summarize(run)
-        results = report.collect(model_args.model, _settings_record(model_args, settings), summaries)
+        write_samples(run, folder)
+        summaries[name] = summarize(run)
+        results = collect(model_args.model, _settings_record(model_args, settings), summaries)
+        report = to_markdown(results, report_args.paper_model)
         # After each set, so that an interrupted run leaves what it has.
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (folder / "results.md").write_text(report.to_markdown(results, report_args.paper_model), encoding="utf-8")
+        (folder / "results.md").write_text(report, encoding="utf-8")
     if summaries:
-        print(report.to_markdown(results, report_args.paper_model))
+        print(report)
         print(f"Results and samples are in {folder}.")
         _publish(results, report_args)
 
 
 def _publish(results: dict[str, Any], report_args: EvalReportArguments) -> None:
-    from mentor_trl.evaluation import model_index as card
-    from mentor_trl.evaluation import summary as report
+    from mentor_trl.publishing import model_index
 
     name = Path(results["model"]).name
     if report_args.model_card:
-        print(f"Card: {card.write_card(report_args.model_card, report.model_index(results), name)}")
+        print(f"Card: {model_index.write_card(report_args.model_card, model_index.model_index(results), name)}")
     if report_args.push_results:
-        print(f"Card: {card.push_card(report_args.push_results, report.model_index(results))}")
+        print(f"Card: {model_index.push_card(report_args.push_results, model_index.model_index(results))}")
 
 
 def run(args: list[str] | None = None) -> int:

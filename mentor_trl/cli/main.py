@@ -6,10 +6,18 @@ is imported inside it, so that `mentor-trl --help` answers at once.
 """
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, resources
+from typing import Any
+
+
+# Exit code of a mistake of the user
+USAGE = 2
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,15 @@ def train(args: list[str]) -> int:
     """Start the training script through `accelerate launch`, as `trl grpo` does."""
     from mentor_trl.cli.train import make_parser
 
-    parser = make_parser(prog="mentor-trl train")
+    parser = make_parser(prog="mentor-trl train", light=True)
     if "-h" in args or "--help" in args:
         parser.print_help()
         return 0
+    if not args:
+        parser.error(
+            "nothing is set: give --config FILE.yaml (recipes/ holds some), or at least --model_name_or_path, "
+            "--expert_model_name_or_path, --dataset_name and --reward_funcs"
+        )
     launch_args, script_args = parser.split_launch_args(args)
 
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -44,12 +57,18 @@ def train(args: list[str]) -> int:
         launch_args = resolve_accelerate_config_argument(launch_args)
     except ValueError as error:
         parser.error(str(error))
+    # One option says it to accelerate, the other to the Trainer
+    if "--cpu" in launch_args:
+        script_args = [*script_args, "--use_cpu", "true"]
+    elif parser.given_options(args).get("use_cpu") and "--num_processes" in " ".join(launch_args):
+        launch_args = [*launch_args, "--cpu"]
     return launch_script("train.py", launch_args, script_args)
 
 
 def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> int:
     """
-    Run a script of `mentor_trl.cli` with `accelerate launch`.
+    Run a script of `mentor_trl.cli` with `accelerate launch`, on several processes also where there are only CPUs. A
+    request to end (SIGTERM) goes to the processes that were launched.
 
     Args:
         name (`str`):
@@ -62,20 +81,51 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     Returns:
         `int`: exit code of the script. A failed process has already printed why.
     """
-    import subprocess
-
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     script = str(resources.files("mentor_trl.cli").joinpath(name))
+    args = launch_command_parser().parse_args([*launch_args, script, *script_args])
+    # Without an accelerator it starts one process, whatever `num_processes` says
+    several = (args.num_processes or 1) > 1 and args.mpirun_hostfile is None
+    if several and args.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        args.cpu, args.multi_gpu = False, True
+    elif several and not args.tpu and args.config_file is None and not torch.accelerator.is_available():
+        print(
+            f"mentor-trl: error: `num_processes` is {args.num_processes}, but this machine has no accelerator; add "
+            "--cpu for processes on the CPU",
+            file=sys.stderr,
+        )
+        return USAGE
+    before = signal.signal(signal.SIGTERM, _end_children)
     try:
-        launch_command(launch_command_parser().parse_args([*launch_args, script, *script_args]))
+        launch_command(args)
     except subprocess.CalledProcessError as error:
-        return error.returncode
+        return error.returncode if error.returncode >= 0 else 128 - error.returncode
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        return 1
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if codes != {USAGE}:
+            print(error, file=sys.stderr)
+        return USAGE if codes == {USAGE} else 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"mentor-trl: error: accelerate cannot launch {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _end_children(signum: int, frame: Any) -> None:
+    """accelerate waits for the process that it has started, which would go on without it."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(signum)
 
 
 def evaluate(args: list[str]) -> int:

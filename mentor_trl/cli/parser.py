@@ -3,10 +3,12 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from trl import TrlParser
 
@@ -42,6 +44,9 @@ class MentorArgumentParser(TrlParser):
     def __init__(self, dataclass_types: Iterable[type], sections: dict[str, list[str]], **kwargs: Any):
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self._sections = sections
+        # Not of `field.type`, which the parser narrows
+        hints = {name: str(hint) for one in dataclass_types for name, hint in get_type_hints(one).items()}
+        self._mappings = {name for name, hint in hints.items() if "dict" in hint}
         self._launch_options: dict[str, argparse.Action | None] = {}
 
     def split_launch_args(self, args: list[str]) -> tuple[list[str], list[str]]:
@@ -59,6 +64,7 @@ class MentorArgumentParser(TrlParser):
             of the command line.
         """
         args = _split_config_flag(args)
+        self._check_mappings(args)
         script_args = list(args)
         config_launch_args = []
         if "--config" in args:
@@ -72,7 +78,9 @@ class MentorArgumentParser(TrlParser):
         return config_launch_args + cli_launch_args, _without(script_args, cli_launch_args)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:
-        return super().parse_args_and_config(None if args is None else _split_config_flag(list(args)), **kwargs)
+        args = _split_config_flag(list(sys.argv[1:] if args is None else args))
+        self._check_mappings(args)
+        return super().parse_args_and_config(args, **kwargs)
 
     def given_options(self, args: Iterable[str]) -> dict[str, Any]:
         """
@@ -89,7 +97,7 @@ class MentorArgumentParser(TrlParser):
         actions = {action.dest: action for action in self._actions}
         if "--config" in args:
             position = args.index("--config")
-            given = self._read_config(args[position + 1])
+            given = self._read_config(args[position + 1] if position + 1 < len(args) else None)
             given.pop("env", None)
             given = {
                 key: self._typed(actions[key], value) if key in actions else value for key, value in given.items()
@@ -131,8 +139,23 @@ class MentorArgumentParser(TrlParser):
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
+    def error(self, message: str) -> None:
+        super().error(" ".join(message.split()))
+
     def format_usage(self) -> str:
         return f"usage: {self.prog} [--config FILE.yaml] [--any_field value ...]   (--help lists the fields)\n"
+
+    def _check_mappings(self, args: list[str]) -> None:
+        """Refuse text for a mapping that is neither a JSON object nor the name of a file."""
+        for name, value in self.given_options(args).items():
+            if name not in self._mappings or not isinstance(value, str) or Path(value).is_file():
+                continue
+            try:
+                valid = isinstance(json.loads(value), dict)
+            except ValueError:
+                valid = value.lower() in ("", "none", "null")
+            if not valid:
+                self.error(f"option '--{name}' is {value!r}, which is no JSON; write it as '{{\"key\": \"value\"}}'")
 
     def _read_config(self, path: str | None) -> dict[str, Any]:
         import yaml

@@ -4,15 +4,21 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..analysis.figures import PanelCurves, plot_guidance, plot_pass_at_k, plot_training, plot_words
+from ..analysis.rates import REASONING_WORDS, pass_at_k_curves, word_rates
+from ..analysis.rendering import print_rollout, to_html, to_list
+from ..analysis.results import make_table, read_results
+from ..analysis.runs import read_runs
+from ..analysis.samples import keep_tasks, read_samples
+from ..analysis.style import check_output, save_figure
 from ..errors import SetupError
+from ..training.rollout_log import choose_rows, read_records
 
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..analysis.figures import PanelCurves
 
 LABELS_HELP = "a name for each input, in their order; inputs of one name are seeds of one setting"
 
@@ -25,38 +31,46 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     kinds = parser.add_subparsers(title="what to plot", dest="kind", metavar="KIND", required=True)
-    _add_training(kinds)
-    _add_guidance(kinds)
-    _add_words(kinds)
-    _add_pass_at_k(kinds)
-    _add_table(kinds)
-    _add_rollout(kinds)
+
+    def add(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        kind.set_defaults(run=run)
+        return kind
+
+    training_kind = add("training", training, "accuracy, entropy and length against the step")
+    _add_inputs(training_kind, "RUN", "folder of a run (its output_dir, or a checkpoint)", figure="training.png")
+    _add_training(training_kind)
+    guidance_kind = add("guidance", guidance, "what the expert did, against the step")
+    _add_inputs(guidance_kind, "RUN", "folder of a run with mixed rollouts", figure="guidance.png")
+    for kind in (training_kind, guidance_kind):
+        kind.add_argument("--smooth", type=int, default=1, metavar="N", help="moving mean over N logged values (1)")
+    words_kind = add("words", words, "share of the responses that contain words of reasoning")
+    samples = "samples of `mentor-trl eval` or completions tables of training: .jsonl, .parquet, or a folder of them"
+    _add_inputs(words_kind, "SAMPLES", samples, figure="words.png")
+    _add_words(words_kind)
+    pass_at_k_kind = add("pass-at-k", pass_at_k, "pass@k against k")
+    samples = "samples of `mentor-trl eval`, with their grades: .jsonl, .parquet, or a folder of them"
+    _add_inputs(pass_at_k_kind, "SAMPLES", samples, figure="pass_at_k.png")
+    pass_at_k_kind.add_argument("--k", nargs="+", type=int, metavar="K", help="numbers of tries (1, 2, 4, ...)")
+    for kind in (words_kind, pass_at_k_kind):
+        kind.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all)")
+    table_kind = add("table", table, "models against evaluation sets")
+    _add_inputs(table_kind, "RESULTS", "results of `mentor-trl eval`: results.json or its folder")
+    table_kind.add_argument("--metric", help="metric of the table, as pass@32 (pass@1 or avg@n, as evaluated)")
+    table_kind.add_argument("--output", "-o", metavar="FILE", help="also write the table: .md or .csv")
+    _add_rollout(add("rollout", rollout, "rollouts as text, with the tokens at which the expert spoke"))
     return parser
 
 
-def _add(kinds, name: str, run: Callable, text: str, inputs: str, metavar: str) -> argparse.ArgumentParser:
-    parser = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-    parser.set_defaults(run=run)
-    parser.add_argument("inputs", nargs="+", metavar=metavar, help=inputs)
+def _add_inputs(parser: argparse.ArgumentParser, metavar: str, text: str, figure: str | None = None) -> None:
+    parser.add_argument("inputs", nargs="+", metavar=metavar, help=text)
     parser.add_argument("--labels", nargs="+", metavar="NAME", help=f"{LABELS_HELP} (default: their folders)")
-    return parser
+    if figure:
+        text = f"figure to write: .png, .pdf or .svg ({figure})"
+        parser.add_argument("--output", "-o", default=figure, metavar="FILE", help=text)
 
 
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--output", "-o", default=default, metavar="FILE", help=f"figure to write: .png, .pdf or .svg ({default})"
-    )
-
-
-def _add_smooth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--smooth", type=int, default=1, metavar="N", help="moving mean over N logged values; 1 is none (1)"
-    )
-
-
-def _add_training(kinds) -> None:
-    runs = "folder of a run (its output_dir, or a checkpoint)"
-    parser = _add(kinds, "training", training, "accuracy, entropy and length against the step", runs, "RUN")
+def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--panels",
         nargs="+",
@@ -76,22 +90,9 @@ def _add_training(kinds) -> None:
         dest="evaluation",
         help="draw the evaluations made during training, on the dataset NAME if there were several",
     )
-    _add_smooth(parser)
-    _add_output(parser, "training.png")
 
 
-def _add_guidance(kinds) -> None:
-    runs = "folder of a run with mixed rollouts"
-    parser = _add(kinds, "guidance", guidance, "what the expert did, against the step", runs, "RUN")
-    _add_smooth(parser)
-    _add_output(parser, "guidance.png")
-
-
-def _add_words(kinds) -> None:
-    from ..analysis.words import REASONING_WORDS
-
-    samples = "samples of `mentor-trl eval` or completions tables of training: .jsonl, .parquet, or a folder of them"
-    parser = _add(kinds, "words", words, "share of the responses that contain words of reasoning", samples, "SAMPLES")
+def _add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--words",
         nargs="+",
@@ -99,31 +100,11 @@ def _add_words(kinds) -> None:
         metavar="WORD",
         help=f"words to count, whole and in any case ({' '.join(REASONING_WORDS)})",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all)")
     parser.add_argument("--all", action="store_true", help="count all responses to a prompt, not the first alone")
     parser.add_argument("--source", metavar="SOURCE", help="only rows of this source: on_policy, mixed or eval")
-    _add_output(parser, "words.png")
 
 
-def _add_pass_at_k(kinds) -> None:
-    samples = "samples of `mentor-trl eval`, with their grades: .jsonl, .parquet, or a folder of them"
-    parser = _add(kinds, "pass-at-k", pass_at_k, "pass@k against k", samples, "SAMPLES")
-    parser.add_argument("--k", nargs="+", type=int, metavar="K", help="numbers of tries (default: 1, 2, 4, ...)")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all)")
-    _add_output(parser, "pass_at_k.png")
-
-
-def _add_table(kinds) -> None:
-    results = "results of `mentor-trl eval`: results.json or its folder"
-    parser = _add(kinds, "table", table, "models against evaluation sets", results, "RESULTS")
-    parser.add_argument("--metric", help="metric of the table, as pass@32 (default: pass@1 or avg@n, as evaluated)")
-    parser.add_argument("--output", "-o", metavar="FILE", help="also write the table: .md or .csv")
-
-
-def _add_rollout(kinds) -> None:
-    text = "rollouts as text, with the tokens at which the expert spoke"
-    parser = kinds.add_parser("rollout", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
-    parser.set_defaults(run=rollout)
+def _add_rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run trained with `log_rollout_records`")
     parser.add_argument("--step", type=int, metavar="N", help="training step (default: the last with records)")
     parser.add_argument(
@@ -134,17 +115,7 @@ def _add_rollout(kinds) -> None:
 
 
 def main(args: list[str]) -> int:
-    """
-    Run `mentor-trl plot`.
-
-    Args:
-        args (`list[str]`):
-            Arguments after the command's name.
-
-    Returns:
-        `int`: exit code. A mistake in the arguments or the files ends the process with code 2 and one line.
-    """
-    from rich.console import Console
+    """Run `mentor-trl plot`; a mistake in the arguments or the files gives exit code 2 and one line."""
 
     parser = make_parser()
     options = parser.parse_args(args)
@@ -156,11 +127,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def training(options: argparse.Namespace, console: "Console") -> None:
-    from ..analysis.figures import plot_training
-    from ..analysis.runs import read_runs
-    from ..analysis.style import check_output, save_figure
-
+def training(options: argparse.Namespace, console: Console) -> None:
     check_output(options.output)
     runs = read_runs(options.inputs, options.labels)
     if options.evaluation:
@@ -172,23 +139,14 @@ def training(options: argparse.Namespace, console: "Console") -> None:
     _tell_saved(console, save_figure(figure, options.output))
 
 
-def guidance(options: argparse.Namespace, console: "Console") -> None:
-    from ..analysis.figures import plot_guidance
-    from ..analysis.runs import read_runs
-    from ..analysis.style import check_output, save_figure
-
+def guidance(options: argparse.Namespace, console: Console) -> None:
     check_output(options.output)
     figure, shown = plot_guidance(read_runs(options.inputs, options.labels), options.smooth)
     _tell_dropped(shown)
     _tell_saved(console, save_figure(figure, options.output))
 
 
-def words(options: argparse.Namespace, console: "Console") -> None:
-    from ..analysis.figures import plot_words
-    from ..analysis.samples import keep_tasks, read_samples
-    from ..analysis.style import check_output, save_figure
-    from ..analysis.words import word_rates
-
+def words(options: argparse.Namespace, console: Console) -> None:
     check_output(options.output)
     sets = keep_tasks(read_samples(options.inputs, options.labels), options.tasks)
     rates = word_rates(sets, options.words, options.all, options.source)
@@ -196,12 +154,7 @@ def words(options: argparse.Namespace, console: "Console") -> None:
     _tell_saved(console, save_figure(plot_words(rates), options.output))
 
 
-def pass_at_k(options: argparse.Namespace, console: "Console") -> None:
-    from ..analysis.figures import plot_pass_at_k
-    from ..analysis.pass_at_k_curves import pass_at_k_curves
-    from ..analysis.samples import keep_tasks, read_samples
-    from ..analysis.style import check_output, save_figure
-
+def pass_at_k(options: argparse.Namespace, console: Console) -> None:
     check_output(options.output)
     sets = keep_tasks(read_samples(options.inputs, options.labels), options.tasks)
     curves = pass_at_k_curves(sets, options.k)
@@ -217,9 +170,7 @@ def pass_at_k(options: argparse.Namespace, console: "Console") -> None:
     _tell_saved(console, save_figure(plot_pass_at_k(curves), options.output))
 
 
-def table(options: argparse.Namespace, console: "Console") -> None:
-    from ..analysis.results import make_table, read_results
-
+def table(options: argparse.Namespace, console: Console) -> None:
     output = Path(options.output) if options.output else None
     if output and output.suffix not in (".md", ".csv"):
         raise SetupError(f"The table's name {output} must end in .md or .csv.")
@@ -231,10 +182,7 @@ def table(options: argparse.Namespace, console: "Console") -> None:
         _tell_saved(console, output)
 
 
-def rollout(options: argparse.Namespace, console: "Console") -> None:
-    from ..analysis.rendering import print_rollout, to_html, to_list
-    from ..training.rollout_log import choose_rows, read_records
-
+def rollout(options: argparse.Namespace, console: Console) -> None:
     records = read_records(options.run_folder, options.step)
     if options.list:
         console.print(to_list(records))
@@ -251,7 +199,7 @@ def rollout(options: argparse.Namespace, console: "Console") -> None:
         print_rollout(record, console)
 
 
-def _tell_dropped(shown: "list[PanelCurves]") -> None:
+def _tell_dropped(shown: list[PanelCurves]) -> None:
     dropped = {
         label: max(curve.dropped for lines in curves for curve in lines)
         for label in shown[0].curves
@@ -266,14 +214,11 @@ def _tell_dropped(shown: "list[PanelCurves]") -> None:
             )
 
 
-def _tell_saved(console: "Console", path: Path) -> None:
+def _tell_saved(console: Console, path: Path) -> None:
     console.print(f"Saved {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_frame(console: "Console", frame, title: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
+def _print_frame(console: Console, frame, title: str) -> None:
     made = Table(title=title, title_justify="left")
     made.add_column(frame.index.name)
     for name in frame.columns:

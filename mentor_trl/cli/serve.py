@@ -6,8 +6,6 @@ import os
 import shlex
 import sys
 
-import torch
-
 from ..vllm_plugin.options import WORKER_EXTENSION, engine_environment, engine_options
 
 
@@ -73,6 +71,8 @@ def serve(args: list[str]) -> int:
             )
         except (OSError, ValueError) as error:
             parser.error(str(error))
+    import torch
+
     command = vllm_arguments(options, num_tokens) + passed
     if torch.cuda.is_available() and "--weight-transfer-config" not in given:
         command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
@@ -134,7 +134,7 @@ def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False)
     """
     from transformers import AutoTokenizer
 
-    from ..experts.load import check_tokenizers
+    from ..experts.compatibility import check_tokenizers
 
     names = (policy, expert)
     return check_tokenizers(*(AutoTokenizer.from_pretrained(n, trust_remote_code=trust_remote_code) for n in names))
@@ -142,14 +142,15 @@ def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False)
 
 def health(args: list[str]) -> int:
     """Run `mentor-trl health URL`. Returns 0 if a MENTOR server answers there."""
-    import httpx
-
-    from ..rollout.vllm.server import AnyServer, Patience, ServerError
-
     parser = argparse.ArgumentParser(prog="mentor-trl health", description="Say what the server at a URL is.")
     parser.add_argument("url", help="address of the server, as http://127.0.0.1:8000")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for an answer (30)")
     options = parser.parse_args(args)
+
+    import httpx
+
+    from ..rollout.vllm.server import AnyServer, Patience, ServerError
+
     patience = Patience(connect=options.timeout, read=options.timeout, attempts=1, recovery=0.0)
     try:
         info = AnyServer(options.url, patience=patience).info

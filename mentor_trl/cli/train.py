@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mentor_trl.trainer import MentorGRPOTrainer
 
 
+CLASSES = ("MentorScriptArguments", "MentorGRPOConfig", "ModelConfig", "DatasetMixtureConfig")
 # Reward functions that read the column `solution` of every row.
 NEED_SOLUTION = {"accuracy_reward", "reasoning_accuracy_reward"}
 # Module that proves that a tracker is installed, and the package that brings it.
@@ -40,34 +42,43 @@ TRACKERS = {
 
 
 class UsageError(SetupError):
-    """An option of the command line or the config file cannot be used; the message names the mend."""
+    """An option of the command line or the config file cannot be used; the message says what to change."""
 
 
-def make_parser(prog: str | None = None) -> "MentorArgumentParser":
+def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgumentParser":
     """
     Build the parser of the script.
 
     Args:
         prog (`str`, *optional*):
             Name of the program in help and error messages.
+        light (`bool`, *optional*, defaults to `False`):
+            Whether to read the options from sources, for the help and for what launches the script: see
+            [`~mentor_trl.cli.fields.light_class`].
     """
-    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments
-
-    from mentor_trl.cli.arguments import MentorScriptArguments
+    from mentor_trl.cli.fields import light_class
     from mentor_trl.cli.parser import MentorArgumentParser, help_sections
-    from mentor_trl.config import MentorGRPOConfig
+
+    if light:
+        script, training, model, mixture = map(light_class, CLASSES)
+    else:
+        from trl import DatasetMixtureConfig as mixture
+        from trl import ModelConfig as model
+
+        from mentor_trl.cli.arguments import MentorScriptArguments as script
+        from mentor_trl.config import MentorGRPOConfig as training
 
     sections = help_sections(
         {
-            "expert and mixed rollouts": (MentorGRPOConfig, GRPOConfig),
-            "data and rewards": (MentorScriptArguments, ScriptArguments),
-            "dataset": (ScriptArguments, None),
-            "dataset mixture": (DatasetMixtureConfig, None),
-            "model": (ModelConfig, None),
+            "expert and mixed rollouts": (training, training.__bases__[0]),
+            "data and rewards": (script, script.__bases__[0]),
+            "dataset": (script.__bases__[0], None),
+            "dataset mixture": (mixture, None),
+            "model": (model, None),
         }
     )
     return MentorArgumentParser(
-        (MentorScriptArguments, MentorGRPOConfig, ModelConfig, DatasetMixtureConfig),
+        (script, training, model, mixture),
         sections=sections,
         prog=prog,
         description="Train a model with mixed-policy GRPO. A config file sets any field below; flags override it.",
@@ -133,6 +144,12 @@ def check_options(script_args: "MentorScriptArguments", training_args: "MentorGR
             f"`reward_weights` holds {len(weights)} numbers for {num_rewards} rewards; give one for each, the reward "
             "model first"
         )
+    colocated = training_args.use_vllm and training_args.vllm_mode == "colocate"
+    if colocated and importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "`use_vllm` with `vllm_mode` colocate needs vLLM, which is not installed; run `pip install "
+            "'mentor-trl[vllm]'`, or set `use_vllm` to false or `vllm_mode` to server"
+        )
     for tracker in training_args.report_to:
         modules, package = TRACKERS.get(tracker, ((), tracker))
         if modules and not any(importlib.util.find_spec(module) for module in modules):
@@ -170,15 +187,39 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
     return last
 
 
+def check_output_dir(folder: str) -> None:
+    """Refuse an output folder that cannot be written, before anything is loaded."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"`output_dir` is {folder}, which cannot be written: {error.strerror}; choose another folder, or make "
+            "this one writable"
+        ) from error
+
+
 def _has_chat_template(training_args: "MentorGRPOConfig", model_args: "ModelConfig") -> bool:
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    try:
+        processor = AutoProcessor.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{_unloadable(model_args)}: {error}") from error
     return bool(getattr(processor, "chat_template", None))
+
+
+def _unloadable(model_args: "ModelConfig") -> str:
+    name = model_args.model_name_or_path
+    absent = (
+        "" if Path(name).exists() else f"; there is no folder {name}, and the Hub or its cache gives no such model"
+    )
+    return f"The model cannot be loaded (`model_name_or_path` is {name!r}{absent})"
 
 
 def main(
@@ -189,27 +230,15 @@ def main(
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """
-    Load the data, build the trainer, train and save.
-
-    Args:
-        script_args ([`~mentor_trl.cli.arguments.MentorScriptArguments`]):
-            Data and rewards.
-        training_args ([`~mentor_trl.MentorGRPOConfig`]):
-            Training, the expert and mixed rollouts.
-        model_args ([`~trl.ModelConfig`]):
-            Model, quantization and PEFT.
-        dataset_args ([`~trl.DatasetMixtureConfig`]):
-            Mixture of datasets.
-        recipe (`dict[str, Any]`, *optional*):
-            The options that were set, which are saved as `recipe.yaml` and shown in the model card.
+    Load the data, build the trainer, train and save. The arguments are the parsed options, by group, and all that were
+    set (`recipe`), which are saved as `recipe.yaml`.
     """
     from mentor_trl.data import load_prompt_datasets
-    from mentor_trl.publishing.hub import make_repository
-    from mentor_trl.publishing.recipe import save
 
     if not model_args.model_name_or_path:
         raise UsageError("No model is given; set `model_name_or_path` to a Hub id or a folder")
     check_options(script_args, training_args)
+    check_output_dir(training_args.output_dir)
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     names = script_args.reward_funcs or []
     reward_funcs = resolve_reward_funcs(names)
@@ -222,9 +251,12 @@ def main(
         require_solution=bool(NEED_SOLUTION & set(names)),
         with_eval=training_args.eval_strategy != "no",
     )
+    # Only now the slow imports and the model: everything above fails within seconds.
+    from mentor_trl.publishing.hub import make_repository
+    from mentor_trl.publishing.recipe import save
+
     if training_args.push_to_hub and training_args.process_index == 0:
         make_repository(training_args)
-    # Only now the slow imports and the model: everything above fails within seconds.
     trainer = _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset)
     trainer.recipe = recipe
     if recipe is not None and trainer.is_world_process_zero():
@@ -281,9 +313,13 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except OSError as error:  # what transformers raises for a model or file that is not there
-        name = model_args.model_name_or_path
-        raise UsageError(f"The models could not be loaded (`model_name_or_path` is {name!r}): {error}") from error
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        if isinstance(error, SetupError):
+            raise
+        # What transformers raises for a model that is not there has no number
+        if isinstance(error, OSError) and error.errno is None:
+            raise UsageError(f"{_unloadable(model_args)}: {error}") from error
+        raise UsageError(f"The trainer cannot be built with these options: {error}") from error
 
 
 def run(args: list[str] | None = None) -> int:
@@ -291,7 +327,7 @@ def run(args: list[str] | None = None) -> int:
     parser = make_parser(prog="mentor-trl train")
     try:
         parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
-    except (ValueError, ImportError) as error:  # raised by the checks of the config dataclasses
+    except (ValueError, ImportError, OSError) as error:  # raised by the checks of the config dataclasses
         parser.error(str(error))
     try:
         main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))

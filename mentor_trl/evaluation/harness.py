@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mentor_trl.errors import SetupError
 
 from . import TASKS
 from .graded_rows import CORRECT
+from .summary import TaskRun
 
 
 if TYPE_CHECKING:
@@ -35,27 +37,7 @@ SAMPLING_TEMPERATURE = 0.6
 
 @dataclass(frozen=True)
 class Settings:
-    """
-    How completions are drawn.
-
-    Args:
-        num_samples (`int`, *optional*):
-            Completions a problem; if not set, what the set's task file says (32 for AIME and AMC, 1 for the others).
-        temperature (`float`, *optional*):
-            Sampling temperature; if not set, 0 (greedy) for one completion a problem and 0.6 for several.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Probability mass to sample from.
-        max_new_tokens (`int`, *optional*, defaults to `8192`):
-            Most tokens of a completion.
-        system_prompt (`str`, *optional*, defaults to `"mentor"`):
-            System prompt, `"mentor"` for the paper's, `"none"` for none.
-        apply_chat_template (`bool`, *optional*, defaults to `True`):
-            Whether prompts are messages, or text: the system prompt, an empty line, the question.
-        limit (`int`, *optional*):
-            Number of problems, from the first one.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling.
-    """
+    """How completions are drawn; the fields are options of `mentor-trl eval`, whose help says what they do."""
 
     num_samples: int | None = None
     temperature: float | None = None
@@ -93,31 +75,6 @@ class Settings:
         return text if not text or self.apply_chat_template else f"{text}\n\n"
 
 
-@dataclass(frozen=True)
-class TaskRun:
-    """
-    What one set gave.
-
-    Args:
-        task (`str`):
-            Name of the set.
-        num_samples (`int`):
-            Completions a problem.
-        temperature (`float`):
-            Sampling temperature.
-        dataset (`dict`):
-            `path`, `split` and, where there is one, `config` of the set on the Hub.
-        samples (`list[dict]`):
-            For each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`.
-    """
-
-    task: str
-    num_samples: int
-    temperature: float
-    dataset: dict[str, str]
-    samples: list[dict[str, Any]]
-
-
 def require_lm_eval() -> None:
     """Raise [`~mentor_trl.errors.SetupError`] where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -126,16 +83,11 @@ def require_lm_eval() -> None:
 
 def load_tasks(names: Sequence[str], data_dir: str | None = None) -> "dict[str, Task]":
     """
-    Load sets and their task files.
+    Load lm-eval's task of each set, whose problems come from a folder of local files or, if none is given, from the
+    Hub.
 
-    Args:
-        names (`Sequence[str]`):
-            Names of sets, of [`~mentor_trl.evaluation.TASKS`].
-        data_dir (`str`, *optional*):
-            Folder of local files of the sets. If not set, they come from the Hub.
-
-    Returns:
-        `dict[str, Task]`: lm-eval's task of each set.
+    Raises:
+        [`SetupError`]: if a set is not known, or lm-eval not installed.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown:
@@ -165,35 +117,20 @@ def make_model(
     seed: int = 0,
 ) -> "LM":
     """
-    Make lm-eval's model.
+    Make lm-eval's model; the arguments are the options of `mentor-trl eval`.
 
-    Args:
-        backend (`str`):
-            `"hf"` (transformers), `"vllm"` or `"server"` (an OpenAI-compatible server).
-        model (`str`):
-            Hub id or folder of the model or of a PEFT adapter; for a server, the name it serves the model under.
-        model_args (`dict`, *optional*):
-            Further arguments of lm-eval's model class, such as `tensor_parallel_size` or `parallelize`.
-        batch_size (`int` or `str`, *optional*):
-            Prompts a batch, or `"auto"`. If not set, 16 for `hf` and `"auto"` for `vllm`.
-        device (`str`, *optional*):
-            Device of the `hf` back-end. If not set, a GPU if there is one.
-        base_url (`str`, *optional*):
-            Address of the server.
-        apply_chat_template (`bool`, *optional*, defaults to `True`):
-            Whether a server gets messages (`/chat/completions`) or text (`/completions`).
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of vLLM or of the requests to a server.
+    Raises:
+        [`SetupError`]: if the model cannot be loaded, or the back-end is not known, not installed or not reached.
     """
     require_lm_eval()
     if backend == "server":
-        from .chat_server import make_server_model
+        from .server_client import make_server_model
 
         return make_server_model(model, base_url, model_args or {}, apply_chat_template, seed)
     if backend not in BACKENDS:
         raise SetupError(f"The back-end '{backend}' is not known; choose one of {', '.join(BACKENDS)}")
     if backend == "vllm":
-        _prepare_vllm()
+        _require_vllm()
     from lm_eval.api.registry import get_model
 
     args = {**_weights(backend, model), "dtype": "auto", **(model_args or {})}
@@ -203,20 +140,19 @@ def make_model(
     if backend == "hf" and device is None and not torch.cuda.is_available():
         device = "cpu"
     try:
-        lm = get_model(backend).create_from_arg_obj(args, {"batch_size": batch_size, "device": device})
-    except OSError as error:  # what transformers raises for a model that is not there
+        return get_model(backend).create_from_arg_obj(args, {"batch_size": batch_size, "device": device})
+    except (OSError, TypeError, ValueError) as error:  # no such model, or arguments that it does not take
         raise SetupError(f"The model {model} cannot be loaded: {error}") from error
-    return lm
 
 
-def _prepare_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
+def _require_vllm() -> None:
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError as error:
         raise SetupError(
-            "The back-end `vllm` needs vLLM, which is not installed; run `pip install 'mentor-trl[vllm]'`"
-        )
-    from mentor_trl.cli.vllm_command import name_vllm
-
-    name_vllm()
+            "The back-end `vllm` needs the package vllm, which is not installed (another build of it does not suffice "
+            "for lm-eval); run `pip install 'mentor-trl[vllm]'`, or set `backend` to server"
+        ) from error
 
 
 def _weights(backend: str, model: str) -> dict[str, str]:
@@ -238,24 +174,7 @@ def has_chat_template(model: str, **kwargs: Any) -> bool:
 
 
 def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str) -> TaskRun | None:
-    """
-    Evaluate a model on one set.
-
-    Args:
-        lm (`LM`):
-            Model of [`make_model`].
-        name (`str`):
-            Name of the set.
-        task (`Task`):
-            The set, of [`load_tasks`].
-        settings ([`Settings`]):
-            How completions are drawn.
-        backend (`str`):
-            Back-end of the model.
-
-    Returns:
-        [`TaskRun`], *optional*: the samples; `None` on all processes but the first.
-    """
+    """Evaluate a model of [`make_model`] on a set of [`load_tasks`]; `None` on all processes but the first."""
     # Not `simple_evaluate`, which spends seconds on a survey of the machine for each set
     from lm_eval import evaluate
     from transformers import set_seed
@@ -281,17 +200,7 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
 
 
 def generation_kwargs(backend: str, settings: Settings, temperature: float) -> dict[str, Any]:
-    """
-    Return the sampling options of a back-end, all explicit, so that no model's generation config changes them.
-
-    Args:
-        backend (`str`):
-            Back-end.
-        settings ([`Settings`]):
-            How completions are drawn.
-        temperature (`float`):
-            Sampling temperature, 0 for greedy decoding.
-    """
+    """Return the sampling options of a back-end, all explicit, so that no model's generation config changes them."""
     kwargs: dict[str, Any] = {
         "until": [],
         "max_gen_toks": settings.max_new_tokens,

@@ -96,9 +96,6 @@ def estimate_mean(values: Sequence[float], num_samples: int, confidence: float =
             Samples of all problems.
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the interval.
-
-    Returns:
-        [`Estimate`]: mean over problems and its interval.
     """
     mean = fmean(values)
     z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
@@ -116,15 +113,7 @@ def effective_sample_size(values: Sequence[float], num_samples: int, z: float) -
     It lies between the number of problems (no value in [0, 1] varies more than a coin) and that of samples. The
     variance over problems is smoothed by a quarter of a problem that is always solved and of one that never is, and
     `se` is widened from the normal to Student's quantile: without both, intervals of 30 problems are too narrow where
-    nearly all problems fail or are solved.
-
-    Args:
-        values (`Sequence[float]`):
-            One value in [0, 1] a problem.
-        num_samples (`int`):
-            Samples of all problems.
-        z (`float`):
-            Quantile of the normal distribution.
+    nearly all problems fail or are solved. `z` is the quantile of the normal distribution.
     """
     mean, count = fmean(values), len(values)
     squares = sum((value - mean) ** 2 for value in values) + PRIOR * (mean**2 + (1.0 - mean) ** 2)
@@ -137,18 +126,7 @@ def effective_sample_size(values: Sequence[float], num_samples: int, z: float) -
 
 
 def average(estimates: Sequence[Estimate], confidence: float = 0.95) -> Estimate:
-    """
-    Average over sets, each with the same weight, and the normal interval of independent sets.
-
-    Args:
-        estimates (`Sequence[Estimate]`):
-            One estimate a set.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Coverage of the interval.
-
-    Returns:
-        [`Estimate`]: the average.
-    """
+    """Average over sets, each with the same weight, and the normal interval of independent sets."""
     value = fmean(one.value for one in estimates)
     stderr = sqrt(sum(one.stderr**2 for one in estimates)) / len(estimates)
     half = NormalDist().inv_cdf(0.5 + confidence / 2.0) * stderr

@@ -1,20 +1,14 @@
-"""From samples to results (JSON), a Markdown table beside the paper's figures, and model-index entries."""
+"""From samples to results (JSON), and to Markdown tables beside the paper's figures."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import PAPER_TASKS, TASKS
 from .pass_at_k import Estimate, average, estimate, ks_to_report
-
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
-    from .harness import TaskRun
 
 
 PAPER_AVERAGES: dict[str, dict[str, float]] = {
@@ -28,13 +22,34 @@ PAPER_PASS_AT_32: dict[str, dict[str, float]] = {"Qwen2.5-7B": {"aime24": 36.7, 
 """pass@32 of MENTOR in percent, by base model."""
 
 
-def summarize(run: "TaskRun") -> dict[str, Any]:
+@dataclass(frozen=True)
+class TaskRun:
     """
-    Summarise the samples of one set.
+    What one set gave.
 
     Args:
-        run ([`~mentor_trl.evaluation.harness.TaskRun`]):
-            Samples.
+        task (`str`):
+            Name of the set.
+        num_samples (`int`):
+            Completions a problem.
+        temperature (`float`):
+            Sampling temperature.
+        dataset (`dict`):
+            `path`, `split` and, where there is one, `config` of the set on the Hub.
+        samples (`list[dict]`):
+            For each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`.
+    """
+
+    task: str
+    num_samples: int
+    temperature: float
+    dataset: dict[str, str]
+    samples: list[dict[str, Any]]
+
+
+def summarize(run: TaskRun) -> dict[str, Any]:
+    """
+    Summarise the samples of one set.
 
     Returns:
         `dict`: `metric` (`"pass@1"` for one sample a problem, else `"avg@n"`) with `value`, `low`, `high` and
@@ -57,42 +72,17 @@ def summarize(run: "TaskRun") -> dict[str, Any]:
 
 def collect(model: str, settings: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
-    Put the summaries of several sets together.
-
-    Args:
-        model (`str`):
-            Name of the model.
-        settings (`dict`):
-            How the completions were drawn.
-        tasks (`dict[str, dict]`):
-            Name of each set and its summary.
-
-    Returns:
-        `dict`: `model`, `settings`, `tasks`, and `average`, an estimate over the paper's nine sets, or `None` where
-        one of them is missing.
+    Put the summaries of several sets together: `model`, `settings`, `tasks`, and `average`, an estimate over the
+    paper's nine sets, or `None` where one of them is missing.
     """
-    nine = [_estimate_of(tasks[name]) for name in PAPER_TASKS if name in tasks]
+    names = ("value", "low", "high", "stderr")
+    nine = [Estimate(*(tasks[task][name] for name in names)) for task in PAPER_TASKS if task in tasks]
     mean = asdict(average(nine)) if len(nine) == len(PAPER_TASKS) else None
     return {"model": model, "settings": settings, "tasks": tasks, "average": mean}
 
 
-def _estimate_of(summary: dict[str, Any]) -> Estimate:
-    return Estimate(**{name: summary[name] for name in ("value", "low", "high", "stderr")})
-
-
 def to_markdown(results: dict[str, Any], paper_model: str = "Qwen2.5-7B") -> str:
-    """
-    Write results as Markdown tables, beside the figures that the paper states.
-
-    Args:
-        results (`dict`):
-            What [`collect`] returned.
-        paper_model (`str`, *optional*, defaults to `"Qwen2.5-7B"`):
-            Base model of the paper's rows, a key of [`PAPER_AVERAGES`].
-
-    Returns:
-        `str`: the report.
-    """
+    """The results of [`collect`] as Markdown tables, beside the figures that the paper states for a base model."""
     tasks = results["tasks"]
     parts = [f"# Evaluation of {results['model']}", _accuracy_table(results, paper_model)]
     sampled = {name: summary for name, summary in tasks.items() if summary["num_samples"] > 1}
@@ -130,10 +120,8 @@ def _verdict_table(tasks: dict[str, dict[str, Any]]) -> str:
     rows = [["set", "problems", "samples a problem", "temperature", *kinds]]
     for name, summary in tasks.items():
         counts = [str(summary["verdicts"].get(kind, 0)) for kind in kinds]
-        rows.append(
-            [TASKS[name], str(summary["num_problems"]), str(summary["num_samples"]), f"{summary['temperature']:g}"]
-            + counts
-        )
+        sampling = [str(summary["num_problems"]), str(summary["num_samples"]), f"{summary['temperature']:g}"]
+        rows.append([TASKS[name], *sampling, *counts])
     return to_table(rows)
 
 
@@ -149,92 +137,17 @@ def _percent(estimate: dict[str, Any] | None) -> str:
 
 
 def to_table(rows: Sequence[Sequence[str]]) -> str:
-    """
-    Write rows of text, the header first, as a Markdown table whose first column alone is aligned to the left.
-    """
+    """Rows of text, the header first, as a Markdown table whose first column alone is aligned to the left."""
     header, *body = rows
     rule = ["---", *["---:"] * (len(header) - 1)]
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in (header, rule, *body)]
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
-def write_samples(run: "TaskRun", folder: Path) -> Path:
-    """
-    Write the samples of a set, one problem a line, to `samples_<task>.jsonl`.
-
-    Args:
-        run ([`~mentor_trl.evaluation.harness.TaskRun`]):
-            Samples.
-        folder (`Path`):
-            Folder, which must exist.
-    """
+def write_samples(run: TaskRun, folder: Path) -> Path:
+    """Write the samples of a set, one problem a line, to `samples_<task>.jsonl` of a folder."""
     path = folder / f"samples_{run.task}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in run.samples:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
-
-
-def read_samples(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """
-    Read samples back.
-
-    Args:
-        paths (`Iterable[str | Path]`):
-            Files that [`write_samples`] wrote.
-
-    Returns:
-        `list[dict]`: for each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`.
-    """
-    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").split("\n")]
-    return [json.loads(line) for line in lines if line]
-
-
-def model_index(results: dict[str, Any]) -> "list[EvalResult]":
-    """
-    Turn results into the entries of a model card's `model-index`.
-
-    Args:
-        results (`dict`):
-            What [`collect`] returned.
-
-    Returns:
-        `list[EvalResult]`: for each set its metric and, where several samples were drawn, pass@k for the largest k, in
-        percent.
-
-    Raises:
-        `ValueError`: if only the first problems of the sets were evaluated.
-    """
-    limit = results["settings"].get("limit")
-    if limit is not None:
-        raise ValueError(
-            f"Only the first {limit} problems of each set were evaluated, which is no result for a model card; "
-            "evaluate again without `limit`"
-        )
-    entries = []
-    for name, summary in results["tasks"].items():
-        entries.append(_entry(name, summary, summary["metric"], summary))
-        k = max(map(int, summary["pass_at_k"]))
-        if k > 1:
-            entries.append(_entry(name, summary, f"pass@{k}", summary["pass_at_k"][str(k)]))
-    return entries
-
-
-def _entry(name: str, summary: dict[str, Any], metric: str, estimate: dict[str, Any]) -> "EvalResult":
-    from huggingface_hub import EvalResult
-
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=summary["dataset"]["path"],
-        dataset_name=TASKS[name],
-        dataset_config=summary["dataset"].get("config"),
-        dataset_split=summary["dataset"]["split"],
-        metric_type="accuracy" if metric.startswith("avg") else "pass@k",
-        metric_name=metric,
-        metric_value=round(100.0 * estimate["value"], 2),
-        metric_args={
-            "num_samples": summary["num_samples"],
-            "temperature": summary["temperature"],
-            "confidence_interval": [round(100.0 * estimate[end], 2) for end in ("low", "high")],
-        },
-    )

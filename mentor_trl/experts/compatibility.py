@@ -40,9 +40,7 @@ def check_tokenizers(tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTr
     return max(ours) + 1
 
 
-def check_vocabulary(
-    policy, expert, tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTrainedTokenizerBase
-):
+def check_vocabulary(policy, expert, tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTrainedTokenizerBase):
     """
     Check that policy and expert share one vocabulary, token by token. Embeddings may be padded differently.
 

@@ -13,15 +13,20 @@ from huggingface_hub.utils import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import cached_file
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
 from ..random_state import untouched_rng
-
-
 
 
 @contextmanager

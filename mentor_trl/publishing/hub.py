@@ -4,37 +4,28 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import httpx
+import transformers.trainer
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError
 
+from ..config import MentorGRPOConfig
 from ..errors import SetupError
-
-
-if TYPE_CHECKING:
-    from ..config import MentorGRPOConfig
+from .recipe import FILE
 
 
 # `ConnectionError` is what the offline mode raises
-HUB_ERRORS = (httpx.HTTPError, ConnectionError, LocalTokenNotFoundError, HFValidationError)
-# Rollout records, and TRL's tables of completions
-TRACES = ("rollouts", "completions")
+HUB_ERRORS = (httpx.HTTPError, ConnectionError, LocalTokenNotFoundError, HFValidationError, LocalEntryNotFoundError)
+# Rollout records, TRL's tables of completions, and the recipe that names folders of this machine
+TRACES = ("rollouts/*", "completions/*", FILE)
 
 
-def withheld(args: "MentorGRPOConfig", folder: str | Path) -> list[str]:
+def withheld(args: MentorGRPOConfig, folder: str | Path) -> list[str]:
     """
-    What stays behind when a folder of a run is pushed, beside what transformers leaves out.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration. With a `hub_token` the file `training_args.bin`, which holds it, stays behind, too.
-        folder (`str` or `Path`):
-            Folder that is pushed: the output folder or a checkpoint. Nothing is withheld of folders elsewhere.
-
-    Returns:
-        `list[str]`: patterns for [`~huggingface_hub.HfApi.upload_folder`].
+    Patterns of what stays behind when a folder of a run is pushed, beside what transformers leaves out: in the output
+    folder the traces of training, everywhere in it `training_args.bin` if that holds a `hub_token`.
     """
     output, folder = Path(args.output_dir).resolve(), Path(folder).resolve()
     if not folder.is_relative_to(output):
@@ -42,46 +33,40 @@ def withheld(args: "MentorGRPOConfig", folder: str | Path) -> list[str]:
     patterns = ["training_args.bin"] if args.hub_token else []
     if folder != output:
         return patterns
-    traces = [output / name for name in TRACES]
-    if args.vllm_weight_sync_dir is not None:
-        traces.append(Path(args.vllm_weight_sync_dir).resolve())
-    inside = [trace.relative_to(output).as_posix() for trace in traces if output in trace.parents]
-    return [*patterns, *(f"{name}/*" for name in inside)]
+    sync = Path(args.vllm_weight_sync_dir or "/").resolve()
+    inside = [f"{sync.relative_to(output).as_posix()}/*"] if output in sync.parents else []
+    return [*patterns, *TRACES, *inside]
+
+
+class _RunApi(HfApi):
+    """The Hub as the Trainer of a run sees it: what [`withheld`] names is not uploaded."""
+
+    def __init__(self, args: MentorGRPOConfig):
+        super().__init__(library_name="transformers", library_version=transformers.__version__)
+        self.args = args
+
+    def upload_folder(self, *, folder_path: str, ignore_patterns: list[str] | None = None, **kwargs: Any) -> Any:
+        patterns = [*(ignore_patterns or []), *withheld(self.args, folder_path)] or None
+        return super().upload_folder(folder_path=folder_path, ignore_patterns=patterns, **kwargs)
 
 
 @contextmanager
-def model_files_only(args: "MentorGRPOConfig") -> Iterator[None]:
+def model_files_only(args: MentorGRPOConfig) -> Iterator[None]:
     """
-    Leave out what [`withheld`] names while the Trainer pushes; its own list of exceptions is fixed.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
+    Leave out what [`withheld`] names while the Trainer pushes. Its list of exceptions is fixed, and it takes its
+    client from a name in its module, which stands for ours here.
     """
-    upload = HfApi.upload_folder
-
-    def upload_part(self, *, folder_path, ignore_patterns=None, **kwargs):
-        given = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or [])
-        patterns = [*given, *withheld(args, folder_path)] or None
-        return upload(self, folder_path=folder_path, ignore_patterns=patterns, **kwargs)
-
-    HfApi.upload_folder = upload_part
+    shared = transformers.trainer.hf_api
+    transformers.trainer.hf_api = lambda: _RunApi(args)
     try:
         yield
     finally:
-        HfApi.upload_folder = upload
+        transformers.trainer.hf_api = shared
 
 
-def make_repository(args: "MentorGRPOConfig") -> str:
+def make_repository(args: MentorGRPOConfig) -> str:
     """
-    Make the repository that a run pushes to, as the Trainer does once the models are loaded.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
-
-    Returns:
-        `str`: its id.
+    Make the repository that a run pushes to, as the Trainer does once the models are loaded; returns its id.
 
     Raises:
         [`SetupError`]: if the Hub cannot be reached or refuses.

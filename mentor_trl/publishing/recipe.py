@@ -1,4 +1,4 @@
-"""The options that a run was started with, as a config file that may be published."""
+"""The options that a run was started with: as a config file that starts it again, and as one that may be published."""
 
 import json
 import os
@@ -7,29 +7,34 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 FILE = "recipe.yaml"
+PUBLISHED = "assets/recipe.yaml"
 # Where this run happened to run, rather than how
-_SITE = {"env", "resume_from_checkpoint", "vllm_server_base_url", "vllm_server_host"}
+_SITE = {"env", "vllm_server_base_url", "vllm_server_host"}
 _SECRET_NAME = re.compile(r"(^|[_-])(token|key|secret|password|credentials?)$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|://[^/\s]*@")
 
 
-def publishable(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_secrets(options: dict[str, Any], publish: bool = False) -> tuple[dict[str, Any], list[str]]:
     """
-    Take out of options what must not be published: secrets, and where on a machine things lie.
+    Take out of options what must not be written down.
 
     Args:
         options (`dict[str, Any]`):
             Options by name, as a config file holds them.
+        publish (`bool`, *optional*, defaults to `False`):
+            Whether to hide the machine as well: absolute paths are cut to their last part, `env` and the addresses of
+            servers are left out.
 
     Returns:
-        `tuple[dict[str, Any], list[str]]`: the options, in which an absolute path is cut to its last part, and the
-        names of those that were left out: tokens, keys, passwords, texts that look like one or hold an address with a
-        password, `env`, and the addresses of servers.
+        `tuple[dict[str, Any], list[str]]`: the options, and the names of those that were left out: tokens, keys,
+        passwords, and texts that look like one or hold an address with a password.
 
     ```python
-    >>> publishable({"model_name_or_path": "/home/ada/qwen", "hub_token": "hf_x", "seed": 1})
+    >>> without_secrets({"model_name_or_path": "/home/ada/qwen", "hub_token": "hf_x", "seed": 1}, publish=True)
     ({'model_name_or_path': 'qwen', 'seed': 1}, ['hub_token'])
 
     ```
@@ -37,50 +42,31 @@ def publishable(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     kept, left_out = {}, []
     for name, value in options.items():
         value = _plain(value)
-        if name in _SITE or _is_secret(name, value):
+        if publish and name in _SITE or _is_secret(name, value):
             left_out.append(name)
-        elif isinstance(value, dict):
-            kept[name], inner = publishable(value)
-            left_out += [f"{name}.{one}" for one in inner]
-        elif isinstance(value, list):
-            parts = [publishable(one) if isinstance(one, dict) else (_without_folders(one), []) for one in value]
-            kept[name] = [part for part, _ in parts]
-            left_out += [f"{name}.{one}" for _, inner in parts for one in inner]
-        else:
-            kept[name] = _without_folders(value)
+            continue
+        several = isinstance(value, list)
+        parts = []
+        for part in value if several else [value]:
+            if isinstance(part, dict):
+                part, inner = without_secrets(part, publish)
+                left_out += [f"{name}.{one}" for one in inner]
+            parts.append(_last_part(part) if publish else part)
+        kept[name] = parts if several else parts[0]
     return kept, left_out
 
 
-def to_yaml(options: dict[str, Any]) -> str:
-    """
-    Write options as a config file of `mentor-trl train`.
-
-    Args:
-        options (`dict[str, Any]`):
-            Options by name.
-    """
-    import yaml
-
-    kept, left_out = publishable(options)
-    head = "# Launch: mentor-trl train --config recipe.yaml\n"
-    if left_out:
-        head += f"# Left out: {', '.join(sorted(left_out))}\n"
-    return head + "\n" + yaml.safe_dump(kept, sort_keys=True, allow_unicode=True, width=119)
-
-
 def save(options: dict[str, Any], folder: str | Path) -> Path:
-    """
-    Save options to `recipe.yaml` in a folder.
-
-    Args:
-        options (`dict[str, Any]`):
-            Options by name.
-        folder (`str` or `Path`):
-            Folder, which is made if there is none.
-    """
-    path = Path(folder, FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(options), encoding="utf-8")
+    """Write `recipe.yaml`, which starts the run again here, and `assets/recipe.yaml`, which may be published."""
+    options = {name: value for name, value in options.items() if name != "resume_from_checkpoint"}
+    for name, publish in ((PUBLISHED, True), (FILE, False)):
+        kept, left_out = without_secrets(options, publish)
+        head = f"# Launch: mentor-trl train --config {name}\n"
+        head += f"# Left out: {', '.join(sorted(left_out))}\n" if left_out else ""
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(kept, sort_keys=True, allow_unicode=True, width=119)
+        path.write_text(f"{head}\n{text}", encoding="utf-8")
     return path
 
 
@@ -99,14 +85,11 @@ def _plain(value: Any) -> Any:
 
 
 def _is_secret(name: str, value: Any) -> bool:
-    if value is None:
-        return False
-    texts = value if isinstance(value, list) else [value]
-    found = any(_SECRET_TEXT.search(text) for text in texts if isinstance(text, str))
-    return found or bool(_SECRET_NAME.search(name))
+    texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    return value is not None and bool(_SECRET_NAME.search(name) or any(map(_SECRET_TEXT.search, texts)))
 
 
-def _without_folders(value: Any) -> Any:
+def _last_part(value: Any) -> Any:
     if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) and "\n" not in value:
         return Path(value).name
     return value

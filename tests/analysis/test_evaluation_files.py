@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from evaluation.test_report import make_run
+from evaluation.test_summary import make_run
 
-from mentor_trl.analysis.pass_at_k_curves import pass_at_k_curves
+from mentor_trl.analysis.rates import pass_at_k_curves
 from mentor_trl.analysis.results import make_table, read_results
 from mentor_trl.analysis.samples import read_samples
 from mentor_trl.cli import main as cli

@@ -6,9 +6,8 @@ import subprocess
 import pandas as pd
 import pytest
 
-from mentor_trl.analysis.pass_at_k_curves import pass_at_k_curves
+from mentor_trl.analysis.rates import REASONING_WORDS, pass_at_k_curves, word_rates
 from mentor_trl.analysis.samples import Sample, SampleSet, keep_tasks, read_samples
-from mentor_trl.analysis.words import REASONING_WORDS, count_words, word_rates
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation.pass_at_k import estimate
 
@@ -27,6 +26,11 @@ TEXTS = [
 def make_set(label: str, rows: list[list[int]], task: str = "t") -> SampleSet:
     samples = [Sample(str(i), task, ["x"] * len(row), row) for i, row in enumerate(rows)]
     return SampleSet(f"{label}.jsonl", label, samples)
+
+
+def count_words(texts: list[str]) -> dict[str, int]:
+    rates = word_rates([SampleSet("a", "a", [Sample(str(i), "t", [text]) for i, text in enumerate(texts)])])
+    return dict(zip(rates["word"], rates["count"]))
 
 
 def test_words_against_a_count_by_splitting():
@@ -128,6 +132,12 @@ def test_files_that_are_no_samples(tmp_path, text, message):
     (tmp_path / "s.jsonl").write_text(text)
     with pytest.raises(SetupError, match=message):
         read_samples([tmp_path / "s.jsonl"])
+
+
+def test_a_table_that_is_no_parquet(tmp_path):
+    (tmp_path / "s.parquet").write_text("PAR")
+    with pytest.raises(SetupError, match="s.parquet cannot be read as parquet"):
+        read_samples([tmp_path])
 
 
 def test_line_separators_inside_texts_do_not_end_a_row(tmp_path):

@@ -2,8 +2,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -32,14 +34,64 @@ def error_of(capsys, argv: list[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_help_needs_no_heavy_import():
-    code = (
-        "import sys; from mentor_trl.cli import main as cli; cli.main([]); "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl', 'datasets')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("argv", "code", "part"),
+    [
+        ([], 0, "mentor-trl COMMAND --help"),
+        (["train", "--help"], 0, "--num_mixed_generations"),
+        (["train"], 2, "nothing is set: give --config FILE.yaml"),
+        (["train", "--num_generations", "many"], 2, "invalid int value: 'many'"),
+        (["train", "--config", "{config}", "--model_init_kwargs", '{"a": '], 2, "'--model_init_kwargs'"),
+        (["health", "--help"], 0, "address of the server"),
+        (["serve", "--help"], 0, "--policy"),
+        (["eval", "--help"], 0, "--max_new_tokens"),
+    ],
+)
+def test_what_needs_no_heavy_import(tmp_path, argv, code, part):
+    config = write_config(tmp_path, learning_rate=1.0)
+    run = f"""
+import sys
+from mentor_trl.cli.main import main
+code = 0
+try:
+    code = main({[arg.replace("{config}", config) for arg in argv]!r})
+except SystemExit as stop:
+    code = stop.code
+heavy = {{"torch", "datasets", "peft", "transformers.training_args", "trl.trainer.grpo_config"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert part in " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_wrong_name_needs_no_trainer(tmp_path):
+    config = write_config(tmp_path, lerning_rate=1.0)
+    run = f"""
+import sys
+from mentor_trl.cli.main import main
+try:
+    main(["train", "--config", {config!r}])
+except SystemExit as stop:
+    assert stop.code == 2
+assert not {{"transformers.training_args", "peft", "trl.trainer.grpo_config"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout and "--version" in done.stdout
+    assert "'lerning_rate' of the config file: did you mean 'learning_rate'" in done.stderr
+
+
+def test_the_options_read_from_sources_are_those_of_the_script():
+    light, real = ({a.dest: a for a in train.make_parser(light=light)._actions} for light in (True, False))
+    assert list(light) == list(real)
+    for name, action in real.items():
+        for attribute in ("option_strings", "nargs", "const", "default", "help", "required"):
+            assert getattr(light[name], attribute) == getattr(action, attribute), (name, attribute)
+        assert light[name].choices in (None, action.choices), name
+    numbers = {name for name, action in real.items() if action.type in (int, float)}
+    assert numbers and all(light[name].type is real[name].type for name in numbers)
+    assert train.make_parser(light=True)._sections == train.make_parser()._sections
 
 
 def test_version_names_the_base(capsys, monkeypatch):
@@ -122,6 +174,77 @@ def test_a_failed_script_gives_its_exit_code(monkeypatch):
     assert cli.main(["train", "--max_steps", "1"]) == 2
 
 
+def test_what_accelerate_refuses_is_one_line(capsys):
+    assert cli.main(["train", "--cpu", "--multi_gpu", "--max_steps", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "accelerate cannot launch train.py: You can only use one of `--cpu`" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [({}, ["--cpu"]), ({"cpu": True}, []), ({"use_cpu": True}, [])],
+    ids=["flag", "cpu", "use_cpu"],
+)
+def test_processes_on_the_cpu(tmp_path, monkeypatch, config, flags):
+    seen = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    config = write_config(tmp_path, output_dir=str(tmp_path), bf16=False, **config)
+    assert cli.main(["train", "--config", config, "--num_processes", "2", *flags]) == 0
+    (args,) = seen
+    assert args.multi_gpu and not args.cpu and os.environ["ACCELERATE_USE_CPU"] == "true"
+    parser = train.make_parser()
+    assert parser.parse_args_and_config(args.training_script_args, fail_with_unknown_args=False)[1].use_cpu
+
+
+def test_processes_without_an_accelerator_are_not_dropped_silently(capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert cli.main("train --num_processes 2 --max_steps 1".split()) == 2
+    assert "`num_processes` is 2, but this machine has no accelerator; add --cpu" in capsys.readouterr().err
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1], os.environ.get("RANK", "0")).write_text(f"{os.getpid()} {os.environ.get('WORLD_SIZE')}")
+time.sleep(float(sys.argv[2]))
+sys.exit(2)
+"""
+
+
+def launch(tmp_path: Path, options: list[str], seconds: float) -> subprocess.Popen:
+    """The launcher with a script of ours, which tells its process and leaves with code 2."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    call = [str(tmp_path / "script.py"), ["--main_process_port", "0", *options], [str(tmp_path), str(seconds)]]
+    code = f"import sys; from mentor_trl.cli.main import launch_script; sys.exit(launch_script(*{call!r}))"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("options", [["--cpu"], ["--cpu", "--num_processes", "2"]], ids=["one", "two"])
+def test_a_request_to_end_reaches_the_script(tmp_path, options):
+    ranks = ["0", "1"][: len(options) // 2 + 1]
+    with launch(tmp_path, options, 600) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not all((tmp_path / rank).exists() for rank in ranks):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            time.sleep(0.5)
+            process.terminate()
+            assert process.wait(timeout=60) == 143
+        finally:
+            process.kill()
+    for rank in ranks:
+        assert not psutil.pid_exists(int((tmp_path / rank).read_text().split()[0]))
+
+
+def test_several_processes_on_the_cpu_and_their_exit_code(tmp_path):
+    with launch(tmp_path, ["--cpu", "--num_processes", "2"], 0) as process:
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "ChildFailedError" not in error and "Root Cause" not in error
+    assert {(tmp_path / rank).read_text().split()[1] for rank in "01"} == {"2"}
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "parts"),
     [
@@ -140,6 +263,8 @@ def test_a_failed_script_gives_its_exit_code(monkeypatch):
         ({"learning_rate": True}, [], ["'learning_rate'", "'True'"]),
         ({"dtype": "bfloat61"}, [], ["'dtype'", "'bfloat61'", "'bfloat16'"]),
         ({"accelerate_config": "zero9"}, [], ["zero9"]),
+        ({"model_init_kwargs": "{dtype"}, [], ["option '--model_init_kwargs' is '{dtype'", "no JSON"]),
+        ({}, ["--lr_scheduler_kwargs", "[1]"], ["option '--lr_scheduler_kwargs' is '[1]'"]),
     ],
 )
 def test_mistakes_are_named_before_anything_is_launched(capsys, launched, tmp_path, config, flags, parts):
@@ -231,6 +356,14 @@ def test_options_that_would_fail_late_are_refused_early(tmp_path, monkeypatch, f
     assert all(part in str(error.value) for part in parts), error.value
 
 
+def test_a_colocated_engine_needs_vllm(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = ["--reward_funcs", "format_reward", "--report_to", "none", "--use_vllm", "true", "--vllm_mode"]
+    with pytest.raises(train.UsageError, match=r"which is not installed; run `pip install 'mentor-trl\[vllm"):
+        train.check_options(*parsed(tmp_path, *flags, "colocate")[:2])
+    train.check_options(*parsed(tmp_path, *flags, "server")[:2])
+
+
 def test_checkpoint_to_resume_from(tmp_path):
     assert train.resolve_checkpoint(None, str(tmp_path)) is None
     assert train.resolve_checkpoint("false", str(tmp_path)) is None
@@ -287,6 +420,31 @@ def test_data_mistakes_end_in_one_line_before_the_trainer_exists(
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("mentor-trl train: error: There is no column 'query'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (
+            {"model_name_or_path": "{tmp}/none"},
+            ["`model_name_or_path` is '{tmp}/none'", "no folder {tmp}/none"],
+        ),
+        ({"expert_model_name_or_path": "{tmp}/none"}, ["`expert_model_name_or_path='{tmp}/none'`"]),
+        ({"output_dir": "{tmp}/rows.jsonl/out"}, ["`output_dir` is {tmp}/rows.jsonl/out", "cannot be written"]),
+        ({"model_init_kwargs": {"colour": 1}}, ["cannot be built with these options", "'colour'"]),
+        ({"deepspeed": "{tmp}/none.json"}, ["none.json"]),
+    ],
+)
+def test_what_cannot_be_loaded_or_written_is_one_line(
+    capsys, tmp_path, tiny_model_dir, tiny_expert_dir, changes, parts
+):
+    fill = lambda text: text.replace("{tmp}", str(tmp_path)) if isinstance(text, str) else text
+    changes = {name: fill(value) for name, value in changes.items()}
+    with pytest.raises(SystemExit) as stop:
+        train.run(train_argv(tmp_path, tiny_model_dir, tiny_expert_dir, **changes))
+    assert stop.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()[-2:]
+    assert usage.startswith("usage:") and all(fill(part) in error for part in parts), error
 
 
 def test_mistakes_in_the_training_arguments_end_in_one_line(capsys, tmp_path, tiny_model_dir, tiny_expert_dir):

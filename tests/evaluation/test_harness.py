@@ -16,7 +16,6 @@ from mentor_trl.data import MENTOR_SYSTEM_PROMPT
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS, harness
 from mentor_trl.evaluation.harness import Settings, generation_kwargs
-from mentor_trl.evaluation.summary import read_samples
 
 
 pytest.importorskip("lm_eval")
@@ -40,7 +39,11 @@ def evaluate(tmp_path: Path, data_dir: Path, *options: str, model: str | Path) -
     argv = ["eval", "--model", str(model), "--data_dir", str(data_dir), "--output_dir", str(output), *options]
     assert cli.main(argv) == 0
     results = json.loads((output / "results.json").read_text())
-    return results, {name: read_samples([output / f"samples_{name}.jsonl"]) for name in results["tasks"]}
+    return results, {name: rows_of(output / f"samples_{name}.jsonl") for name in results["tasks"]}
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def error_of(capsys, *argv: str) -> str:
@@ -210,16 +213,17 @@ def test_options_are_checked_before_the_model_is_loaded(capsys, data_dir, tiny_m
     assert "write it as key=value" in error_of(capsys, *model, "--model_args", "dtype")
     assert "did you mean 'num_samples'" in error_of(capsys, *model, "--num_sample", "4")
     assert "cannot be loaded" in error_of(capsys, "--model", str(tmp_path / "none"))
+    monkeypatch.undo()
+    unknown = ("--output_dir", str(tmp_path / "out"), "--tasks", "math500", "--model_args", "colour=1")
+    assert "cannot be loaded: " in error_of(capsys, *model[:4], *unknown)
     (tmp_path / "results.json").write_text("{}")
     assert "already holds results" in error_of(capsys, *model, "--tasks", "math500")
 
 
 def test_missing_packages(capsys, monkeypatch, tiny_model_dir):
-    find_spec = harness.importlib.util.find_spec
-    hidden = {"lm_eval", "vllm"}
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
-    assert "pip install 'mentor-trl[eval]'" in error_of(capsys, "--model", str(tiny_model_dir))
-    hidden.remove("lm_eval")
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+        assert "pip install 'mentor-trl[eval]'" in error_of(capsys, "--model", str(tiny_model_dir))
     with pytest.raises(SetupError, match=r"pip install 'mentor-trl\[vllm\]'"):
         harness.make_model("vllm", str(tiny_model_dir))
 
@@ -259,7 +263,7 @@ def test_launch_options_go_through_accelerate(monkeypatch):
 
 def test_results_go_to_the_card(tmp_path, data_dir, tiny_model_dir, monkeypatch):
     pushed = []
-    monkeypatch.setattr("mentor_trl.evaluation.model_index.push_card", lambda *args: pushed.append(args) or "url")
+    monkeypatch.setattr("mentor_trl.publishing.model_index.push_card", lambda *args: pushed.append(args) or "url")
     card = tmp_path / "card"
     card.mkdir()
     options = f"--tasks math500 --max_new_tokens 4 --model_card {card} --push_results org/model".split()

@@ -1,17 +1,17 @@
 """Pushing to the Hub, against a stand-in for its API that keeps the files that each call would send."""
 
-import threading
 from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import transformers
 import yaml
+from cli.test_cli import train_argv
 from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
-from test_cli import train_argv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mentor_trl.cli import train
@@ -76,7 +76,7 @@ def test_training_from_the_command_line_pushes_all_that_tells_about_the_model(
     # Before the models are loaded, and by the Trainer
     assert stand_in.created == [("me/mentor", {"token": TOKEN, "private": True, "exist_ok": True})] * 2
     (push,) = stand_in.pushes
-    assert push["files"].keys() == MODEL | TOKENIZER | CARD | {"recipe.yaml"}
+    assert push["files"].keys() == MODEL | TOKENIZER | CARD | {"assets/recipe.yaml"}
     assert (push["repo_id"], push["token"], push["future"]) == ("me/mentor", TOKEN, False)
     assert push["folder"] == tmp_path / "out" and push["commit_message"] == "End of training"
     assert not [name for name, content in push["files"].items() if TOKEN.encode() in content]
@@ -85,8 +85,13 @@ def test_training_from_the_command_line_pushes_all_that_tells_about_the_model(
     card = ModelCard(push["files"]["README.md"].decode())
     assert "![Training dynamics" in card.text and "### Recipe" in card.text
     assert card.data.get("datasets") is None  # a local file
-    recipe = yaml.safe_load(push["files"]["recipe.yaml"])
-    assert recipe["log_rollout_records"] == 2 and "hub_token" not in recipe
+    published = yaml.safe_load(push["files"]["assets/recipe.yaml"])
+    assert published["log_rollout_records"] == 2 and "hub_token" not in published
+    assert not [name for name, content in push["files"].items() if str(tmp_path).encode() in content]
+    # Here it names the folders, so that it starts the run again
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["dataset_name"] == str(tmp_path / "rows.jsonl") and recipe["output_dir"] == str(tmp_path / "out")
+    assert "hub_token" not in recipe
 
 
 def test_what_is_pushed_can_be_loaded(stand_in, tmp_path):
@@ -128,17 +133,15 @@ def test_pushes_while_training(stand_in, tmp_path, strategy):
         needed = {"mentor_state_0.pt", "optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"}
         assert all(needed <= push["files"].keys() for push in states)
         assert not any("training_args.bin" in push["files"] for push in states)
-    # Nothing is left of the seam
-    assert HfApi.upload_folder.__name__ == "<lambda>"
 
 
 def test_weights_on_their_way_to_a_server_stay_behind(tmp_path):
     trainer = make_trainer(tmp_path, num_mixed_generations=0, vllm_weight_sync_dir=str(tmp_path / "sync" / "here"))
-    patterns = ["rollouts/*", "completions/*", "sync/here/*"]
+    patterns = ["rollouts/*", "completions/*", "recipe.yaml", "sync/here/*"]
     assert withheld(trainer.args, tmp_path) == patterns
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == []
     trainer.args.hub_token, trainer.args.vllm_weight_sync_dir = TOKEN, "/dev/shm/elsewhere"
-    assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:2]]
+    assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:3]]
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == ["training_args.bin"]
     assert withheld(trainer.args, tmp_path.parent) == []
     trainer.args.vllm_weight_sync_dir = None
@@ -183,18 +186,17 @@ def test_a_push_that_fails_says_where_the_model_is(stand_in, tmp_path):
 
 def test_uploads_of_others_are_left_alone(stand_in, tmp_path):
     args = make_trainer(tmp_path / "out", num_mixed_generations=0, hub_token=TOKEN).args
+    shared = transformers.trainer.hf_api
     for name in ("out/rollouts/a", "other/rollouts/a"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     with hub.model_files_only(args):
         for name in ("out", "other"):
-            # Also from a thread, as trackers do
-            call = lambda name=name: HfApi().upload_folder(repo_id="me/x", folder_path=tmp_path / name)
-            thread = threading.Thread(target=call)
-            thread.start()
-            thread.join()
-    assert [push["files"].keys() for push in stand_in.pushes] == [set(), {"rollouts/a"}]
+            transformers.trainer.hf_api().upload_folder(repo_id="me/x", folder_path=tmp_path / name)
+        HfApi().upload_folder(repo_id="me/x", folder_path=tmp_path / "out")  # as trackers do
+    assert [push["files"].keys() for push in stand_in.pushes] == [set(), {"rollouts/a"}, {"rollouts/a"}]
+    assert transformers.trainer.hf_api is shared
 
 
 def test_without_a_push_the_folder_has_its_card(stand_in, tmp_path, tiny_model_dir, tiny_expert_dir):
@@ -202,4 +204,4 @@ def test_without_a_push_the_folder_has_its_card(stand_in, tmp_path, tiny_model_d
     assert train.run(argv) == 0
     assert stand_in.created == stand_in.pushes == []
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# Model Card for out" in card and "`rows.jsonl`, local" in card and str(tmp_path) not in card
+    assert "# Model Card for out" in card and "`rows.jsonl, local`" in card and str(tmp_path) not in card

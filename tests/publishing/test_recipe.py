@@ -3,7 +3,7 @@ from enum import Enum
 import yaml
 
 from mentor_trl.cli import train
-from mentor_trl.publishing.recipe import publishable, save, to_yaml
+from mentor_trl.publishing.recipe import save, without_secrets
 
 
 TOKEN = "hf_" + "a" * 34
@@ -21,12 +21,11 @@ def test_secrets_and_places_stay_here():
         "dataset_name": "https://ada:pw@example.org/rows.jsonl",
         "model_init_kwargs": {"token": "abc", "attn": {"api_key": 1, "x": 2}},
         "vllm_server_base_url": "http://10.0.0.1:8000",
-        "resume_from_checkpoint": True,
         "expert_model_name_or_path": "/home/ada/experts/big",
         "output_dir": "~/runs/mentor",
         "datasets": [{"path": "/data/rows.jsonl", "token": "abc"}],
     }
-    kept, left_out = publishable(options)
+    kept, left_out = without_secrets(options, publish=True)
     assert kept == {
         "model_init_kwargs": {"attn": {"x": 2}},
         "expert_model_name_or_path": "big",
@@ -36,9 +35,12 @@ def test_secrets_and_places_stay_here():
     assert {"env", "hub_token", "run_name", "dataset_name", "model_init_kwargs.token"} <= set(left_out)
     assert "model_init_kwargs.attn.api_key" in left_out and "datasets.token" in left_out
     assert options["hub_token"] == "short"  # the run keeps what it was given
+    kept, left_out = without_secrets(options)  # what stays here
+    assert kept["output_dir"] == "~/runs/mentor" and kept["datasets"] == [{"path": "/data/rows.jsonl"}]
+    assert kept["vllm_server_base_url"] == "http://10.0.0.1:8000" and "hub_token" in left_out
 
 
-def test_what_is_no_secret_stays():
+def test_what_is_no_secret_stays(tmp_path):
     options = {
         "extend_stop_tokens": True,
         "average_tokens_across_devices": False,
@@ -51,8 +53,9 @@ def test_what_is_no_secret_stays():
         "reward_weights": (0.9, 0.1),
     }
     kept = {**options, "hub_strategy": "one", "model_init_kwargs": {"a": 1}, "reward_weights": [0.9, 0.1]}
-    assert publishable(options) == (kept, [])
-    assert yaml.safe_load(to_yaml(options)) == kept
+    assert without_secrets(options, publish=True) == without_secrets(options) == (kept, [])
+    assert yaml.safe_load(save(options, tmp_path).read_text()) == kept
+    assert yaml.safe_load((tmp_path / "assets" / "recipe.yaml").read_text()) == kept
 
 
 def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
@@ -61,8 +64,9 @@ def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
         "env: {A: b}\nnum_processes: 1\nlearning_rate: 1e-6\nreward_funcs: format_reward\nseed: 1\nmax_steps: 3\n"
         "generation_batch_size: 16\nhub_token: secret\nbf16: true\n"
     )
-    argv = ["--config", "config.yaml", "--seed", "7", "--output_dir=out", "--use_cpu", "--bf16", "false"]
-    argv += ["--model_init_kwargs", '{"dtype": "float32"}', "--hub_strategy", "end"]
+    out = tmp_path / "out"
+    argv = f"--config config.yaml --seed 7 --output_dir={out} --use_cpu --bf16 false --hub_strategy end".split()
+    argv += ["--model_init_kwargs", '{"dtype": "float32"}']
     parser = train.make_parser()
     first = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
     options = parser.given_options(argv)
@@ -70,7 +74,7 @@ def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
         *("num_processes", "learning_rate", "reward_funcs", "seed", "max_steps", "generation_batch_size", "hub_token"),
         *("bf16", "output_dir", "use_cpu", "model_init_kwargs", "hub_strategy"),
     }
-    path = save(options, "out")
+    path = save(options | {"resume_from_checkpoint": True}, "out")
     assert "# Left out: hub_token\n" in path.read_text()
     again = train.make_parser().parse_args_and_config(["--config", str(path)], fail_with_unknown_args=False)
     for one, other in zip(first, again):

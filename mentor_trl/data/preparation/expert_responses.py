@@ -150,7 +150,8 @@ def _load(args: TrajectoryArguments) -> "tuple[DatasetDict, Dataset]":
 
 def _load_tokenizers(args: TrajectoryArguments) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]":
     """The tokenizer that renders, and the expert's, which of a server is not at hand."""
-    from mentor_trl.experts.load import check_tokenizers, load_expert_tokenizer
+    from mentor_trl.experts.compatibility import check_tokenizers
+    from mentor_trl.experts.load import load_expert_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, args.trust_remote_code) if args.tokenizer else None
     if tokenizer is not None and args.server_url:

@@ -2,8 +2,8 @@
 
 from ..config import MentorGRPOConfig
 from .host import EngineSetup, PlainSetup
-from .local.engine import LocalSetup
-from .vllm.engine import VLLMSetup
+from .local.local_engine import LocalSetup
+from .vllm.vllm_engine import VLLMSetup
 
 
 def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert: bool) -> EngineSetup:

@@ -60,19 +60,11 @@ def make_server_model(
     model: str, base_url: str | None, model_args: dict[str, Any], apply_chat_template: bool, seed: int
 ) -> ServerCompletions | ServerChatCompletions:
     """
-    Make the client of a server, after a look at what it serves.
+    Make the client of a server, whose address may lack `/v1`, after a look at what it serves. The seed is that of the
+    first sample of each prompt; the next ones get the next numbers.
 
-    Args:
-        model (`str`):
-            Name under which the server has the model.
-        base_url (`str`, *optional*):
-            Address of the server, with or without `/v1`.
-        model_args (`dict`):
-            Further arguments of lm-eval's client, such as `num_concurrent`, `timeout` or `header`.
-        apply_chat_template (`bool`):
-            Whether to send messages or text.
-        seed (`int`):
-            Seed of the first sample of each prompt; the next ones get the next numbers.
+    Raises:
+        [`SetupError`]: if no such server answers, or it does not serve the model.
     """
     if not base_url:
         raise SetupError(

@@ -1,71 +1,13 @@
-import json
 from pathlib import Path
 
 import httpx
 import pytest
+from evaluation.test_summary import make_results
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from mentor_trl.errors import SetupError
-from mentor_trl.evaluation import PAPER_TASKS
-from mentor_trl.evaluation.harness import TaskRun
-from mentor_trl.evaluation.model_index import push_card, write_card
-from mentor_trl.evaluation.summary import collect, model_index, read_samples, summarize, to_markdown, write_samples
-
-
-def make_run(task: str = "aime24", num_samples: int = 4) -> TaskRun:
-    correct = [[1] * num_samples, [0] * (num_samples - 1) + [1], [0] * num_samples]
-    samples = [
-        {
-            "doc_id": i,
-            "task": task,
-            "prompt": "p\u2028",
-            "completions": [f"c{j}" for j in range(num_samples)],
-            "correct": grades,
-            "answer": "1",
-            "verdicts": ["correct" if grade else "wrong" for grade in grades],
-        }
-        for i, grades in enumerate(correct)
-    ]
-    return TaskRun(task, num_samples, 0.6, {"path": f"org/{task}", "split": "test"}, samples)
-
-
-def make_results(limit=None, **runs: int) -> dict:
-    tasks = {name: summarize(make_run(name, n)) for name, n in (runs or {"aime24": 32, "math500": 1}).items()}
-    return collect("org/model", {"backend": "hf", "limit": limit}, tasks)
-
-
-def test_summary():
-    summary = summarize(make_run())
-    assert summary["metric"] == "avg@4" and summary["value"] == pytest.approx(5 / 12)
-    assert summary["pass_at_k"]["2"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert summary["verdicts"] == {"wrong": 7, "correct": 5}
-    assert json.loads(json.dumps(summary)) == summary
-    assert summarize(make_run(num_samples=1))["metric"] == "pass@1"
-
-
-def test_average_only_of_all_nine():
-    assert make_results()["average"] is None
-    results = make_results(**dict.fromkeys(PAPER_TASKS, 1), gsm8k=4)
-    assert results["average"]["value"] == pytest.approx(2 / 3)  # GSM8K is not among the nine
-
-
-def test_markdown_has_the_papers_rows_and_no_invented_cells():
-    lines = to_markdown(make_results()).splitlines()
-    assert "| paper, Qwen2.5-7B, MENTOR |  |  | 46.7 |" in lines
-    assert "| paper, Qwen2.5-7B, MENTOR |  |  |  |  |  | 36.7 |" in lines
-    own = next(line for line in lines if line.startswith("| org/model |"))
-    assert own.split("|")[3].strip() == "66.7 (20.8 to 93.9)"
-    assert "46.7" not in to_markdown(make_results(), paper_model="Llama-3.1-8B")
-    rows = [line.count("|") for line in lines if line.startswith("| org/model") or line.startswith("| paper")]
-    assert rows.count(5) == 5  # every row of the first table has its four cells
-
-
-def test_samples_come_back(tmp_path):
-    run = make_run()
-    path = write_samples(run, tmp_path)
-    assert path.name == "samples_aime24.jsonl"
-    assert read_samples([path, path]) == run.samples * 2
+from mentor_trl.publishing.model_index import model_index, push_card, write_card
 
 
 def test_model_index():
@@ -79,7 +21,7 @@ def test_model_index():
 
 
 def test_model_index_of_a_trial_run():
-    with pytest.raises(ValueError, match="first 20 problems"):
+    with pytest.raises(SetupError, match="first 20 problems"):
         model_index(make_results(limit=20))
 
 
