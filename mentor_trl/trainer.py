@@ -18,7 +18,6 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .algorithms import Algorithm, Context, Rollouts, algorithm_of
 from .config import MentorGRPOConfig
-from .errors import SetupError
 from .publishing.card import complete_card
 from .publishing.hub import model_files_only
 from .random_state import untouched_rng
@@ -31,7 +30,7 @@ from .training.forward import TokenPass, policy_entropies
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
 from .training.processes import Processes
-from .training.resume import check_one_batch, usable_checkpoint, warn_of_missing
+from .training.resume import check_expert_kept, check_one_batch, usable_checkpoint, warn_of_missing
 from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.rollout_log import collect_records, save_records
 from .training.tables import evaluation_table, new_logs
@@ -46,10 +45,9 @@ class MentorGRPOTrainer(GRPOTrainer):
     which needs no expert: some rollouts of each prompt are expert trajectories from the dataset. The method is an
     [`~mentor_trl.algorithms.Algorithm`], and this class only lends it TRL's hooks.
 
-    Everything that [`~trl.GRPOTrainer`] documents holds; tools, environments, `rollout_func` and images are refused
-    while rollouts are mixed, and so are, without vLLM, FSDP and ZeRO-3 without gathered parameters. Evaluation never
-    uses the expert. With `use_vllm` one vLLM engine speaks for policy and expert, in a server
-    (`mentor-trl serve`) or in this process, and the expert is a name, not a model.
+    Everything that [`~trl.GRPOTrainer`] documents holds; what an algorithm or engine does not support is refused at
+    construction. Evaluation never uses the expert. With `use_vllm` one vLLM engine speaks for policy and expert, in a
+    server (`mentor-trl serve`) or in this process, and the expert is a name, not a model.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
@@ -165,8 +163,6 @@ class MentorGRPOTrainer(GRPOTrainer):
         self.run_callback = RunCallback(self._forget_weights, self._run_state if self.engine.remote else None)
         self.add_callback(self.run_callback)
 
-    # What the engine and the algorithm are lent
-
     def _unwrapped(self):
         return unwrap_model_for_generation(
             self.model_wrapped,
@@ -195,11 +191,6 @@ class MentorGRPOTrainer(GRPOTrainer):
         """Forward passes of the training model outside of the loss."""
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             return self._get_per_token_logps_and_entropies(self.model, *args, **kwargs)
-
-    @property
-    def expert_name(self) -> str | None:
-        """Model id or folder of the expert."""
-        return self.engine.expert_name
 
     @property
     def _mode(self) -> str:
@@ -338,17 +329,10 @@ class MentorGRPOTrainer(GRPOTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            complete_card(
-                self.args,
-                self.state,
-                base=self.model.config._name_or_path,
-                expert=self.expert_name,
-                rewards=list(zip(self.reward_func_names, self.reward_weights.tolist())),
-                recipe=self.recipe,
-                dataset_name=dataset_name,
-                results=results,
-                training=self.is_in_train,
-            )
+            names = {"base": self.model.config._name_or_path, "expert": self.engine.expert_name}
+            rewards = list(zip(self.reward_func_names, self.reward_weights.tolist()))
+            facts = names | {"rewards": rewards, "recipe": self.recipe, "training": self.is_in_train}
+            complete_card(self.args, self.state, **facts, dataset_name=dataset_name, results=results)
 
     def push_to_hub(self, *args, **kwargs):
         with model_files_only(self.args):
@@ -413,8 +397,4 @@ class MentorGRPOTrainer(GRPOTrainer):
         if state is not None:
             self._set_run_state(state)
             self.run_callback.epochs_to_skip = state["epochs"]
-            if self.engine.released and not self.algorithm.over:
-                raise SetupError(
-                    f"{checkpoint} is from a time when rollouts were mixed, and this trainer has freed its expert "
-                    "since. Build a new trainer to go back."
-                )
+            check_expert_kept(self.engine.released and not self.algorithm.over, checkpoint)

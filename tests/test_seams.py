@@ -164,7 +164,6 @@ def test_attributes_that_are_read_and_set(tmp_path):
         "engine",
         "batch",
         "processes",
-        "expert_name",
         "logs_by_mode",
         "run_callback",
     ):

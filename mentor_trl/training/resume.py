@@ -159,3 +159,15 @@ def check_one_batch(dataset, generation_batch_size: int, num_generations: int) -
             "no step would be made. Lower `per_device_train_batch_size`, `gradient_accumulation_steps` or "
             "`steps_per_generation`, or use more prompts."
         )
+
+
+def check_expert_kept(gone: bool, checkpoint: str) -> None:
+    """
+    Raises:
+        [`SetupError`]: if a checkpoint needs an expert that this trainer has freed.
+    """
+    if gone:
+        raise SetupError(
+            f"{checkpoint} is from a time when rollouts were mixed, and this trainer has freed its expert since. "
+            "Build a new trainer to go back."
+        )

@@ -139,8 +139,8 @@ def test_what_does_not_fit_a_context():
         check_context([3, 49], 2000, 2048, "the policy's", "choose another policy")
     assert str(refused.value) == (
         "A prompt of 49 tokens (row 1) and `max_completion_length=2000` exceed the policy's context of 2048 tokens. "
-        "To fit, lower `max_completion_length` to 1999 or less, drop prompts of more than 48 tokens, or choose another "
-        "policy."
+        "To fit, lower `max_completion_length` to 1999 or less, drop prompts of more than 48 tokens, or choose "
+        "another policy."
     )
     # A prompt that leaves no room is not cured by a shorter completion
     with pytest.raises(SetupError, match=r"To fit, drop prompts of more than 40 tokens\.$"):

@@ -12,8 +12,8 @@ from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout.vllm import backend as generation
-from mentor_trl.rollout.vllm.vllm_engine import VLLMSetup
 from mentor_trl.rollout.vllm.server import ServerError, WeightsLost, WrongServer
+from mentor_trl.rollout.vllm.vllm_engine import VLLMSetup
 from served_helpers import StandIn, make_served_trainer, stand_in
 from trainer_helpers import SETTINGS, RecordingTrainer, history, make_trainer, prompts, same_weights, weights
 
