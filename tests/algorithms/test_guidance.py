@@ -23,7 +23,7 @@ def test_alpha_without_decay_steps():
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="'cosine', 'linear' or 'constant'"):
+    with pytest.raises(ValueError, match="'cosine', 'linear', 'constant'"):
         alpha_at(0, "step")
 
 

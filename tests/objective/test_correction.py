@@ -65,7 +65,7 @@ def test_other_tokens_are_not_read(kind):
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'temper', 'clip', 'mask' or 'saturate'"):
+    with pytest.raises(ValueError, match="'temper', 'clip', 'mask', 'saturate'"):
         weights([1.0], kind="plain")
 
 
