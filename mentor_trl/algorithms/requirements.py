@@ -12,14 +12,6 @@ def check_dataset(dataset, name: str, text_only: str | None = None) -> None:
     """
     Check that a dataset has rows and prompts.
 
-    Args:
-        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
-            Dataset.
-        name (`str`):
-            What the errors call it.
-        text_only (`str`, *optional*):
-            What the algorithm has that is text only.
-
     Raises:
         [`SetupError`]: naming the columns there are.
     """
@@ -48,14 +40,6 @@ def check_dataset(dataset, name: str, text_only: str | None = None) -> None:
 def refuse_components(components: dict[str, object], what: str, plain: str) -> None:
     """
     Refuse arguments of the trainer that bring tokens of their own into a completion.
-
-    Args:
-        components (`dict[str, object]`):
-            Arguments by name.
-        what (`str`):
-            What does not work with them.
-        plain (`str`):
-            How to do without it.
 
     Raises:
         [`SetupError`]: naming the argument.

@@ -107,24 +107,7 @@ def plot_training(
     smooth: int = 1,
     evaluation: bool = False,
 ) -> tuple["Figure", list[PanelCurves]]:
-    """
-    Accuracy, entropy and response length against the step, for several runs (Figure 2 of the paper).
-
-    Args:
-        runs (`Sequence[Run]`):
-            Runs. Those of one label are drawn as their mean, with a band of one standard error on each side.
-        panels (`Sequence[str]`, *optional*):
-            Names of [`training_panel`].
-        accuracy (`str`, *optional*, defaults to `"accuracy_reward"`):
-            Reward function that is the accuracy.
-        smooth (`int`, *optional*, defaults to `1`):
-            Number of logged values in the moving mean.
-        evaluation (`bool`, *optional*, defaults to `False`):
-            Whether to draw the evaluations instead of the training rollouts.
-
-    Returns:
-        The figure, and what it shows.
-    """
+    """Accuracy, entropy and response length against the step, for several runs (Figure 2 of the paper)."""
     shown = [panel_curves(runs, training_panel(name, accuracy, evaluation), smooth) for name in panels]
     figure = new_figure(max(3.7 * len(shown), 5.0), 3.5)
     _draw_panels(figure, figure.subplots(1, len(shown), squeeze=False, sharex=True).flat, shown, smooth)

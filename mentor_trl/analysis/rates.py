@@ -28,21 +28,6 @@ def word_rates(
     """
     Share of the responses that contain each word, for each label.
 
-    Args:
-        sets (`Sequence[SampleSet]`):
-            Samples; those of one label are counted together.
-        words (`Sequence[str]`, *optional*):
-            Words; those of the paper if not given. They count as with `grep -w -i`: "Check" counts, "checks" does not.
-        all_completions (`bool`, *optional*, defaults to `False`):
-            Whether all responses to a prompt count, rather than the first alone. The rate is then the mean over the
-            prompts of their shares.
-        source (`str`, *optional*):
-            Only rows of this source of a completions table.
-
-    Returns:
-        `pd.DataFrame` with the columns `label`, `word`, `responses`, `count`, `rate`, `low` and `high` (95% interval
-        over the prompts, of [`~mentor_trl.evaluation.pass_at_k.estimate`]; with one response a prompt it is Wilson's).
-
     Raises:
         [`SetupError`]: if there is no row of the source.
     """
@@ -64,16 +49,6 @@ def word_rates(
 def pass_at_k_curves(sets: Sequence[SampleSet], ks: Sequence[int] | None = None) -> pd.DataFrame:
     """
     pass@k of each task and label: the mean over the prompts of the unbiased estimates.
-
-    Args:
-        sets (`Sequence[SampleSet]`):
-            Samples with `correct`. Where a label has several sets (seeds), a prompt's estimates are averaged first.
-        ks (`Sequence[int]`, *optional*):
-            Numbers of tries. Without them: 1, 2, 4, ... and the smallest number of samples a prompt, task by task.
-
-    Returns:
-        `pd.DataFrame` with the columns `task`, `label`, `k`, `prompts`, `value`, `low` and `high` (95% interval over
-        the prompts, of [`~mentor_trl.evaluation.pass_at_k.estimate`]).
 
     Raises:
         [`SetupError`]: if a row has no `correct`, or a k exceeds the samples of a prompt.

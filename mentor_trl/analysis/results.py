@@ -117,12 +117,6 @@ def read_results(paths: Sequence[str | Path], labels: Sequence[str] | None = Non
     """
     Read results of evaluations.
 
-    Args:
-        paths (`Sequence[str]`):
-            For each evaluation its `results.json`, or the folder that holds it.
-        labels (`Sequence[str]`, *optional*):
-            A label for each; without them it is called by its folder, or by its file if that has another name.
-
     Raises:
         [`SetupError`]: if a file is missing or not of this form.
     """
@@ -134,13 +128,6 @@ def read_results(paths: Sequence[str | Path], labels: Sequence[str] | None = Non
 def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsTable:
     """
     Put results together: a row a label, a column a task, and the average of the tasks.
-
-    Args:
-        results (`Sequence[Result]`):
-            Evaluations.
-        metric (`str`, *optional*):
-            Metric of every cell, as `"pass@32"`. Without it each task has its own headline, pass@1 or avg@n, as in the
-            paper. A label has no average if it lacks a task.
 
     Raises:
         [`SetupError`]: if no evaluation has the metric, evaluations of one label have different tasks, or a task's

@@ -62,12 +62,6 @@ class Run:
         """
         Values of the first of several metrics that was logged.
 
-        Args:
-            names (`Sequence[str]`):
-                Metrics that mean the same, the preferred one first.
-            what (`str`):
-                What they mean, for the error.
-
         Raises:
             [`SetupError`]: if none was logged; it names those that were.
         """
@@ -109,12 +103,6 @@ class Curve:
 def read_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Run]:
     """
     Read training runs.
-
-    Args:
-        paths (`Sequence[str]`):
-            For each run its `output_dir`, a checkpoint in it, or a `trainer_state.json`.
-        labels (`Sequence[str]`, *optional*):
-            A label for each. Without them a run is called by its folder, less an ending such as `-seed1`.
 
     Raises:
         [`SetupError`]: if a run cannot be read, has logged nothing, or the labels do not fit in number.
@@ -166,12 +154,6 @@ def group_by_label(items: Sequence[Any]) -> dict[str, list[Any]]:
 def make_curve(series: Sequence[pd.Series], smooth: int = 1) -> Curve:
     """
     Curve of the runs of a label.
-
-    Args:
-        series (`Sequence[pd.Series]`):
-            A metric of each run, by step.
-        smooth (`int`, *optional*, defaults to `1`):
-            Number of logged values in the centred moving mean, which is taken of each run before they are compared.
 
     Raises:
         [`SetupError`]: if the runs have no step in common.

@@ -39,14 +39,6 @@ def read_samples(paths: Sequence[str | Path], labels: Sequence[str] | None = Non
     """
     Read samples.
 
-    Args:
-        paths (`Sequence[str]`):
-            For each set a `.jsonl` or `.parquet` file, or a folder of them. A row has the columns `completions` (a
-            list), and perhaps `doc_id`, `task` and `correct` (a list); or `completion` and perhaps `source`, as
-            TRL's completions tables do.
-        labels (`Sequence[str]`, *optional*):
-            A label for each set; without them it is called by its file or folder.
-
     Raises:
         [`SetupError`]: if a file is missing, empty, or not of this form.
     """

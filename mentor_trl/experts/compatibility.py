@@ -17,13 +17,6 @@ def check_tokenizers(tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTr
     """
     Check that the tokenizers of policy and expert define the same tokens.
 
-    Args:
-        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizers of policy and expert.
-
-    Returns:
-        `int`: number of ids that they define, counted up to the largest.
-
     Raises:
         `SetupError`: naming the first tokens that differ.
     """
@@ -43,12 +36,6 @@ def check_tokenizers(tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTr
 def check_vocabulary(policy, expert, tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTrainedTokenizerBase):
     """
     Check that policy and expert share one vocabulary, token by token. Embeddings may be padded differently.
-
-    Args:
-        policy, expert ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Models.
-        tokenizer, expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Their tokenizers.
 
     Raises:
         `SetupError`: naming the first tokens that differ, or the model with too few rows.
@@ -83,19 +70,6 @@ def check_stop_tokens(
 ) -> list[int]:
     """
     The one stop set of policy and mixed rollouts.
-
-    Args:
-        stop (`list[int]`):
-            Stop ids of the policy.
-        expert ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Expert.
-        expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        extend (`bool`, *optional*, defaults to `False`):
-            Whether ids that only the expert ends with are added to the set.
-
-    Returns:
-        `list[int]`: the stop set.
 
     Raises:
         `SetupError`: if the expert has other stop ids and `extend` is `False`.
@@ -137,18 +111,6 @@ def check_context(
 ) -> None:
     """
     Check that no rollout can outgrow a context.
-
-    Args:
-        prompts (`Sequence[int]`):
-            Lengths of prompts, in tokens.
-        max_completion_length (`int`):
-            Limit of a completion, in tokens.
-        limit (`int`, *optional*):
-            Context in tokens; `None` is no limit.
-        whose (`str`):
-            Whose context it is, as `"the policy's"`.
-        remedy (`str`, *optional*):
-            What else helps.
 
     Raises:
         `SetupError`: naming the row, the lengths and what to change.

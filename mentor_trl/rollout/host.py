@@ -66,10 +66,6 @@ class EngineSetup(Protocol):
         """
         Refuse what the engine does not support, before models are loaded.
 
-        Args:
-            model, quantization_config:
-                Arguments of the trainer.
-
         Raises:
             [`SetupError`]: naming what is wrong and what to change.
         """

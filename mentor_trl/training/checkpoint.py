@@ -69,14 +69,6 @@ def save_state(folder: str, state: dict[str, Any], rank: int, num_processes: int
 
     TRL keeps the phase inside a rollout batch and what is left of it in memory only, and samples the batch again on
     resuming; its metrics of a logging window that is under way would be lost as well.
-
-    Args:
-        folder (`str`):
-            Checkpoint folder.
-        state (`dict[str, Any]`):
-            State of the trainer, as [`load_state`] returns it.
-        rank, num_processes (`int`):
-            This process and their number.
     """
     path = _path(folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,17 +82,6 @@ def save_state(folder: str, state: dict[str, Any], rank: int, num_processes: int
 def load_state(folder: str, rank: int, num_processes: int, device: torch.device) -> dict[str, Any] | None:
     """
     Read what [`save_state`] saved.
-
-    Args:
-        folder (`str`):
-            Checkpoint folder.
-        rank, num_processes (`int`):
-            This process and their number.
-        device (`torch.device`):
-            Where tensors go.
-
-    Returns:
-        `dict[str, Any]`; `None`, with a warning, where the folder holds no such state.
 
     Raises:
         [`SetupError`]: if the checkpoint holds the rest of a rollout batch of another number of processes.

@@ -35,17 +35,6 @@ def policy_entropies(
     """
     Entropies of the policy before every token, by a forward pass of the training model. All processes make the same
     number of passes, which sharded models need.
-
-    Args:
-        forward ([`TokenPass`]):
-            Forward passes.
-        processes ([`Processes`]):
-            Processes of the run.
-        prompt_ids, completion_ids (`list[list[int]]`):
-            Tokens of this process's rows; there may be none.
-
-    Returns:
-        `torch.Tensor` of shape `(tokens of all rows,)`: entropies in nats, at the sampling temperature.
     """
     device, rows = processes.device, len(completion_ids)
     most = int(processes.reduce(torch.tensor([float(rows)]), "max").item())

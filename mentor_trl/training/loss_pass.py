@@ -44,15 +44,7 @@ class LossPass:
             self.inputs["old_per_token_logps"] = torch.where(rows, self.logps_B_T, old)
 
     def metrics(self, sources: tuple[str, ...], reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict:
-        """
-        Entropy, KL divergence and weights of the tokens of each source.
-
-        Args:
-            sources (`tuple[str, ...]`):
-                Names of the sources.
-            reduce (`Callable`):
-                See [`~mentor_trl.training.metrics.guidance_metrics`].
-        """
+        """Entropy, KL divergence and weights of the tokens of each source."""
         values = {"entropy": self.entropies_B_T}
         reference = self.inputs.get("ref_per_token_logps")
         if reference is not None:

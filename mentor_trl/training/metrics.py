@@ -24,30 +24,7 @@ def row_metrics(
     lengths_N: torch.Tensor,
     truncated_N: torch.Tensor,
 ) -> dict[str, float]:
-    """
-    Means over the rows of each source. A source without rows has no metrics.
-
-    Args:
-        sources (`tuple[str, ...]`):
-            Names of the sources.
-        source_N (`torch.Tensor` of shape `(N,)`, `int64`):
-            Source of each row; N rows of all processes.
-        rewards_N (`torch.Tensor` of shape `(N,)`):
-            Rewards, NaN where undefined.
-        rewards_per_func_N_F (`torch.Tensor` of shape `(N, F)`):
-            Rewards of each function, NaN where undefined.
-        func_names (`list[str]`):
-            Names of the F functions.
-        advantages_N (`torch.Tensor` of shape `(N,)`):
-            Advantages before correction.
-        lengths_N (`torch.Tensor` of shape `(N,)`):
-            Completion lengths in tokens.
-        truncated_N (`torch.Tensor` of shape `(N,)`, `bool`):
-            Whether a completion ran into the length limit.
-
-    Returns:
-        `dict[str, float]`.
-    """
+    """Means over the N rows of all processes by source. A source without rows has no metrics; NaN is undefined."""
     metrics = {}
     for index, source in enumerate(sources):
         rows = source_N == index
@@ -75,21 +52,7 @@ def batch_metrics(
     end_ids: list[int],
     processes: Processes,
 ) -> dict[str, float]:
-    """
-    [`row_metrics`] of a rollout batch.
-
-    Args:
-        batch ([`~mentor_trl.training.batch.RolloutBatch`]), scored ([`~mentor_trl.training.batch.Scored`]):
-            Batch.
-        advantages_N (`torch.Tensor` of shape `(N,)`):
-            Advantages before correction.
-        func_names (`list[str]`):
-            Names of the reward functions.
-        end_ids (`list[int]`):
-            Ids at the end of completions that are not cut off.
-        processes ([`Processes`]):
-            Processes of the run.
-    """
+    """[`row_metrics`] of a rollout batch."""
     ids = batch.completion_ids
     lengths_N = processes.gather(torch.tensor([len(row) for row in ids]))
     truncated_N = processes.gather(torch.tensor([row[-1] not in end_ids for row in ids]))
@@ -111,22 +74,7 @@ def guidance_metrics(
     corrected_B_T: torch.Tensor,
     reduce: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> dict[str, float]:
-    """
-    What the expert did in the mixed rows of a rollout batch.
-
-    Args:
-        rollout ([`MixedRollout`]):
-            This process's mixed rows (B of them; none is fine).
-        ratio_B_T, rho_B_T (`torch.Tensor` of shape `(B, T)`):
-            Importance ratios r, and the weights rho that the correction makes of them.
-        corrected_B_T (`torch.Tensor` of shape `(B, T)`, `bool`):
-            Tokens that are corrected.
-        reduce (`Callable`):
-            Reduces a tensor over the processes by `"sum"`, `"min"` or `"max"`.
-
-    Returns:
-        `dict[str, float]`, the same on every process.
-    """
+    """What the expert did in the mixed rows of a rollout batch."""
     mask, stats = rollout.mask, rollout.stats
     ratios, rhos = ratio_B_T[corrected_B_T], rho_B_T[corrected_B_T]
     replaced = rollout.replaced & corrected_B_T
@@ -187,24 +135,7 @@ def token_metrics(
     mask_B_T: torch.Tensor,
     reduce: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> dict[str, float]:
-    """
-    Means of per-token values over the tokens of each source. A source without tokens has no metrics.
-
-    Args:
-        sources (`tuple[str, ...]`):
-            Names of the sources.
-        source_B (`torch.Tensor` of shape `(B,)`, `int64`):
-            Source of each row of this process.
-        values_B_T (`dict[str, torch.Tensor]` of shape `(B, T)` each):
-            Values by name.
-        mask_B_T (`torch.Tensor` of shape `(B, T)`):
-            Tokens that count.
-        reduce (`Callable`):
-            See [`guidance_metrics`].
-
-    Returns:
-        `dict[str, float]`, the same on every process.
-    """
+    """Means of per-token values over the tokens of each source. A source without tokens has no metrics."""
     rows = []
     for index in range(len(sources)):
         mask = mask_B_T.bool() & (source_B == index).unsqueeze(1)

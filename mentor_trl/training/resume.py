@@ -17,16 +17,8 @@ _PICKLED = ("*.pt", "*.pth", "*.bin")
 
 def usable_checkpoint(given: str | bool | None, output_dir: str) -> str | bool | None:
     """
-    The checkpoint to resume from.
-
-    Args:
-        given (`str` or `bool`, *optional*):
-            Folder; `True` for the newest whole one in `output_dir`, with a warning for each that is passed over.
-        output_dir (`str`):
-            Folder of the run.
-
-    Returns:
-        `str`; `None` where no checkpoint is whole; `given` where there is none at all.
+    The checkpoint to resume from: the given folder, or for `True` the newest whole one in `output_dir`, with a warning
+    for each that is passed over; `None` where no checkpoint is whole, and what was given where there is none at all.
 
     Raises:
         [`SetupError`]: naming the file that is missing or cannot be read.
@@ -55,16 +47,7 @@ def usable_checkpoint(given: str | bool | None, output_dir: str) -> str | bool |
 
 
 def find_problem(folder: str | Path) -> str | None:
-    """
-    What keeps a checkpoint from being resumed: a file that was cut off while it was written, or is not there.
-
-    Args:
-        folder (`str` or `Path`):
-            Checkpoint.
-
-    Returns:
-        `str`, *optional*: the file and what is wrong with it.
-    """
+    """What keeps a checkpoint from being resumed: a file that was cut off while it was written, or is not there."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -117,15 +100,7 @@ def _is_whole_safetensors(path: Path) -> bool:
 
 
 def warn_of_missing(folder: str | Path, rank: int, num_processes: int) -> None:
-    """
-    Warn of files without which a resumed run goes on to other numbers.
-
-    Args:
-        folder (`str` or `Path`):
-            Checkpoint.
-        rank, num_processes (`int`):
-            This process and their number.
-    """
+    """Warn of files without which a resumed run goes on to other numbers."""
     folder = Path(folder)
     rng = "rng_state.pth" if num_processes == 1 else f"rng_state_{rank}.pth"
     parts = {"optimizer.pt": "the optimizer starts anew", "scheduler.pt": "the learning rate starts anew"}
@@ -139,14 +114,6 @@ def warn_of_missing(folder: str | Path, rank: int, num_processes: int) -> None:
 def check_one_batch(dataset, generation_batch_size: int, num_generations: int) -> None:
     """
     Check that a dataset makes at least one rollout batch, of which every one is complete.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Training set.
-        generation_batch_size (`int`):
-            Rows of a rollout batch, over all processes.
-        num_generations (`int`):
-            Rows of a prompt.
 
     Raises:
         [`SetupError`]: if it does not, in which case no step would be made.

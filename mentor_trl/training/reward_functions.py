@@ -79,15 +79,7 @@ def _checked(function: Any) -> Any:
 
 
 def warn_of_undefined(rewards_N_F: torch.Tensor, names: list[str]) -> None:
-    """
-    Warn where a function has no reward in a whole batch.
-
-    Args:
-        rewards_N_F (`torch.Tensor` of shape `(N, F)`):
-            Rewards of all processes' rows, NaN where undefined.
-        names (`list[str]`):
-            Names of the functions.
-    """
+    """Warn where a function has no reward in a whole batch."""
     undefined = [name for name, column in zip(names, rewards_N_F.unbind(1)) if column.isnan().all()]
     if undefined:
         rest = "" if len(undefined) < len(names) else " Nothing is learned from it."

@@ -100,28 +100,7 @@ def collect_records(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
 ) -> list[RolloutRecord]:
-    """
-    Put together the records of a process's rows, as far as an engine recorded them.
-
-    Args:
-        batch ([`~mentor_trl.training.batch.RolloutBatch`]):
-            Batch of B rows.
-        step (`int`):
-            Optimizer step that uses the rows.
-        prompts (`Sequence[str]`):
-            Prompts of the rows, texts or messages.
-        rewards, advantages (`Sequence[float]`):
-            Rewards (NaN where undefined) and advantages before correction of the rows.
-        weights_B_T (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Weights of the tokens after correction, 1 if not given.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Gives the text of the tokens.
-        limit (`int`, *optional*):
-            Only the first so many rows.
-
-    Returns:
-        `list[RolloutRecord]`, in the order of the rows.
-    """
+    """Put together the records of a process's rows, as far as an engine recorded them."""
     records = []
     for source, indices, rollout in batch.parts:
         for position, row in enumerate(indices):
@@ -156,12 +135,6 @@ def collect_records(
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     Text that each token adds to what stands before it. Their concatenation is the decoded text; special tokens show.
-
-    Args:
-        ids (`Sequence[int]`):
-            Token ids.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
     """
     # A token alone has not the text that it has in its place (leading spaces, characters of several tokens), and
     # decoding all prefixes is quadratic: decode from the last token whose text was complete.
@@ -180,15 +153,6 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 def save_records(output_dir: str | Path, records: Sequence[RolloutRecord]) -> Path | None:
     """
     Write the records of a step to `output_dir/rollouts/rollouts_<step>.parquet`; an older file of it is replaced.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        records (`Sequence[RolloutRecord]`):
-            Records of one step.
-
-    Returns:
-        `Path`, *optional*: the file; `None` without records.
     """
     if not records:
         return None
@@ -223,12 +187,6 @@ def recorded_steps(run: str | Path) -> dict[int, Path]:
 def read_records(run: str | Path, step: int | None = None) -> list[RolloutRecord]:
     """
     Read the records of a step.
-
-    Args:
-        run (`str`):
-            `output_dir` of a training run.
-        step (`int`, *optional*):
-            Step; the last one with records if not given.
 
     Raises:
         [`SetupError`]: if the step has no records; it names those that have.

@@ -21,14 +21,6 @@ def evaluation_table(output_dir: str, step: int, logs: dict[str, float]) -> Iter
     """
     TRL names a table by the step alone: give the one that is written inside the name of its evaluation, and keep that
     of training.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        step (`int`):
-            Optimizer step.
-        logs (`dict[str, float]`):
-            What the evaluation logs; its names tell `eval`, or `eval_NAME` where there are several datasets.
     """
     name = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
     folder = Path(output_dir, "completions")

@@ -23,15 +23,6 @@ def ragged_attention(
 
     transformers' own `"sdpa"` copies keys and values once per query head when there is a mask, which is most of the
     cost of a decoding step.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, H, Q, D)`), key, value (`torch.Tensor` of shape `(B, H_kv, L, D)`):
-            Heads; H is a multiple of H_kv.
-        attention_mask (`torch.Tensor` of shape `(B, 1, Q, L)`, `bool`, *optional*):
-            What each query may attend to. Without it this is transformers' own `"sdpa"`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, Q, H, D)`, and `None` for the attention weights.
     """
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)

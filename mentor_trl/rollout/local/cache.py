@@ -28,17 +28,7 @@ class RaggedCache(Cache):
         self._length = 0
 
     def reserve(self, length: int, slots: int = 0, bound: int | None = None) -> None:
-        """
-        Make room.
-
-        Args:
-            length (`int`):
-                Number of positions that a row needs now.
-            slots (`int`, *optional*, defaults to `0`):
-                Number of rows.
-            bound (`int`, *optional*):
-                Number of positions that a row may ever need; room for more is not made ahead of need.
-        """
+        """Make room."""
         self.bound = bound or self.bound
         if length <= self.capacity and slots <= self.slots:
             return
@@ -52,17 +42,7 @@ class RaggedCache(Cache):
                 buffers[layer][: old.size(0), : old.size(1)] = old
 
     def place(self, rows: torch.Tensor | int, positions: torch.Tensor, length: int) -> None:
-        """
-        Say where the next forward pass writes and what it reads.
-
-        Args:
-            rows (`torch.Tensor` of shape `(B,)` or `int`):
-                Slots of the batch; an `int` B stands for the slots 0 to B - 1, which are read without a copy.
-            positions (`torch.Tensor` of shape `(B, Q)`):
-                Positions of the new tokens.
-            length (`int`):
-                Number of positions to read.
-        """
+        """Say where the next forward pass writes and what it reads."""
         self._rows, self._length = rows, length
         slots = torch.arange(rows, device=positions.device) if isinstance(rows, int) else rows
         self._flat_positions = (slots.unsqueeze(1) * self.capacity + positions).flatten()

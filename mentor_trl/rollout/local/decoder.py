@@ -28,13 +28,6 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
     """
     Dropout off in every module, and an attention that takes a mask per row; the former state is restored on exit.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model.
-        attention (`str`, *optional*):
-            Attention implementation. A model set to `"eager"` keeps it, and one whose kernels cap the attention logits
-            or add sinks gets it, as only `"eager"` does so too.
     """
     base = text_model(model)
     config = base.config.get_text_config()
@@ -105,22 +98,7 @@ class Decoder:
         return logit_rows(self.vocab_size)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int, length: int):
-        """
-        Hidden states of new tokens, which enter the cache.
-
-        Args:
-            ids (`torch.Tensor` of shape `(B, Q)`):
-                Token ids.
-            positions (`torch.Tensor` of shape `(B, Q)`):
-                Their positions. A token attends to all positions up to its own.
-            rows (`torch.Tensor` of shape `(B,)` or `int`):
-                Slots; an `int` B stands for the first B.
-            length (`int`):
-                One more than the largest position.
-
-        Returns:
-            `torch.Tensor` of shape `(B, Q, D)`.
-        """
+        """Hidden states of new tokens, which enter the cache."""
         # a policy with a larger padded vocabulary may emit ids that the expert has no embedding of
         ids = ids.to(self.device).clamp(max=self.num_embeddings - 1)
         positions = positions.to(self.device)
@@ -240,12 +218,6 @@ def refuse_nan(values: torch.Tensor, name: str) -> None:
 def check_decoding(model, name: str) -> None:
     """
     Compare a few tokens decoded through the ragged cache with the model's own forward pass.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model.
-        name (`str`):
-            What the errors call it.
 
     Raises:
         [`SetupError`]: if the architecture keeps a state that cannot be rolled back (state-space and linear-attention

@@ -70,13 +70,6 @@ class InProcessExpert:
         """
         Read the drafts of all rows in one pass, and couple those at branch points.
 
-        Args:
-            points ([`~mentor_trl.experts.port.Points`]):
-                Points of the rows in the first slots.
-
-        Returns:
-            [`~mentor_trl.experts.port.Spoken`].
-
         Raises:
             `ValueError`: if the model's logits are NaN.
         """
@@ -141,16 +134,8 @@ class InProcessExpert:
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> torch.Tensor:
         """
-        log s of every token of given completions.
-
-        Args:
-            prompt_ids, completion_ids (`Sequence[Sequence[int]]`):
-                Token ids of the rows; a prompt has at least one.
-            temperature (`float`, *optional*, defaults to `1.0`):
-                Divides the logits.
-
-        Returns:
-            `torch.Tensor` of shape `(rows, longest completion)` in nats on the model's device, NaN behind the ends.
+        log s of every token of given completions, `(rows, longest completion)` in nats on the model's device, NaN
+        behind the ends. A prompt has at least one token.
 
         Raises:
             `ValueError`: if the model's logits are NaN.
