@@ -74,6 +74,14 @@ class LocalSampler:
         """
         Hold the policy's current weights. Requests inside share the key-value caches of their prompts, which are freed
         on exit. Dropout is off inside, and the modules' modes are restored on exit.
+
+        Args:
+            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Policy, not wrapped for distribution.
+            autocast (`Callable[[], AbstractContextManager]`, *optional*):
+                Makes the mixed-precision context of the trainer's forward passes.
+            float32_head (`bool`, *optional*, defaults to `False`):
+                Whether the policy's LM head runs in float32 (TRL's `cast_lm_head_to_fp32`).
         """
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -96,6 +104,13 @@ class LocalSession:
     def sample(self, request: MixedRequest) -> MixedRollout:
         """
         Sample a request.
+
+        Args:
+            request ([`MixedRequest`]):
+                Rows to sample.
+
+        Returns:
+            [`MixedRollout`], in the order of the request.
 
         Raises:
             [`SetupError`]: if a row does not fit the context of a model.
@@ -357,6 +372,17 @@ class _Run:
 def best_draft_length(acceptance: float, longest: int, cost: float) -> int:
     """
     Draft length with the most committed tokens per policy step.
+
+    Args:
+        acceptance (`float`):
+            Share of drafted tokens that stand, a.
+        longest (`int`):
+            Largest draft length.
+        cost (`float`):
+            Policy steps that an expert pass costs, e.
+
+    Returns:
+        `int`: the K of 1 to `longest` that maximizes (1 - a^K) / (1 - a) / (K + e).
 
     Example:
     ```python
