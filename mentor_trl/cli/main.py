@@ -6,6 +6,7 @@ is imported inside it, so that `mentor-trl --help` answers at once.
 """
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import Any
+
+from ..errors import SetupError
 
 
 # Exit code of a mistake of the user
@@ -81,27 +84,16 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     Returns:
         `int`: exit code of the script. A failed process has already printed why.
     """
-    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     script = str(resources.files("mentor_trl.cli").joinpath(name))
     args = launch_command_parser().parse_args([*launch_args, script, *script_args])
-    # Without an accelerator it starts one process, whatever `num_processes` says
-    several = (args.num_processes or 1) > 1 and args.mpirun_hostfile is None
-    if several and args.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        args.cpu, args.multi_gpu = False, True
-    elif several and not args.tpu and args.config_file is None and not torch.accelerator.is_available():
-        print(
-            f"mentor-trl: error: `num_processes` is {args.num_processes}, but this machine has no accelerator; add "
-            "--cpu for processes on the CPU",
-            file=sys.stderr,
-        )
-        return USAGE
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # of options that were not given
     before = signal.signal(signal.SIGTERM, _end_children)
     try:
+        _several_on_the_cpu(args)
         launch_command(args)
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode >= 0 else 128 - error.returncode
@@ -113,19 +105,38 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
             print(error, file=sys.stderr)
         return USAGE if codes == {USAGE} else 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"mentor-trl: error: accelerate cannot launch {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"mentor-trl: error: {name} cannot be launched: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
 
 
+def _several_on_the_cpu(args: argparse.Namespace) -> None:
+    """Without an accelerator accelerate starts one process, whatever `num_processes` says."""
+    import torch
+
+    if (args.num_processes or 1) == 1 or args.mpirun_hostfile is not None:
+        return
+    if args.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        args.cpu, args.multi_gpu = False, True
+    elif not args.tpu and args.config_file is None and not torch.accelerator.is_available():
+        raise SetupError(
+            f"`num_processes` is {args.num_processes}, but this machine has no accelerator; add --cpu for processes "
+            "on the CPU"
+        )
+
+
 def _end_children(signum: int, frame: Any) -> None:
     """accelerate waits for the process that it has started, which would go on without it."""
     import psutil
 
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    for child in children:
         child.send_signal(signum)
+    if not children:
+        sys.exit(128 + signum)
 
 
 def evaluate(args: list[str]) -> int:

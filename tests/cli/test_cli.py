@@ -177,7 +177,7 @@ def test_a_failed_script_gives_its_exit_code(monkeypatch):
 def test_what_accelerate_refuses_is_one_line(capsys):
     assert cli.main(["train", "--cpu", "--multi_gpu", "--max_steps", "1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "accelerate cannot launch train.py: You can only use one of `--cpu`" in line
+    assert "train.py cannot be launched: You can only use one of `--cpu`" in line
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,12 @@ def test_a_request_to_end_reaches_the_script(tmp_path, options):
             process.kill()
     for rank in ranks:
         assert not psutil.pid_exists(int((tmp_path / rank).read_text().split()[0]))
+
+
+def test_a_script_that_fails_has_the_last_word(tmp_path):
+    with launch(tmp_path, ["--cpu"], 0) as process:
+        assert process.communicate(timeout=120)[1] == ""
+    assert process.returncode == 2
 
 
 def test_several_processes_on_the_cpu_and_their_exit_code(tmp_path):
