@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import SetupError
+from ..rewards.answers import completion_text
 from .runs import resolve_labels
 
 
@@ -123,9 +124,9 @@ def _read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
     if row.get("completions") is not None:
-        completions = [_text(one) for one in row["completions"]]
+        completions = [completion_text(one) for one in row["completions"]]
     elif row.get("completion") is not None:
-        completions = [_text(row["completion"])]
+        completions = [completion_text(row["completion"])]
     else:
         raise SetupError(
             f"{file}, row {index} has neither `completions` (a list of texts) nor `completion`; it has "
@@ -138,8 +139,3 @@ def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
         raise SetupError(f"{file}, row {index} has an empty list of completions.")
     doc_id, task = row.get("doc_id", index), row.get("task") or file.stem
     return Sample(str(doc_id), str(task), completions, correct, row.get("source"))
-
-
-def _text(completion: Any) -> str:
-    """A text, also of a conversation, whose messages are joined."""
-    return completion if isinstance(completion, str) else "\n".join(str(part["content"]) for part in completion)

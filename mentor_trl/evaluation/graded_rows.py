@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from mentor_trl.rewards.accuracy import THINK_END, accuracy_reward, extract_boxed
+from mentor_trl.rewards.accuracy import accuracy_reward
+from mentor_trl.rewards.answers import final_answer
 
 
 CORRECT, WRONG, NO_ANSWER = "correct", "wrong", "no answer"
@@ -42,7 +43,7 @@ def grade_choice(completion: str, letter: str) -> str:
     Returns:
         `str`: `"correct"`, `"wrong"` or `"no answer"`.
     """
-    answer = extract_boxed(completion.rpartition(THINK_END)[2])
+    answer = final_answer(completion)
     if answer is None:
         return NO_ANSWER
     return CORRECT if choice_letter(answer) == letter else WRONG

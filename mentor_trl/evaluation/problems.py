@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from mentor_trl.data.loading import FILE_FORMATS, DataError, extract_solution, load_dataset_dict
-from mentor_trl.rewards.accuracy import extract_boxed
+from mentor_trl.rewards.answers import extract_boxed, gold_answer
 
 
 if TYPE_CHECKING:
@@ -139,12 +139,9 @@ def _answer_of(row: Row) -> str:
     if answer is None or answer == "":
         # Minerva, and AIME24 in one of its forms, keep the answer inside the solution.
         return extract_boxed(row["solution"]) or ""
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
     if isinstance(answer, (list, tuple)):
-        answer = ", ".join(_DOLLAR.sub("", str(part)).strip() for part in answer)
-    text = str(answer)
-    return extract_solution(text, "####") or text
+        answer = [_DOLLAR.sub("", str(part)) for part in answer]
+    return extract_solution(str(answer), "####") or gold_answer(answer) or ""
 
 
 def _gpqa(row: Row, index: int) -> tuple[str, str, list[str]]:

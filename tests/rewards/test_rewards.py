@@ -3,6 +3,7 @@ import threading
 import pytest
 
 from mentor_trl.rewards import accuracy_reward, extract_boxed, format_reward
+from mentor_trl.rewards.answers import gold_answer
 from mentor_trl.rewards.grading import Grader, set_grader
 
 
@@ -119,6 +120,16 @@ def test_the_last_box_after_the_thought_counts(completion, expected):
         (r"\boxed{5} or \boxed{6", "5"),
         (r"{ {\boxed{5}", "5"),
         (r"} \boxed{5} }", "5"),
+        (r"\boxed{7}, written with \boxed as asked", "7"),
+        (r"\boxed{7}. I was to \boxed a number", "7"),
+        (r"\boxed{7} (in \boxed{} as asked)", "7"),
+        (r"\boxed{7} and \boxed{ } and \fbox{}", "7"),
+        (r"\boxed \frac{1}{2}", r"\frac{1}{2}"),
+        (r"\boxed C.", "C"),
+        (r"\boxed -3", "-3"),
+        (r"use \boxed please", None),
+        (r"use \boxed \boxed{4}", "4"),
+        (r"\boxed{4}\boxed{9}", "9"),
         (r"\boxed{ }", None),
         ("5", None),
     ],
@@ -129,6 +140,26 @@ def test_extract_boxed(text, expected):
 
 def test_extract_boxed_is_linear_in_unclosed_boxes():
     assert extract_boxed(r"\boxed{" * 200_000 + "}") is None
+
+
+@pytest.mark.parametrize(
+    "solution, expected",
+    [
+        (72, "72"),
+        (72.0, "72"),
+        (["3", 5.0], "3, 5"),
+        ([], None),
+        (["3", None], None),
+        (True, None),
+        (None, None),
+        (" ", None),
+        ("She has 8.\n#### 1,024", "1,024"),
+        (r"\boxed{1}, no: \boxed{2}.", "2"),
+        (r"nothing in \boxed{}", None),
+    ],
+)
+def test_gold_answer(solution, expected):
+    assert gold_answer(solution) == expected
 
 
 def test_messages_are_graded_like_strings():

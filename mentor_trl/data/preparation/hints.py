@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mentor_trl.data.loading import DataError, load_dataset_dict, select_split
 from mentor_trl.errors import SetupError
-from mentor_trl.rewards.accuracy import THINK_END, THINK_START, extract_boxed
+from mentor_trl.rewards.answers import THINK_END, THINK_START, extract_boxed
 
 from .report import Report
 from .sources import load_tokenizer

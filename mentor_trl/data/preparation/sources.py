@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mentor_trl.data.loading import FILE_FORMATS, DataError, extract_solution, load_dataset_dict, select_split
-from mentor_trl.rewards.accuracy import extract_boxed
+from mentor_trl.rewards.answers import gold_answer
 
 
 if TYPE_CHECKING:
@@ -197,16 +197,9 @@ def answer_of(value: Any, delimiter: str | None = None) -> str | None:
     ('27', '\\frac{1}{2}', '3, 5', None)
     ```
     """
+    if not delimiter:
+        return gold_answer(value)
     if isinstance(value, list):
         parts = [answer_of(part, delimiter) for part in value]
         return ", ".join(parts) if parts and all(parts) else None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or isinstance(value, bool):
-        return None
-    text = str(value).strip()
-    if delimiter:
-        return extract_solution(text, delimiter) or None
-    if "\\boxed" in text or "\\fbox" in text:
-        return extract_boxed(text)
-    return text or None
+    return (extract_solution(value.strip(), delimiter) or None) if isinstance(value, str) else None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mentor_trl.data.loading import DataError, load_dataset_dict, select_split
-from mentor_trl.rewards.accuracy import THINK_START, accuracy_reward
+from mentor_trl.rewards.accuracy import accuracy_reward
+from mentor_trl.rewards.answers import THINK_START
 
 from .engines import BATCH_SIZES, Engine, Response, Sampling, choose_engine
 from .output import OutputArguments, check_output
