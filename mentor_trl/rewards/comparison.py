@@ -38,6 +38,8 @@ _COMPARISON = re.compile(r"\b(?:or|and|than|least|most|greater|less|if|when|wher
 _WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z ,.;'!?-]+")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|([A-Za-z]{1,2}))(?![A-Za-z])")
 _CONSTANT = re.compile(r"[+-]\s*[Cc]$")
+_MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![a-z])\s*")
+_NAME_IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _LIST = re.compile(r"[,;]| or | and ")
 _PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _ARITHMETIC = re.compile(
@@ -55,7 +57,7 @@ def is_prose(gold: str) -> bool:
     (True, False, False)
     ```
     """
-    if not _PROSE.search(gold) or _COMPARISON.search(gold):
+    if not _PROSE.search(gold) or _COMPARISON.search(gold) or split_unit(clean(gold)).unit is not None:
         return False
     return len(_QUANTITY.findall(gold)) == 1 or _ANSWER_IS.search(gold) is not None
 
@@ -191,10 +193,10 @@ def _is_rounded(exact: str, rounded: str) -> bool:
 
 
 def _matches(gold: str, answer: str) -> bool:
+    gold, answer = _CONSTANT.sub("+c", gold), _CONSTANT.sub("+c", answer)
     if same_text(gold, answer):
         return True
-    gold, answer = _CONSTANT.sub("+c", gold), _CONSTANT.sub("+c", answer)
-    if _WORDS.fullmatch(gold) and not _LIST.search(gold) or flat(gold).casefold() == flat(answer).casefold():
+    if _WORDS.fullmatch(gold) and not _LIST.search(gold):
         return False
     bases = split_base(gold), split_base(answer)
     if any(bases):
@@ -202,10 +204,8 @@ def _matches(gold: str, answer: str) -> bool:
     terms = ratio(gold), ratio(answer)
     if any(terms) and (None not in terms or _is_time(terms[0] or terms[1])):
         return _same_ratio(*terms)
-    gold, answer = _right_side(gold), _right_side(answer, gold)
-    if gold is None or answer is None:
-        return False
-    return _same_quantity(gold, answer)
+    sides = _sides_that_count(gold, answer)
+    return sides is not None and _same_quantity(*sides)
 
 
 # --- bases, ratios -------------------------------------------------------------------------------------------------
@@ -234,12 +234,22 @@ def _same_ratio(one: list[str] | None, other: list[str] | None) -> bool:
 # --- equations -----------------------------------------------------------------------------------------------------
 
 
-def _right_side(text: str, gold: str | None = None) -> str | None:
-    """
-    The side of an equation that counts, the text itself where there is none, or `None` for an equation that is false
-    or has several unknowns. Where the gold answer is an equation too, math-verify compares the two.
-    """
-    member = re.match(r"[A-Za-z]\s*\\in(?![a-z])\s*", text)
+def _sides_that_count(gold: str, answer: str) -> tuple[str, str] | None:
+    """The right sides of equations, or the texts where there are none; `None` where an equation counts for nothing."""
+    lefts = [split_top(text, "=")[0] for text in (gold, answer)]
+    if lefts[0] != gold and lefts[1] != answer and flat(lefts[0]) != flat(lefts[1]) and _LIST.search(gold) is None:
+        if not any(_NAME_IN_WORDS.search(left) for left in lefts) and all(map(is_name, lefts)):
+            return None  # definitions of two things
+        if not all(map(is_name, lefts)):
+            return gold, answer  # two equations, which math-verify compares
+    right, given = _right_side(gold), _right_side(answer)
+    if right is None and lefts[1] != answer:
+        return gold, answer
+    return None if right is None or given is None else (right, given)
+
+
+def _right_side(text: str) -> str | None:
+    member = _MEMBER.match(text)
     if member:
         return text[member.end() :]
     rounded = split_top(text, r"\approx")
@@ -254,13 +264,9 @@ def _right_side(text: str, gold: str | None = None) -> str | None:
     known = [(value, side) for value, side in zip(values, sides) if value is not None]
     if any(not _agree(*pair) for pair in zip(known, known[1:])):
         return None
-    if gold is not None and len(split_top(gold, "=")) > 1:
-        return text if sides[0] != split_top(gold, "=")[0] else sides[-1]
-    if is_name(sides[0]) or len(known) == len(sides):
+    if is_name(sides[0]) or len(known) == len(sides) or r"\begin" in sides[0]:
         return sides[-1]
-    if is_name(sides[-1]) and len(known) == len(sides) - 1:
-        return sides[0]
-    return text if gold is None else None
+    return sides[0] if is_name(sides[-1]) and len(known) == len(sides) - 1 else None
 
 
 def _agree(one: tuple[float, str], other: tuple[float, str]) -> bool:
@@ -348,6 +354,8 @@ def _equal(gold: str, answer: str) -> bool:
         return True
     if _PLAIN.fullmatch(gold) and _PLAIN.fullmatch(answer):
         return _same_number(gold, answer)
+    if flat(gold).casefold() == flat(answer).casefold():
+        return False
     return _same_case(gold, answer) and _equal_items(parse(gold), parse(answer), gold, answer)
 
 
@@ -407,6 +415,9 @@ def _differ(one, other) -> bool:
     if not isinstance(one, Expr) or not isinstance(other, Expr) or one == other:
         return False
     try:
+        exact = (one - other).doit()
+        if exact.is_Rational:
+            return exact != 0
         symbols = sorted((one.free_symbols | other.free_symbols), key=str)
         point = {symbol: Rational(7919 + 104 * index, 6007) for index, symbol in enumerate(symbols)}
         values = [Basic.subs(side, point).evalf(DIGITS, maxn=10**4) for side in (one, other)]

@@ -99,10 +99,10 @@ g gram grams gm gms|kg kilogram kilograms kgs kilo kilos|mg milligram milligrams
 l liter liters litre litres|ml milliliter milliliters millilitre millilitres|gal gallon gallons|qt quart quarts
 s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|wk week weeks|yr year years yrs
 dollar dollars usd $ bucks|cent cents ¢|euro euros € eur|£ gbp|¥ yen jpy yuan rmb|₹ rupee rupees rs inr
-degree degrees deg|degc celsius|degf fahrenheit|n newton newtons|j joule joules|w watt watts|v volt volts
+degree degrees deg|degc celsius c|degf fahrenheit f|n newton newtons|j joule joules|w watt watts|v volt volts
 k kelvin kelvins|pa pascal pascals|hz hertz|kn|kj|kw|mw|mv|kpa|ev|rad radian radians|mol mole moles|amp amps ampere amperes
-ohm ohms|square sq|cubic cu|mph|kph kmph kmh|rpm|bps|am a.m|pm p.m|unit units|pt pts point points|% |th st nd rd|t c f
-am^ nm|um|acre acres|hectare hectares ha|ton tons tonne tonnes|percent
+ohm ohms|square sq|cubic cu|mph|kph kmph kmh|rpm|bps|am a.m|pm p.m|unit units|pt pts point points|% |th st nd rd
+nm|um|acre acres|hectare hectares ha|ton tons tonne tonnes|percent
 """
 _CANONICAL = {
     name: names.split()[0] for names in re.split(r"[|\n]", _SYNONYMS) if names.strip() for name in names.split()
@@ -120,6 +120,7 @@ _HEDGES = frozenset(
     "over under nearly almost roughly maybe possibly up plus minus negative greater less above below below mod modulo "
     "is are be at with without any all every some other except if then otherwise respectively any integer".split()
 )
+_FILLERS = frozenset("of a an the".split())
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt arcsin arccos arctan sinh cosh tanh max gcd lcm det".split()
 )
@@ -132,6 +133,7 @@ _MONEY = re.compile(
 )
 _MONEY_AFTER = re.compile(r"(?<=[\d}])\s*(\\\$|[€£¥₹¢])$")
 _BARE_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
+_UNIT_FRACTION = re.compile(r"(?<=[\d}])\s*\\frac\s*\{\s*([a-z]{1,3})\s*\}\s*\{\s*([smh]|min|hr|sec)\s*(?:\^2)?\}$")
 _TAIL_LENGTH = 80
 
 
@@ -162,6 +164,7 @@ def split_unit(text: str) -> Quantity:
         return Quantity(text[: match.start()].strip(), frozenset([_CANONICAL[match[1].lstrip("\\")]]))
     if match := _DEGREE.search(text):
         return Quantity(text[: match.start()].strip(), frozenset(["deg" + match[1].lower() if match[1] else "degree"]))
+    text = _UNIT_FRACTION.sub(r" \1/\2", text)
     tail = text[-_TAIL_LENGTH:]
     match = _TAIL.search(tail)
     if not match or match.start() == 0 and len(tail) < len(text):
@@ -176,7 +179,7 @@ def split_unit(text: str) -> Quantity:
 
 
 def _read_phrase(text: str, core: str, phrase: str, bracket: bool, spaced: bool) -> Quantity:
-    words = [word.rstrip(".") for word in re.findall(r"[A-Za-z][A-Za-z'.-]*", phrase)]
+    words = [word.rstrip(".") for word in re.findall(r"[A-Za-z][A-Za-z'.]*", phrase)]
     if any(len(word) == 1 and word not in "aCFJKLNVWghlms" for word in words):
         return Quantity(text, None)
     if len(words) > 1 and re.search(r"(?<![A-Za-z'])[A-Za-z](?:\s*\^\S*)?\s+[A-Za-z](?![A-Za-z'])", phrase):
@@ -208,7 +211,7 @@ def _read_phrase(text: str, core: str, phrase: str, bracket: bool, spaced: bool)
 
 
 def _is_noun(word: str) -> bool:
-    return len(word) >= 3 and re.search("[aeiou]|y$", word) is not None
+    return word in _FILLERS or len(word) >= 3 and re.search("[aeiou]|y$", word) is not None
 
 
 def _canonical(phrase: str, words: list[str]) -> frozenset[str]:
@@ -221,7 +224,7 @@ def _canonical(phrase: str, words: list[str]) -> frozenset[str]:
             unit.add(name)
     if "/" in phrase:
         unit.add("per")
-    return frozenset(unit - {"unit", "of", "a", "an", "the"})
+    return frozenset(unit - _FILLERS - {"unit"})
 
 
 def same_unit(one: frozenset[str], other: frozenset[str]) -> bool:
@@ -237,7 +240,7 @@ def same_unit(one: frozenset[str], other: frozenset[str]) -> bool:
 _PERCENT = re.compile(r"\s*(?:\\?%|(?<![A-Za-z])(?:percent|per cent|pct))$")
 _NUMERALS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 _BASE = re.compile(
-    r"\(?([0-9][0-9A-F]*)\)?(?:_\{?|(?=\(?base))\(?(?:base)?(\d{1,2}|" + "|".join(_NUMERALS) + r")\)?\}?"
+    r"\(?([0-9][0-9A-Fa-f]*)\)?(?:_\{?|(?=\(?base))\(?(?:base)?(\d{1,2}|" + "|".join(_NUMERALS) + r")\)?\}?"
 )
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)+")
 
@@ -295,7 +298,7 @@ _SYMBOL = (
 )
 _NAME = re.compile(
     rf"{_SYMBOL}(?:\s*_\s*(?:\{{[^{{}}]*\}}|\w))?(?:\s*(?:'|\^\s*\{{\s*(?:-1|\\prime|\\circ|T)\s*\}}|\^\s*T)){{0,3}}"
-    r"(?:\s*\([^=]*\))?"
+    r"(?:\s*\(.*\))?"
 )
 _NAMED = (
     re.compile(rf"(?![abckmntxyz]\s*\([^)]*[-+*/^]){_NAME.pattern}"),
@@ -362,7 +365,7 @@ def statements(gold: str) -> list[str]:
     """
     for sign in (":", r"\approx"):
         parts = split_top(gold, sign)
-        if len(parts) == 2 and all(parts) and not is_name(parts[0]):
-            if sign != ":" or (_RELATION.search(parts[0]) and _REGION.match(parts[1])):
+        if len(parts) == 2 and all(parts):
+            if _RELATION.search(parts[0]) and _REGION.match(parts[1]) if sign == ":" else not is_name(parts[0]):
                 return parts
     return [gold]

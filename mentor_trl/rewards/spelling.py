@@ -170,6 +170,7 @@ _WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|(?:[Nn]o|[AaPp]\.?[Mm])(?![A
 _CHOICE = re.compile(r"\(?\s*([A-Ea-e])\s*\)?\.?")
 _ONE_BRACED = re.compile(r"(?<=[\^_])\s*\{\s*(\w)\s*\}")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|\{(\w+)\}\s*(\w)(?!\w)|(\d)\s*\{(\w+)\})")
+_UPRIGHT = re.compile(r"\\(max|min|sup|inf)(?![a-z])")
 _NOT_BETWEEN_DIGITS = re.compile(r"(?<!\d) | (?!\d)")
 
 
@@ -186,7 +187,7 @@ def flat(text: str) -> str:
     text = _WORD.sub(lambda m: m[0].lower(), text)
     text = _SHORT_FRACTION.sub(lambda m: _fraction(*filter(None, m.groups())), text)
     text = _ONE_BRACED.sub(r"\1", text)
-    text = text.replace('"', "").replace("'s", "s").replace(r"\cdot", r"\times")
+    text = _UPRIGHT.sub(r"\1", text).replace('"', "").replace("'s", "s").replace(r"\cdot", r"\times")
     return _NOT_BETWEEN_DIGITS.sub("", text)
 
 
