@@ -27,7 +27,9 @@ from mentor_trl.rewards.grading import get_grader
 
 
 COLUMNS = ("solution", "answer", "final_answer")
-_UNIT = re.compile(r"(?P<core>.*[\d}])\s*(?:\((?P<bare>[a-z ]+)\)|(?P<styled>\\(?:text|mathrm)\s*\{[^{}]*\}))(?P<end>\$?)$")
+_UNIT = re.compile(
+    r"(?P<core>.*[\d}])\s*(?:\((?P<bare>[a-z ]+)\)|(?P<styled>\\(?:text|mathrm)\s*\{[^{}]*\}))(?P<end>\$?)$"
+)
 
 
 class Row(NamedTuple):

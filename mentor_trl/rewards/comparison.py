@@ -372,7 +372,7 @@ def _same_number(gold: str, answer: str) -> bool:
 
 
 def _same_case(gold: str, answer: str) -> bool:
-    """math-verify reads `N` and `n` as one symbol. A letter that both sides have in one case only must have the same."""
+    """math-verify reads `N` and `n` as one symbol. A letter that each side has in one case only must have the same."""
     sides = []
     for text in (gold, answer):
         sides.append({letter for match in _LETTERS.finditer(text) for letter in match[1] or ""} - {"e", "E"})

@@ -116,8 +116,10 @@ class Grader:
 
     Workers start at the first call, stay until [`Grader.close`] or the end of the process, and are replaced when they
     hang, crash or grow. A pool serves any thread; calls from several threads take turns. A forked child starts workers
-    of its own. Each round of `num_workers` answers that hang adds `timeout` seconds to a call, and what the start of a
-    worker takes beyond `timeout / 2`, when replacements begin to start: for `n` of them, `ceil(n / num_workers)` rounds.
+    of its own.
+
+    `n` answers that hang add at most `ceil(n / num_workers)` rounds to a call. A round takes `timeout` seconds, and
+    what the start of a worker takes beyond `timeout / 2`, which is when the replacement of one that hangs starts.
 
     Args:
         timeout (`float`, *optional*, defaults to `5.0`):

@@ -2,9 +2,9 @@
 The process that runs math-verify for [`~grading.Grader`].
 
 It is started by file path and imports neither `mentor_trl` nor torch, so that it is ready in about a second. It reads
-one JSON object a line on standard input (`gold`, `answer`, `rules`, `timeout`) and writes two lines: `{"gold": true}` once the
-gold answer is parsed, so that a hang can be blamed on the right side, then `correct` (null when the gold answer cannot
-be parsed) and `retire`. It ends at the end of its input, hence with its parent.
+one JSON object a line on standard input (`gold`, `answer`, `rules`, `timeout`) and writes two lines: `{"gold": true}`
+once the gold answer is parsed, so that a hang can be blamed on the right side, then `correct` (null when the gold
+answer cannot be parsed) and `retire`. It ends at the end of its input, hence with its parent.
 """
 
 import json

@@ -1,9 +1,9 @@
 r"""
 The rules of grading: which spellings of an answer are the same answer, and which are not.
 
-math-verify decides whether two expressions are equal. The rules come before it: they rewrite an answer so that it reads
-it ([`~spelling.clean`]), take it apart (units, percent signs, bases, equations), and say where its verdict does not
-count. Nothing here imports it: `comparison.py` does.
+math-verify decides whether two expressions are equal. The rules come before it: they rewrite an answer so that it
+reads it ([`~spelling.clean`]), take it apart (units, percent signs, bases, equations), and say where its verdict does
+not count. Nothing here imports it: `comparison.py` does.
 """
 
 import re
@@ -94,36 +94,39 @@ RULES = (
 
 _SYNONYMS = """
 m meter meters metre metres|cm centimeter centimeters centimetre centimetres|mm millimeter millimeters millimetre
-millimetres|km kilometer kilometers kilometre kilometres kms|in inch inches|ft foot feet|yd yard yards yds|mi mile miles
-g gram grams gm gms|kg kilogram kilograms kgs kilo kilos|mg milligram milligrams|lb pound pounds lbs|oz ounce ounces
-l liter liters litre litres|ml milliliter milliliters millilitre millilitres|gal gallon gallons|qt quart quarts
-s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|wk week weeks|yr year years yrs
-dollar dollars usd $ bucks|cent cents ¢|euro euros € eur|£ gbp|¥ yen jpy yuan rmb|₹ rupee rupees rs inr
-degree degrees deg|degc celsius c|degf fahrenheit f|n newton newtons|j joule joules|w watt watts|v volt volts
-k kelvin kelvins|pa pascal pascals|hz hertz|kn|kj|kw|mw|mv|kpa|ev|rad radian radians|mol mole moles|amp amps ampere amperes
-ohm ohms|square sq|cubic cu|mph|kph kmph kmh|rpm|bps|am a.m|pm p.m|unit units|pt pts point points|% |th st nd rd
-nm|um|acre acres|hectare hectares ha|ton tons tonne tonnes|percent
+millimetres|km kilometer kilometers kilometre kilometres kms|in inch inches|ft foot feet|yd yard yards yds
+mi mile miles|g gram grams gm gms|kg kilogram kilograms kgs kilo kilos|mg milligram milligrams|lb pound pounds lbs
+oz ounce ounces|l liter liters litre litres|ml milliliter milliliters millilitre millilitres|gal gallon gallons
+qt quart quarts|s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|wk week weeks
+yr year years yrs|dollar dollars usd $ bucks|cent cents ¢|euro euros € eur|£ gbp|¥ yen jpy yuan rmb
+₹ rupee rupees rs inr|degree degrees deg|degc celsius c|degf fahrenheit f|n newton newtons|j joule joules|w watt watts
+v volt volts|k kelvin kelvins|pa pascal pascals|hz hertz|kn|kj|kw|mw|mv|kpa|ev|rad radian radians|mol mole moles
+amp amps ampere amperes|ohm ohms|square sq|cubic cu|mph|kph kmph kmh|rpm|bps|am a.m|pm p.m|unit units
+point pt pts points|th st nd rd|nm|um|acre acres|hectare hectares ha|ton tons tonne tonnes
 """
-_CANONICAL = {
-    name: names.split()[0] for names in re.split(r"[|\n]", _SYNONYMS) if names.strip() for name in names.split()
-}
+_CANONICAL = {name: names.split()[0] for names in re.split(r"[|\n]", _SYNONYMS) for name in names.split()}
 _MEASURES = frozenset(_CANONICAL.values())
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NUMBER_WORDS = frozenset(
-    "half halves third thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths "
-    "ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial dozen dozens hundred "
-    "hundreds thousand thousands million millions billion billions trillion trillions lakh crore one two three four five "
-    "six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety score".split()
+_COUNTS = frozenset("dozen dozens hundreds thousands millions billions lakh crore".split())
+_NUMBER_WORDS = _COUNTS | frozenset(
+    """
+    half halves third thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths
+    ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial hundred thousand
+    million billion trillion one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
+    sixty seventy eighty ninety score
+    """.split()
 )
 _HEDGES = frozenset(
-    "or and to than least most about approximately approx around between not no either neither but if when where for "
-    "over under nearly almost roughly maybe possibly up plus minus negative greater less above below below mod modulo "
-    "is are be at with without any all every some other except if then otherwise respectively any integer".split()
+    """
+    or and to than least most about approximately approx around between not no either neither but if when where for
+    over under nearly almost roughly maybe possibly up plus minus negative greater below above mod modulo is are be at
+    with without any all every some other except then otherwise respectively integer
+    """.split()
 )
-_FILLERS = frozenset("of a an the".split())
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt arcsin arccos arctan sinh cosh tanh max gcd lcm det".split()
 )
+_FILLERS = frozenset("of a an the".split())
 _TOKEN = r"(?:[A-Za-z]+(?:['-][A-Za-z]+)*\.?|[A-Za-z]\.[A-Za-z]\.)(?:\s*\^\s*\{?\s*-?[1-9]\s*\}?)?"
 _PHRASE = rf"{_TOKEN}(?:\s*[/·]\s*{_TOKEN}|\s*\\(?:cdot|times)\s*{_TOKEN}|\s+{_TOKEN})*"
 _TAIL = re.compile(rf"(?<![\\A-Za-z'])(?P<bracket>\(\s*)?(?P<phrase>{_PHRASE})(?(bracket)\s*\))$")

@@ -1,12 +1,12 @@
 """The table of rules: pairs that each rule makes equal, and pairs that it must keep apart."""
 
-import time
+import subprocess
+import sys
 
 import pytest
 
 from mentor_trl.rewards.comparison import is_correct, parse_gold
 from mentor_trl.rewards.rules import RULES
-from mentor_trl.rewards.spelling import clean, flat
 
 
 EQUAL = {
@@ -508,3 +508,49 @@ def test_unequal(gold, answer):
 def test_the_examples_of_the_table(rule):
     assert is_correct(*rule.equal)
     assert not is_correct(*rule.unequal)
+
+
+HOSTILE = [
+    *(
+        "{",
+        "(",
+        "|",
+        "=",
+        ":",
+        "%",
+        "$",
+        "√(",
+        "¹",
+        "^{",
+        "\\",
+        "x",
+        " ",
+        "a ",
+        "cm ",
+        "1 cm ",
+        "1,",
+        "1,234,",
+        " 123",
+    ),
+    *(r"\text{", r"\frac", r"\frac{d", r"\left", r"\mathrm{a}", r"\approx", "f(", "Aa-", "5 or ", "(1 base 2", "1:2:"),
+]
+
+
+def test_no_text_keeps_the_rules_busy():
+    # In a process of its own, because a regular expression that backtracks without end cannot be interrupted.
+    source = f"""
+from mentor_trl.rewards import rules, spelling
+from mentor_trl.rewards.comparison import is_gradable, is_prose, number
+for piece in {HOSTILE!r}:
+    for text in (piece * (100_000 // len(piece)), "12 " + piece * 20_000 + " cm", piece * 12, "x" + piece * 15 + "=5"):
+        cleaned = spelling.clean(text)
+        spelling.flat(cleaned), rules.statements(cleaned), rules.split_top(cleaned, "=")
+        rules.split_unit(cleaned), rules.split_percent(cleaned), rules.split_base(cleaned), rules.ratio(cleaned)
+        is_prose(text), is_gradable(text), rules.is_name(cleaned[:80])
+    """
+    assert subprocess.run([sys.executable, "-c", source], timeout=300).returncode == 0
+
+
+@pytest.mark.parametrize("gold", ["", "???", r"\frac{1}{", "}{", "  ", "..."])
+def test_what_cannot_be_graded(gold):
+    assert not parse_gold(gold)
