@@ -10,6 +10,7 @@ accelerate launch mentor_trl/cli/train.py --config recipes/SmolLM2-135M-Instruct
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mentor_trl.errors import SetupError
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
     from trl import DatasetMixtureConfig, ModelConfig
 
     from mentor_trl.cli.parser import MentorArgumentParser
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from mentor_trl.data.loading import MentorScriptArguments
     from mentor_trl.trainer import MentorGRPOTrainer
 
+
+logger = logging.getLogger(__name__)
 
 # Reward functions that read the column `solution` of every row.
 NEED_SOLUTION = {"accuracy_reward", "reasoning_accuracy_reward"}
@@ -222,6 +226,8 @@ def main(
         require_solution=bool(NEED_SOLUTION & set(names)),
         with_eval=training_args.eval_strategy != "no",
     )
+    if "accuracy_reward" in names and training_args.process_index == 0:
+        _warn_of_ungradable(train_dataset)
     if training_args.push_to_hub and training_args.process_index == 0:
         make_repository(training_args)
     # Only now the slow imports and the model: everything above fails within seconds.
@@ -233,6 +239,15 @@ def main(
     trainer.accelerator.print("Training completed.")
     _publish(trainer, script_args.dataset_name)
     trainer.accelerator.end_training()
+
+
+def _warn_of_ungradable(dataset: "Dataset | IterableDataset") -> None:
+    from mentor_trl.rewards import ungradable_warning
+
+    # A streamed dataset cannot be read ahead.
+    warning = ungradable_warning(dataset["solution"]) if hasattr(dataset, "__len__") else None
+    if warning:
+        logger.warning(warning)
 
 
 def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:

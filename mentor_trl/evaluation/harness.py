@@ -19,7 +19,7 @@ from mentor_trl.data.loading import MENTOR_SYSTEM_PROMPT
 from mentor_trl.errors import SetupError
 
 from . import TASKS
-from .graded_rows import CORRECT
+from .graded_rows import CORRECT, grade_by_math_verify
 
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class TaskRun:
         dataset (`dict`):
             `path`, `split` and, where there is one, `config` of the set on the Hub.
         samples (`list[dict]`):
-            For each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`.
+            For each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`; and, where
+            the answer is no choice, `math_verify`, what math-verify alone makes of each completion.
     """
 
     task: str
@@ -277,7 +278,9 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
         return None
     rows = sorted(results["samples"][task.config.task], key=lambda row: row["doc_id"])
     dataset = {key: value for key, value in task.config.dataset_kwargs.items() if key in ("path", "config", "split")}
-    return TaskRun(name, num_samples, temperature, dataset, [_sample(name, row) for row in rows])
+    samples = [_sample(name, row) for row in rows]
+    _add_math_verify([sample for sample, row in zip(samples, rows) if not row["doc"]["choices"]])
+    return TaskRun(name, num_samples, temperature, dataset, samples)
 
 
 def generation_kwargs(backend: str, settings: Settings, temperature: float) -> dict[str, Any]:
@@ -316,6 +319,13 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
         "answer": row["target"],
         "verdicts": list(verdicts),
     }
+
+
+def _add_math_verify(samples: list[dict[str, Any]]) -> None:
+    pairs = [(text, sample["answer"]) for sample in samples for text in sample["completions"]]
+    graded = iter(grade_by_math_verify(*zip(*pairs)) if pairs else ())
+    for sample in samples:
+        sample["math_verify"] = [next(graded) for _ in sample["completions"]]
 
 
 class _PromptsFit:

@@ -5,13 +5,18 @@ They have the signature of TRL's reward functions. MENTOR weights them 0.9 and 0
 configuration).
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from .answers import THINK_END, THINK_START, completion_text, final_answer, gold_answer
+from .comparison import is_gradable
 from .grading import Verdict, get_grader
 
 
 _NO_ANSWER = "[no boxed answer]"
+# Towers of exponents, factorials, binomials, long numbers and long texts.
+_MAY_HANG = re.compile(r"\^[^^]*\^|!|\\d?binom|\^\s*\{?-?\d{4}|\d{9}|(?s:.{400})")
 
 
 def _describe(answer: str | None, gold: str | None, verdict: Verdict | None) -> str:
@@ -89,6 +94,59 @@ def accuracy_reward(
         log_metric("mentor/verifier_failures", float(sum(v is not None and v.failure is not None for v in verdicts)))
         log_metric("mentor/unparseable_solutions", float(sum(reward is None for reward in rewards)))
     return rewards
+
+
+def ungradable(solutions: Iterable[Any]) -> list[int]:
+    r"""
+    Finds the solutions that [`accuracy_reward`] skips, because they hold no answer, no readable one, or one that keeps
+    the verifier busy for longer than its timeout.
+
+    Args:
+        solutions (`Iterable`):
+            The cells of a solution column.
+
+    Returns:
+        `list[int]`:
+            Their indices.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards import ungradable
+
+    >>> ungradable(["72", "", r"\frac{1}{", "No solution", None])
+    [1, 2, 4]
+    ```
+    """
+    golds = [gold_answer(solution) for solution in solutions]
+    # Everything else that can be graded is parsed in no time.
+    slow = [gold for gold in dict.fromkeys(golds) if gold and _MAY_HANG.search(gold)]
+    verdicts = get_grader().grade((gold, gold) for gold in slow)
+    failed = {gold for gold, verdict in zip(slow, verdicts, strict=True) if verdict.correct is None}
+    return [index for index, gold in enumerate(golds) if not gold or gold in failed or not is_gradable(gold)]
+
+
+def ungradable_warning(solutions: Iterable[Any]) -> str | None:
+    """
+    Says how many solutions [`accuracy_reward`] will skip, which they are, and what to do.
+
+    Args:
+        solutions (`Iterable`):
+            The cells of a solution column.
+
+    Returns:
+        `str`, *optional*:
+            The warning, or `None` where every solution can be graded.
+    """
+    solutions = list(solutions)
+    indices = ungradable(solutions)
+    if not indices:
+        return None
+    examples = ", ".join(f"row {index}: {str(solutions[index])[-60:]!r}" for index in indices[:3])
+    return (
+        f"{len(indices)} of {len(solutions)} solutions cannot be graded: `accuracy_reward` is None for their rows, "
+        f"which then learn nothing from it ({examples}). Correct or remove these rows; the answer is the last "
+        "`\\boxed{}`, what follows `####`, or the whole text of the column `solution`."
+    )
 
 
 def format_reward(completions: list[str] | list[list[dict]], **kwargs) -> list[float]:

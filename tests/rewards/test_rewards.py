@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from mentor_trl.rewards import accuracy_reward, extract_boxed, format_reward
+from mentor_trl.rewards import accuracy_reward, extract_boxed, format_reward, ungradable, ungradable_warning
 from mentor_trl.rewards.answers import gold_answer
 from mentor_trl.rewards.grading import Grader, set_grader
 
@@ -231,6 +231,29 @@ def test_lengths_must_agree():
 )
 def test_format_reward(text, expected):
     assert format_reward([text, [{"role": "assistant", "content": text}]], solution=["2"]) == [expected, expected]
+
+
+def test_ungradable_golds_are_found_and_named():
+    solutions = [
+        "72",
+        "9 (apples)",
+        "",
+        "???",
+        "No solution",
+        r"\frac{1}{",
+        None,
+        r"\binom{10^{9}}{5\cdot 10^8}",
+        r"\boxed{}",
+        "5!",
+        3,
+    ]
+    assert ungradable(solutions) == [2, 3, 5, 6, 7, 8]
+    assert accuracy_reward(["none"] * 11, solution=solutions) == [
+        None if index in (2, 3, 5, 6, 7, 8) else 0.0 for index in range(11)
+    ]
+    warning = ungradable_warning(solutions)
+    assert "6 of 11" in warning and "row 3: '???'" in warning and "remove these rows" in warning
+    assert ungradable_warning(["72", "No solution"]) is None
 
 
 def test_format_reward_counts_reasoning_parsed_by_the_trainer():

@@ -78,7 +78,7 @@ class PromptArguments:
         keep_duplicates (`bool`, *optional*, defaults to `False`):
             Whether to keep problems that occurred before. They are counted in any case.
         verifiable_only (`bool`, *optional*, defaults to `False`):
-            Whether to drop rows whose answer math-verify cannot parse, which `accuracy_reward` would skip.
+            Whether to drop rows whose answer cannot be graded, which `accuracy_reward` would skip.
         tokenizer (`str`, *optional*):
             Hub id or folder of the tokenizer that measures lengths.
         max_prompt_tokens (`int`, *optional*):
@@ -152,9 +152,7 @@ class PromptArguments:
     )
     verifiable_only: bool = field(
         default=False,
-        metadata={
-            "help": "Whether to drop rows whose answer math-verify cannot parse, which `accuracy_reward` would skip."
-        },
+        metadata={"help": "Whether to drop rows whose answer cannot be graded, which `accuracy_reward` would skip."},
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the tokenizer that measures lengths."}
@@ -244,8 +242,7 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     _drop_duplicates(funnel, args)
     if args.generations:
         _keep_generations(funnel, args, tokenizer)
-    if args.verifiable_only:
-        _keep_verifiable(funnel)
+    _count_ungradable(funnel, drop=args.verifiable_only)
     train = None if not funnel.report.kept else _keep_short(funnel, args, tokenizer, name)
     if not funnel.report.kept:
         raise DataError(f"No row of {name} is left:\n{funnel.report.markdown()}")
@@ -387,12 +384,15 @@ def _keep_generations(funnel: Funnel, args: PromptArguments, tokenizer: "PreTrai
     funnel.report.facts.append(("generations that pass, over all rows", f"{number:,}"))
 
 
-def _keep_verifiable(funnel: Funnel) -> None:
-    from mentor_trl.rewards.grading import get_grader
+def _count_ungradable(funnel: Funnel, drop: bool) -> None:
+    from mentor_trl.rewards import ungradable
 
     answers = funnel.columns["answer"]
-    verdicts = get_grader().grade([(answer, answer) for answer in answers])
-    funnel.keep("answer that math-verify cannot parse", [verdict.correct is not None for verdict in verdicts])
+    indices = set(ungradable(answers))
+    if drop:
+        funnel.keep("answer that math-verify cannot parse", [index not in indices for index in range(len(answers))])
+    else:
+        funnel.report.facts.append(("answers that cannot be graded", f"{len(indices):,}"))
 
 
 def _keep_short(
