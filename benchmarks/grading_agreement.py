@@ -44,7 +44,8 @@ class Row(NamedTuple):
 def rewritten(answer: str) -> list[str]:
     """Other ways to write an answer."""
     ways = [answer.replace(r"\frac", r"\dfrac"), re.sub(r"(?<=\d)(?=[+=<>])|(?<=[+=<>])(?=\d)", " ", answer)]
-    if match := _UNIT.fullmatch(answer):
+    match = _UNIT.fullmatch(answer)
+    if match and not re.search(r"[,;x@]|\\times|\\log", match["core"]):
         unit = match["bare"] or match["styled"]
         ways += [match["core"] + match["end"], rf"{match['core']}\,\text{{{unit}}}{match['end']}"]
         if match["bare"]:

@@ -101,7 +101,7 @@ qt quart quarts|s second seconds sec secs|min minute minutes mins|h hour hours h
 yr year years yrs|dollar dollars usd $ bucks|cent cents ¢|euro euros € eur|£ gbp|¥ yen jpy yuan rmb
 ₹ rupee rupees rs inr|degree degrees deg|degc celsius c|degf fahrenheit f|n newton newtons|j joule joules|w watt watts
 v volt volts|k kelvin kelvins|pa pascal pascals|hz hertz|kn|kj|kw|mw|mv|kpa|ev|rad radian radians|mol mole moles
-amp amps ampere amperes|ohm ohms|square sq|cubic cu|mph|kph kmph kmh|rpm|bps|am a.m|pm p.m|unit units
+amp amps ampere amperes|ohm ohms|t tesla|square sq|cubic cu|mph|kph kmph kmh|rpm|bps|am a.m|pm p.m|unit units
 point pt pts points|th st nd rd|nm|um|acre acres|hectare hectares ha|ton tons tonne tonnes
 """
 _CANONICAL = {name: names.split()[0] for names in re.split(r"[|\n]", _SYNONYMS) for name in names.split()}
@@ -183,7 +183,7 @@ def split_unit(text: str) -> Quantity:
 
 def _read_phrase(text: str, core: str, phrase: str, bracket: bool, spaced: bool) -> Quantity:
     words = [word.rstrip(".") for word in re.findall(r"[A-Za-z][A-Za-z'.]*", phrase)]
-    if any(len(word) == 1 and word not in "aCFJKLNVWghlms" for word in words):
+    if any(len(word) == 1 and word not in "aCFJKLNTVWghlms" for word in words):
         return Quantity(text, None)
     if len(words) > 1 and re.search(r"(?<![A-Za-z'])[A-Za-z](?:\s*\^\S*)?\s+[A-Za-z](?![A-Za-z'])", phrase):
         return Quantity(text, None)  # a product of symbols
@@ -234,6 +234,8 @@ def same_unit(one: frozenset[str], other: frozenset[str]) -> bool:
     """Tells whether two units are the same, or one only describes the other more closely (`red apples`, `apples`)."""
     if one == other or not one or not other:
         return True
+    if {"degree"} in (one, other):
+        return (one | other) <= {"degree", "degc", "degf"}
     smaller, larger = sorted((one, other), key=len)
     return smaller < larger and not (larger - smaller) & (_MEASURES | {"per"})
 

@@ -70,6 +70,8 @@ _SPELLINGS = (
     (r"\\textdollar(?![a-z])", r"\\$"),
     (r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}", r"\1\2"),
     (r"(?<=\d)(?:\\[,;:>]|\{,\})(?=\d{3}(?!\d))", ""),
+    (r"[\[(]\s*\\begin\{(?:array|matrix)\}(?:\s*\{[lcr| ]*\})?|\\begin\{bmatrix\}", r"\\begin{pmatrix}"),
+    (r"\\end\{(?:array|matrix)\}\s*[\])]|\\end\{bmatrix\}", r"\\end{pmatrix}"),
     (r"^\s*(?:\\approx|=)", ""),
     (r"(?<!\\)\\[,;:> ]|\\(?:q?quad|thinspace|enspace|nobreakspace)(?![a-z])|~|\s+", " "),
 )
@@ -197,7 +199,7 @@ def same_text(gold: str, answer: str) -> bool:
 
     Example:
     ```python
-    >>> same_text("No solution", "no solution."), same_text("(B)", "b"), same_text("x", "X")
+    >>> same_text("No solution", "no solution"), same_text("(B)", "b"), same_text("x", "X")
     (True, True, False)
     ```
     """

@@ -62,6 +62,8 @@ EQUAL = {
         (r"90^\circ", r"90\text{ degrees}"),
         ("25", r"25^\circ\text{C}"),
         ("25", "25 °C"),
+        (r"32^{\circ} \mathrm{F}", r"32^{\circ}"),
+        (r"0.0073125 \mathrm{~T}", "0.0073125"),
         ("9 (apples)", "9"),
         ("9 (apples)", "9 apples"),
         ("9 (apples)", r"9\ \text{apples}"),
@@ -155,6 +157,8 @@ EQUAL = {
         (r"(-\infty,-20) \bigcup[2, \infty)", r"(-\infty,-20)\cup[2,\infty)"),
         (r"\frac{1}{2}", r"\displaystyle\frac{1}{2}"),
         ("x > 3", r"x \gt 3"),
+        (r"\left[\begin{array}{ll}0 & 1 \\ 5 & 3\end{array}\right]", r"\begin{pmatrix}0&1\\5&3\end{pmatrix}"),
+        (r"\left(\begin{array}{c}1 \\ 2\end{array}\right)", r"\begin{bmatrix} 1 \\ \frac{4}{2} \end{bmatrix}"),
     ],
     "unicode": [
         (r"\sqrt{2}", "√2"),
@@ -400,6 +404,7 @@ UNEQUAL = {
         ("5", r"6 \approx 5"),
         ("6", r"6 \approx 5"),
         (r"x \geq 16", r"x \leqslant 16"),
+        (r"\left[\begin{array}{ll}0 & 1 \\ 5 & 3\end{array}\right]", r"\begin{pmatrix}0&1\\5&4\end{pmatrix}"),
     ],
     "unicode": [
         (r"\sqrt{2}", "√3"),
@@ -439,6 +444,7 @@ UNEQUAL = {
         ("5", r"x \neq 5"),
         ("5", "x>5"),
         ("P(A)=0.5", "P(B)=0.5"),
+        (r"3v=2[1]=[3]", r"a=[4], b=[5]"),
     ],
     "base": [
         ("11_{3}", "11_{4}"),
