@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import SetupError
+from ..rewards.answers import completion_text
 from .runs import resolve_labels
 
 
@@ -101,10 +102,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
     where = f"{file}, row {index}"
-    completions = row.get("completions")
-    if completions is None:
-        completions = [row["completion"]] if row.get("completion") is not None else None
-    if completions is None:
+    if row.get("completions") is not None:
+        completions = [completion_text(one) for one in row["completions"]]
+    elif row.get("completion") is not None:
+        completions = [completion_text(row["completion"])]
+    else:
         raise SetupError(
             f"{where} has neither `completions` (a list of texts) nor `completion`; it has "
             f"{', '.join(f'`{name}`' for name in row)}."
@@ -114,7 +116,5 @@ def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
     correct = None if row.get("correct") is None else [int(one) for one in row["correct"]]
     if correct is not None and len(correct) != len(completions):
         raise SetupError(f"{where} has {len(completions)} completions and {len(correct)} of `correct`.")
-    # A conversation is a list of messages
-    joined = lambda one: one if isinstance(one, str) else "\n".join(str(part["content"]) for part in one)
     doc_id, task = row.get("doc_id", index), row.get("task") or file.stem
-    return Sample(str(doc_id), str(task), [joined(one) for one in completions], correct, row.get("source"))
+    return Sample(str(doc_id), str(task), completions, correct, row.get("source"))

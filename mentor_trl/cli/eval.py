@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS
+from mentor_trl.rewards import GRADER_VERSION
 
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _settings_record(model_args: EvalModelArguments, settings: "Settings") -> di
         except metadata.PackageNotFoundError:
             continue
     record = {"backend": model_args.backend, "model_args": model_args.model_args, **asdict(settings)}
-    return {**record, "versions": versions}
+    return {**record, "versions": {**versions, "grader": GRADER_VERSION}}
 
 
 def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_args: EvalReportArguments) -> None:

@@ -10,6 +10,7 @@ accelerate launch mentor_trl/cli/train.py --config recipes/SmolLM2-135M-Instruct
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from mentor_trl.errors import SetupError
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
     from trl import DatasetMixtureConfig, ModelConfig
 
     from mentor_trl.cli.arguments import MentorScriptArguments
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from mentor_trl.config import MentorGRPOConfig
     from mentor_trl.trainer import MentorGRPOTrainer
 
+
+logger = logging.getLogger(__name__)
 
 CLASSES = ("MentorScriptArguments", "MentorGRPOConfig", "ModelConfig", "DatasetMixtureConfig")
 # Reward functions that read the column `solution` of every row.
@@ -251,6 +255,8 @@ def main(
         require_solution=bool(NEED_SOLUTION & set(names)),
         with_eval=training_args.eval_strategy != "no",
     )
+    if "accuracy_reward" in names and training_args.process_index == 0:
+        _warn_of_ungradable(train_dataset)
     # Only now the slow imports and the model: everything above fails within seconds.
     from mentor_trl.publishing.hub import make_repository
     from mentor_trl.publishing.recipe import save
@@ -265,6 +271,15 @@ def main(
     trainer.accelerator.print("Training completed.")
     _publish(trainer, script_args.dataset_name)
     trainer.accelerator.end_training()
+
+
+def _warn_of_ungradable(dataset: "Dataset | IterableDataset") -> None:
+    from mentor_trl.rewards import ungradable_warning
+
+    # A streamed dataset cannot be read ahead.
+    warning = ungradable_warning(dataset["solution"]) if hasattr(dataset, "__len__") else None
+    if warning:
+        logger.warning(warning)
 
 
 def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:

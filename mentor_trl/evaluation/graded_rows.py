@@ -9,7 +9,9 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from mentor_trl.rewards.accuracy import THINK_END, accuracy_reward, extract_boxed
+from mentor_trl.rewards.accuracy import accuracy_reward
+from mentor_trl.rewards.answers import final_answer, gold_answer
+from mentor_trl.rewards.grading import get_grader
 
 
 CORRECT, WRONG, NO_ANSWER = "correct", "wrong", "no answer"
@@ -42,7 +44,7 @@ def grade_choice(completion: str, letter: str) -> str:
     Returns:
         `str`: `"correct"`, `"wrong"` or `"no answer"`.
     """
-    answer = extract_boxed(completion.rpartition(THINK_END)[2])
+    answer = final_answer(completion)
     if answer is None:
         return NO_ANSWER
     return CORRECT if choice_letter(answer) == letter else WRONG
@@ -50,9 +52,7 @@ def grade_choice(completion: str, letter: str) -> str:
 
 def grade_math(completions: Sequence[str], answers: Sequence[str]) -> list[str]:
     r"""
-    Grade short answers with math-verify.
-
-    An answer that math-verify cannot parse counts as given if the completion's `\boxed{}` holds the same text.
+    Grade short answers by [`~mentor_trl.rewards.rules.RULES`] and math-verify.
 
     Args:
         completions (`Sequence[str]`):
@@ -66,15 +66,26 @@ def grade_math(completions: Sequence[str], answers: Sequence[str]) -> list[str]:
     """
     columns: dict[str, list] = {}
     accuracy_reward(list(completions), list(answers), log_extra=columns.__setitem__)
-    rows = zip(columns["accuracy_verdict"], columns["accuracy_answer"], answers)
-    return [
-        CORRECT if verdict == "unparseable solution" and _same_text(given, answer) else verdict
-        for verdict, given, answer in rows
-    ]
+    return columns["accuracy_verdict"]
 
 
-def _same_text(one: str, other: str) -> bool:
-    return "".join(one.split()) == "".join(other.split())
+def grade_by_math_verify(completions: Sequence[str], answers: Sequence[str]) -> list[int]:
+    r"""
+    Grade short answers with math-verify alone, without our rules: a figure to compare with other harnesses.
+
+    Args:
+        completions (`Sequence[str]`):
+            Completions.
+        answers (`Sequence[str]`):
+            The correct answer of each.
+
+    Returns:
+        `list[int]`: for each completion 1 where math-verify takes the content of its last `\boxed{}` after `</think>`
+        for the answer, else 0.
+    """
+    given = [final_answer(completion) or "" for completion in completions]
+    verdicts = get_grader().grade(zip((gold_answer(answer) or "" for answer in answers), given), rules=False)
+    return [int(verdict.correct is True) for verdict in verdicts]
 
 
 def grade_responses(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:

@@ -21,7 +21,7 @@ from mentor_trl.data.problems import TEST_SETS
 from mentor_trl.errors import SetupError
 
 from . import TASKS
-from .graded_rows import CORRECT
+from .graded_rows import CORRECT, grade_by_math_verify
 from .summary import TaskRun
 
 
@@ -196,7 +196,9 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
     if results is None:
         return None
     rows = sorted(results["samples"][task.config.task], key=lambda row: row["doc_id"])
-    return TaskRun(name, num_samples, temperature, TEST_SETS[name].on_hub, [_sample(name, row) for row in rows])
+    samples = [_sample(name, row) for row in rows]
+    _add_math_verify([sample for sample, row in zip(samples, rows) if not row["doc"]["choices"]])
+    return TaskRun(name, num_samples, temperature, TEST_SETS[name].on_hub, samples)
 
 
 def generation_kwargs(backend: str, settings: Settings, temperature: float) -> dict[str, Any]:
@@ -225,6 +227,13 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
         "answer": row["target"],
         "verdicts": list(verdicts),
     }
+
+
+def _add_math_verify(samples: list[dict[str, Any]]) -> None:
+    pairs = [(text, sample["answer"]) for sample in samples for text in sample["completions"]]
+    graded = iter(grade_by_math_verify(*zip(*pairs)) if pairs else ())
+    for sample in samples:
+        sample["math_verify"] = [next(graded) for _ in sample["completions"]]
 
 
 class _PromptsFit:

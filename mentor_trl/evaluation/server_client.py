@@ -12,7 +12,7 @@ import requests
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from mentor_trl.errors import SetupError
-from mentor_trl.rewards.accuracy import _text as completion_text
+from mentor_trl.rewards.answers import completion_text
 
 
 DEFAULTS = {"num_concurrent": 32, "timeout": 7200, "max_retries": 3, "tokenizer_backend": None}

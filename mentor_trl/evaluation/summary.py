@@ -54,10 +54,12 @@ def summarize(run: TaskRun) -> dict[str, Any]:
     Returns:
         `dict`: `metric` (`"pass@1"` for one sample a problem, else `"avg@n"`) with `value`, `low`, `high` and
         `stderr`; `pass_at_k`, the same for each `k`; `num_problems`, `num_samples`, `temperature`, `dataset`, and
-        `verdicts`, the number of completions by verdict. Shares are between 0 and 1.
+        `verdicts`, the number of completions by verdict; and, where math-verify alone graded the set as well,
+        `math_verify`, what the metric is then. Shares are between 0 and 1.
     """
     correct = [row["correct"] for row in run.samples]
     verdicts = Counter(verdict for row in run.samples for verdict in row["verdicts"])
+    alone = [row["math_verify"] for row in run.samples if "math_verify" in row]
     return {
         "metric": "pass@1" if run.num_samples == 1 else f"avg@{run.num_samples}",
         **asdict(estimate(correct)),
@@ -67,6 +69,7 @@ def summarize(run: TaskRun) -> dict[str, Any]:
         "temperature": run.temperature,
         "dataset": run.dataset,
         "verdicts": dict(verdicts.most_common()),
+        **({"math_verify": asdict(estimate(alone))} if alone else {}),
     }
 
 
@@ -96,12 +99,13 @@ def _accuracy_table(results: dict[str, Any], paper_model: str) -> str:
     tasks = results["tasks"]
     header = ["%", *(f"{TASKS[name]} {summary['metric']}" for name, summary in tasks.items()), "average of nine"]
     own = [results["model"], *map(_percent, tasks.values()), _percent(results["average"])]
+    alone = ["graded by math-verify alone", *(_percent(one.get("math_verify")) for one in tasks.values()), ""]
     blank = [""] * len(tasks)
     paper = [
         [f"paper, {paper_model}, {method}", *blank, f"{value:.1f}"]
         for method, value in PAPER_AVERAGES[paper_model].items()
     ]
-    return to_table([header, own, *paper])
+    return to_table([header, own, *([alone] if any(alone[1:]) else []), *paper])
 
 
 def _pass_at_k_table(sampled: dict[str, dict[str, Any]], paper_model: str) -> str:

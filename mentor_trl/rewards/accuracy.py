@@ -6,89 +6,17 @@ configuration).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from .answers import THINK_END, THINK_START, completion_text, final_answer, gold_answer
+from .comparison import is_gradable
 from .grading import Verdict, get_grader
 
 
-THINK_START, THINK_END = "<think>", "</think>"
-
-# Braces that delimit: `\{`, `\}` and the line break `\\` are skipped, but `\\boxed{` (an escaped backslash) is a box.
-_BRACES = re.compile(
-    r"(?P<box>\\(?:boxed|fbox)\s*\{)"
-    r"|(?P<bare>\\(?:boxed|fbox)\s+(?P<token>[^\s{}$]+))"
-    r"|\\(?:\\(?!boxed|fbox)|[{}])"
-    r"|(?P<open>\{)|(?P<close>\})"
-)
-
 _NO_ANSWER = "[no boxed answer]"
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""
-    Returns the content of the last complete `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`) of a text.
-
-    Args:
-        text (`str`):
-            Text to search. A box that is never closed, as in a truncated completion, is passed over.
-
-    Returns:
-        `str`, *optional*:
-            The content, stripped, or `None` when there is no box or the box is empty.
-
-    Example:
-    ```python
-    >>> from mentor_trl.rewards import extract_boxed
-
-    >>> extract_boxed(r"First \boxed{1}, then \boxed{\frac{4}{3}}.")
-    '\\frac{4}{3}'
-    ```
-    """
-    last_start, content = -1, None
-    opened: list[tuple[int, int] | None] = []  # start of the box and of its content; None for a brace of its own
-    for match in _BRACES.finditer(text):
-        if match["box"]:
-            opened.append((match.start(), match.end()))
-        elif match["bare"]:
-            if match.start() > last_start:
-                last_start, content = match.start(), match["token"].rstrip(".,;:")
-        elif match["open"]:
-            opened.append(None)
-        elif match["close"] and opened:
-            box = opened.pop()
-            if box is not None and box[0] > last_start:
-                last_start, content = box[0], text[box[1] : match.start()]
-    return (content or "").strip() or None
-
-
-def _text(completion: str | list[dict]) -> str:
-    """Returns the whole response as one string, with reasoning that TRL has parsed out of it put back."""
-    if isinstance(completion, str):
-        return completion
-    parts = []
-    for message in completion:
-        if message.get("role", "assistant") != "assistant":
-            continue
-        reasoning = message.get("reasoning_content") or message.get("thinking")
-        if reasoning:
-            parts.append(f"{THINK_START}{reasoning}{THINK_END}")
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(block.get("text") or "" for block in content)
-        parts.append(content)
-    return "".join(parts)
-
-
-def _final_answer(text: str) -> str | None:
-    return extract_boxed(text.rpartition(THINK_END)[2])
-
-
-def _gold_answer(solution: str) -> str | None:
-    boxed = _final_answer(solution)
-    if boxed is not None or r"\boxed" in solution:
-        return boxed
-    # GSM8K's own notation: the reasoning, then `#### 72`.
-    return solution.rpartition("####")[2].strip() or None
+# Towers of exponents, factorials, binomials, long numbers and long texts.
+_MAY_HANG = re.compile(r"\^[^^]*\^|!|\\d?binom|\^\s*\{?-?\d{4}|\d{9}|(?s:.{400})")
 
 
 def _describe(answer: str | None, gold: str | None, verdict: Verdict | None) -> str:
@@ -150,8 +78,8 @@ def accuracy_reward(
             'the column that holds them, e.g. dataset.rename_column("answer", "solution"). '
             f"It was called with: {', '.join(sorted(kwargs)) or 'no other column'}."
         )
-    answers = [_final_answer(_text(completion)) for completion in completions]
-    golds = [_gold_answer(str(gold)) if gold is not None else None for gold in solution]
+    answers = [final_answer(completion_text(completion)) for completion in completions]
+    golds = [gold_answer(gold) for gold in solution]
     # A completion without an answer is graded too, against an empty one: whether its solution can be parsed decides
     # between 0 and None, and the rows of a group must agree on that.
     pairs = [(gold, answer or "") for gold, answer in zip(golds, answers, strict=True)]
@@ -166,6 +94,59 @@ def accuracy_reward(
         log_metric("mentor/verifier_failures", float(sum(v is not None and v.failure is not None for v in verdicts)))
         log_metric("mentor/unparseable_solutions", float(sum(reward is None for reward in rewards)))
     return rewards
+
+
+def ungradable(solutions: Iterable[Any]) -> list[int]:
+    r"""
+    Finds the solutions that [`accuracy_reward`] skips, because they hold no answer, no readable one, or one that keeps
+    the verifier busy for longer than its timeout.
+
+    Args:
+        solutions (`Iterable`):
+            The cells of a solution column.
+
+    Returns:
+        `list[int]`:
+            Their indices.
+
+    Example:
+    ```python
+    >>> from mentor_trl.rewards import ungradable
+
+    >>> ungradable(["72", "", r"\frac{1}{", "No solution", None])
+    [1, 2, 4]
+    ```
+    """
+    golds = [gold_answer(solution) for solution in solutions]
+    # Everything else that can be graded is parsed in no time.
+    slow = [gold for gold in dict.fromkeys(golds) if gold and _MAY_HANG.search(gold)]
+    verdicts = get_grader().grade((gold, gold) for gold in slow)
+    failed = {gold for gold, verdict in zip(slow, verdicts, strict=True) if verdict.correct is None}
+    return [index for index, gold in enumerate(golds) if not gold or gold in failed or not is_gradable(gold)]
+
+
+def ungradable_warning(solutions: Iterable[Any]) -> str | None:
+    """
+    Says how many solutions [`accuracy_reward`] will skip, which they are, and what to do.
+
+    Args:
+        solutions (`Iterable`):
+            The cells of a solution column.
+
+    Returns:
+        `str`, *optional*:
+            The warning, or `None` where every solution can be graded.
+    """
+    solutions = list(solutions)
+    indices = ungradable(solutions)
+    if not indices:
+        return None
+    examples = ", ".join(f"row {index}: {str(solutions[index])[-60:]!r}" for index in indices[:3])
+    return (
+        f"{len(indices)} of {len(solutions)} solutions cannot be graded: `accuracy_reward` is None for their rows, "
+        f"which then learn nothing from it ({examples}). Correct or remove these rows; the answer is the last "
+        "`\\boxed{}`, what follows `####`, or the whole text of the column `solution`."
+    )
 
 
 def format_reward(completions: list[str] | list[list[dict]], **kwargs) -> list[float]:
@@ -195,10 +176,10 @@ def format_reward(completions: list[str] | list[list[dict]], **kwargs) -> list[f
     [1.0, 0.0]
     ```
     """
-    return [float(_has_format(_text(completion))) for completion in completions]
+    return [float(_has_format(completion_text(completion))) for completion in completions]
 
 
 def _has_format(text: str) -> bool:
     if not text.lstrip().startswith(THINK_START) or text.count(THINK_START) != 1 or text.count(THINK_END) != 1:
         return False
-    return _final_answer(text) is not None
+    return final_answer(text) is not None

@@ -9,6 +9,7 @@ process that holds a GPU, and no user script is imported a second time.
 
 import importlib.util
 import json
+import math
 import os
 import queue
 import subprocess
@@ -30,6 +31,7 @@ MAX_FAILED_STARTS = 3
 CACHE_SIZE = 65536
 
 Pair = tuple[str, str]
+Task = tuple[str, str, bool]  # gold answer, answer, whether the rules apply
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
         )
         self.ready = False
-        self.task: Pair | None = None
+        self.task: Task | None = None
         self.gold_parsed = False
+        self.late = math.inf  # when its task has run for half of its time, so that a replacement starts
         self.deadline: float | None = time.monotonic() + START_TIMEOUT
         self._reader = threading.Thread(target=self._read, args=(replies,), daemon=True)
         self._reader.start()
@@ -73,12 +76,14 @@ class _Worker:
                 replies.put((self, json.loads(line)))
         replies.put((self, None))
 
-    def send(self, pair: Pair, timeout: float) -> None:
-        line = json.dumps({"gold": pair[0], "answer": pair[1], "timeout": timeout}).encode() + b"\n"
+    def send(self, task: Task, timeout: float) -> None:
+        gold, answer, rules = task
+        line = json.dumps({"gold": gold, "answer": answer, "rules": rules, "timeout": timeout}).encode() + b"\n"
         view = memoryview(line)
         while view:
             view = view[self.process.stdin.write(view) :]
-        self.task, self.gold_parsed, self.deadline = pair, False, time.monotonic() + timeout
+        now = time.monotonic()
+        self.task, self.gold_parsed, self.late, self.deadline = task, False, now + timeout / 2, now + timeout
 
     def stop(self) -> None:
         self.process.kill()
@@ -99,8 +104,8 @@ class _Worker:
 class _Batch:
     """The state of one call of [`Grader.grade`]."""
 
-    waiting: deque[Pair]
-    verdicts: dict[Pair, Verdict]
+    waiting: deque[Task]
+    verdicts: dict[Task, Verdict]
     # Gold answers that brought a worker down: their other answers need not pay for it again.
     fatal_golds: dict[str, Verdict] = field(default_factory=dict)
 
@@ -111,7 +116,10 @@ class Grader:
 
     Workers start at the first call, stay until [`Grader.close`] or the end of the process, and are replaced when they
     hang, crash or grow. A pool serves any thread; calls from several threads take turns. A forked child starts workers
-    of its own. The answers that hang add about `timeout * (their number) / num_workers` seconds to a call.
+    of its own.
+
+    `n` answers that hang add at most `ceil(n / num_workers)` rounds to a call. A round takes `timeout` seconds, and
+    what the start of a worker takes beyond `timeout / 2`, which is when the replacement of one that hangs starts.
 
     Args:
         timeout (`float`, *optional*, defaults to `5.0`):
@@ -145,7 +153,7 @@ class Grader:
         self.timeout = timeout
         self.num_workers = num_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
         self.command = [sys.executable, str(Path(__file__).with_name("grading_worker.py")), str(memory_limit)]
-        self._cache: OrderedDict[Pair, Verdict] = OrderedDict()
+        self._cache: OrderedDict[Task, Verdict] = OrderedDict()
         self._workers: list[_Worker] = []
         self._reset()
         _graders.add(self)
@@ -168,22 +176,24 @@ class Grader:
         with self._lock:
             _stop_workers(self._workers)
 
-    def grade(self, pairs: Iterable[Pair]) -> list[Verdict]:
+    def grade(self, pairs: Iterable[Pair], rules: bool = True) -> list[Verdict]:
         r"""
         Compares answers with their gold answers.
 
         Args:
             pairs (`Iterable[tuple[str, str]]`):
                 Pairs of gold answer and answer, both without `\boxed{}`.
+            rules (`bool`, *optional*, defaults to `True`):
+                Whether the rules of [`~rules.RULES`] apply, or math-verify alone decides.
 
         Returns:
             `list[Verdict]`:
                 One verdict a pair, in the order of the pairs.
         """
-        pairs = list(pairs)
+        tasks = [(gold, answer, rules) for gold, answer in pairs]
         with self._lock:
-            verdicts = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
-            batch = _Batch(deque(pair for pair in dict.fromkeys(pairs) if pair not in verdicts), verdicts)
+            verdicts = {task: self._cache[task] for task in tasks if task in self._cache}
+            batch = _Batch(deque(task for task in dict.fromkeys(tasks) if task not in verdicts), verdicts)
             self._failed_starts = 0
             try:
                 while batch.waiting or any(worker.task for worker in self._workers):
@@ -193,16 +203,18 @@ class Grader:
                 for worker in [worker for worker in self._workers if worker.task]:
                     self._drop(worker)
             self._remember(batch.verdicts)
-            return [batch.verdicts[pair] for pair in pairs]
+            return [batch.verdicts[task] for task in tasks]
 
     def _dispatch(self, batch: _Batch) -> None:
-        busy = sum(worker.task is not None for worker in self._workers)
-        while len(self._workers) < min(self.num_workers, busy + len(batch.waiting)):
+        busy = [worker for worker in self._workers if worker.task is not None]
+        late = sum(worker.late <= time.monotonic() for worker in busy)
+        while len(self._workers) - late < min(self.num_workers, len(busy) - late + len(batch.waiting)):
             self._start()
-        for worker in [worker for worker in self._workers if worker.ready and worker.task is None]:
+        idle = [worker for worker in self._workers if worker.ready and worker.task is None]
+        for worker in idle[: self.num_workers - len(busy)]:
             while batch.waiting and batch.waiting[0][0] in batch.fatal_golds:
-                pair = batch.waiting.popleft()
-                batch.verdicts[pair] = batch.fatal_golds[pair[0]]
+                task = batch.waiting.popleft()
+                batch.verdicts[task] = batch.fatal_golds[task[0]]
             if not batch.waiting:
                 return
             try:
@@ -212,11 +224,13 @@ class Grader:
                 self._drop(worker)
 
     def _collect(self, batch: _Batch) -> None:
-        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        if not deadlines:
+        now = time.monotonic()
+        moments = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        moments += [worker.late for worker in self._workers if now < worker.late < math.inf]
+        if not moments:
             return
         try:
-            worker, reply = self._replies.get(timeout=max(0.0, min(deadlines) - time.monotonic()))
+            worker, reply = self._replies.get(timeout=max(0.0, min(moments) - now))
         except queue.Empty:
             now = time.monotonic()
             for worker in [worker for worker in self._workers if worker.deadline is not None]:
@@ -233,7 +247,7 @@ class Grader:
             worker.gold_parsed, worker.deadline = True, time.monotonic() + self.timeout
         else:
             batch.verdicts[worker.task] = Verdict(reply["correct"])
-            worker.task = worker.deadline = None
+            worker.task, worker.late, worker.deadline = None, math.inf, None
             if reply["retire"]:
                 self._drop(worker)
 
@@ -253,12 +267,12 @@ class Grader:
             if not worker.gold_parsed:
                 batch.fatal_golds[task[0]] = verdict
 
-    def _remember(self, verdicts: dict[Pair, Verdict]) -> None:
+    def _remember(self, verdicts: dict[Task, Verdict]) -> None:
         # A failure may be the machine's fault, so that the same answer is tried again next time.
-        for pair, verdict in verdicts.items():
+        for task, verdict in verdicts.items():
             if verdict.failure is None:
-                self._cache[pair] = verdict
-                self._cache.move_to_end(pair)
+                self._cache[task] = verdict
+                self._cache.move_to_end(task)
         while len(self._cache) > CACHE_SIZE:
             self._cache.popitem(last=False)
 

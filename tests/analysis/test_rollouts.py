@@ -14,6 +14,7 @@ from helpers import make_letter_tokenizer
 from mentor_trl.analysis.rendering import mark, print_rollout, to_html, visible
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout import MixedRollout
+from mentor_trl.training.batch import Part, RolloutBatch
 from mentor_trl.training.rollout_log import (
     RolloutRecord,
     choose_rows,
@@ -87,16 +88,16 @@ def test_records_of_a_batch_and_back(tmp_path):
     tokenizer = make_letter_tokenizer(".abcdefg")
     on_policy = make_rollout([[1, 2], [3]], [[0, 0], [0]], [[0, 0], [0]])
     mixed = make_rollout([[4, 5, 0], [6]], [[0, 1, 0], [1]], [[0, 1, 0], [0]])
+    parts = (Part("on_policy", [0, 2], on_policy), Part("mixed", [1, 3], mixed))
+    sources = ("on_policy", "mixed")
     records = collect_records(
+        RolloutBatch(sources, torch.tensor([0, 1, 0, 1]), alpha=0.75, gamma=1.5, parts=parts),
         step=7,
-        parts=[("on_policy", [0, 2], on_policy), ("mixed", [1, 3], mixed)],
         prompts=["w", "x", "y", [{"role": "user", "content": "z"}]],
         rewards=[0.0, 1.0, math.nan, 0.5],
         advantages=[-1.0, 2.0, 0.0, 0.0],
-        rho_B_T=torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 1.0], [1.0, 1.0, 1.0], [0.25, 1.0, 1.0]]),
+        weights_B_T=torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 1.0], [1.0, 1.0, 1.0], [0.25, 1.0, 1.0]]),
         tokenizer=tokenizer,
-        gamma=1.5,
-        alpha=0.75,
     )
     assert [record.source for record in records] == ["on_policy", "mixed", "on_policy", "mixed"]
     one = records[1]

@@ -325,8 +325,8 @@ def test_answers_that_cannot_be_graded_are_always_counted(tmp_path, capsys):
     argv = ["custom", "--dataset_name", source, "--eval_set", test, "--output_dir", str(tmp_path / "out")]
     assert script.run(argv) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "- answers of `train` that math-verify cannot parse, and `accuracy_reward` skips: 1 of 2, as '???'" in card
-    assert "- answers of `test` that math-verify cannot parse, and `accuracy_reward` skips: 0 of 1" in card
+    assert "- answers of `train` that cannot be graded, which `accuracy_reward` skips: 1 of 2, as '???'" in card
+    assert "- answers of `test` that cannot be graded, which `accuracy_reward` skips: 0 of 1" in card
     assert "1 of 2" in " ".join(capsys.readouterr().err.split())
 
 

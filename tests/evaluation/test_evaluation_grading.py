@@ -1,6 +1,13 @@
 import pytest
 
-from mentor_trl.evaluation.graded_rows import choice_letter, grade_choice, grade_math, grade_responses, process_results
+from mentor_trl.evaluation.graded_rows import (
+    choice_letter,
+    grade_by_math_verify,
+    grade_choice,
+    grade_math,
+    grade_responses,
+    process_results,
+)
 
 
 RIGHT = [
@@ -38,7 +45,8 @@ def test_right_answers(completion, answer):
         (r"\boxed{Briana}", r"\text{Evelyn}", "wrong"),
         (r"<think>\boxed{73}</think> I do not know.", "73", "no answer"),
         ("The answer is 73.", "73", "no answer"),
-        (r"\boxed{E_{2},E_{3}}", "E_{1},E_{2}", "unparseable solution"),
+        (r"\boxed{E_{2},E_{3}}", "E_{1},E_{2}", "wrong"),
+        (r"\boxed{1}", r"\frac{1}{", "unparseable solution"),
     ],
 )
 def test_wrong_answers(completion, answer, verdict):
@@ -55,6 +63,13 @@ def test_letters(answer):
 def test_no_letters(answer):
     assert choice_letter(answer) is None
     assert grade_choice(rf"\boxed{{{answer}}}", "C") == "wrong"
+
+
+def test_math_verify_alone_knows_no_rules():
+    completions = [r"\boxed{18}", r"\boxed{6+9 i}", r"\boxed{41=42}", r"<think>\boxed{3}</think>", ""]
+    answers = ["18", "6+9i", "42", "3", "3"]
+    assert grade_by_math_verify(completions, answers) == [1, 0, 1, 0, 0]
+    assert grade_math(completions, answers) == ["correct", "correct", "wrong", "no answer", "no answer"]
 
 
 def test_choice_without_box():

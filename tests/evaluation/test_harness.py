@@ -59,7 +59,7 @@ def test_hf(tmp_path, data_dir, tiny_model_dir):
     assert results["tasks"]["aime24"]["metric"] == "avg@3" and results["tasks"]["aime24"]["temperature"] == 0.6
     assert [len(rows) for rows in samples.values()] == [2, 2, 1]
     row = samples["math500"][1]
-    assert set(row) == {"doc_id", "task", "prompt", "completions", "correct", "answer", "verdicts"}
+    assert set(row) == {"doc_id", "task", "prompt", "completions", "correct", "answer", "verdicts", "math_verify"}
     assert (row["doc_id"], row["task"], row["answer"]) == (1, "math500", "2")
     assert row["prompt"] == f"<bos><sys>{MENTOR_SYSTEM_PROMPT}<user>what is 1+1?<bot>"
     assert len(set(row["completions"])) == 3 and len(row["correct"]) == len(row["verdicts"]) == 3

@@ -1,4 +1,6 @@
+import math
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -195,6 +197,55 @@ def test_a_forked_child_has_workers_of_its_own(scripted):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert scripted.grade([("6", "6"), ("7", "8")]) == [TRUE, FALSE]
     assert pids(scripted) == before
+
+
+class Machine:
+    """Time, workers and their replies, all simulated: what a call costs is counted, not measured."""
+
+    def __init__(self, monkeypatch, start_takes):
+        self.now, self.start_takes, self.events, self.processes = 0.0, start_takes, [], 0
+        monkeypatch.setattr(grading.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(grading, "_Worker", lambda command, replies: SimulatedWorker(self))
+
+    def get(self, timeout):
+        self.events.sort(key=lambda event: event[0])
+        due = self.now + timeout
+        if not self.events or self.events[0][0] > due:
+            self.now = due
+            raise queue.Empty
+        self.now, worker, reply = self.events.pop(0)
+        return worker, reply
+
+
+class SimulatedWorker:
+    def __init__(self, machine):
+        self.machine, self.ready, self.task, self.late = machine, False, None, math.inf
+        self.deadline = machine.now + grading.START_TIMEOUT
+        machine.processes += 1
+        machine.events.append((machine.now + machine.start_takes, self, {"ready": True}))
+
+    def send(self, task, timeout):
+        now, events = self.machine.now, self.machine.events
+        self.task, self.gold_parsed, self.late, self.deadline = task, False, now + timeout / 2, now + timeout
+        events.append((now, self, {"gold": True}))
+        if task[1] != "hang":
+            events.append((now, self, {"correct": task[0] == task[1], "retire": False}))
+
+    def stop(self):
+        self.machine.events = [event for event in self.machine.events if event[1] is not self]
+
+
+@pytest.mark.parametrize("number, start_takes, cost", [(8, 2, 22), (8, 4, 4 + 5 + 3 * 6.5), (7, 2, 22), (1, 4, 9)])
+def test_what_answers_that_hang_cost(monkeypatch, number, start_takes, cost):
+    """The first start, ceil(number / 2) rounds of 5 seconds, and before each but the first what 2.5 seconds of head
+    start leave of the start of a worker."""
+    machine, simulated = Machine(monkeypatch, start_takes), Grader(timeout=5.0, num_workers=2)
+    simulated._replies = machine
+    pairs = [(str(index), "hang") for index in range(number)]
+    assert simulated.grade(pairs) == [Verdict(False, "timeout")] * number
+    assert machine.now == cost
+    assert machine.processes <= number + 2
+    assert simulated.grade([("1", "1"), ("1", "2")]) == [TRUE, FALSE]
 
 
 @pytest.fixture(scope="module")

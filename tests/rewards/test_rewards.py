@@ -2,7 +2,8 @@ import threading
 
 import pytest
 
-from mentor_trl.rewards import accuracy_reward, extract_boxed, format_reward
+from mentor_trl.rewards import accuracy_reward, extract_boxed, format_reward, ungradable, ungradable_warning
+from mentor_trl.rewards.answers import gold_answer
 from mentor_trl.rewards.grading import Grader, set_grader
 
 
@@ -119,6 +120,16 @@ def test_the_last_box_after_the_thought_counts(completion, expected):
         (r"\boxed{5} or \boxed{6", "5"),
         (r"{ {\boxed{5}", "5"),
         (r"} \boxed{5} }", "5"),
+        (r"\boxed{7}, written with \boxed as asked", "7"),
+        (r"\boxed{7}. I was to \boxed a number", "7"),
+        (r"\boxed{7} (in \boxed{} as asked)", "7"),
+        (r"\boxed{7} and \boxed{ } and \fbox{}", "7"),
+        (r"\boxed \frac{1}{2}", r"\frac{1}{2}"),
+        (r"\boxed C.", "C"),
+        (r"\boxed -3", "-3"),
+        (r"use \boxed please", None),
+        (r"use \boxed \boxed{4}", "4"),
+        (r"\boxed{4}\boxed{9}", "9"),
         (r"\boxed{ }", None),
         ("5", None),
     ],
@@ -129,6 +140,26 @@ def test_extract_boxed(text, expected):
 
 def test_extract_boxed_is_linear_in_unclosed_boxes():
     assert extract_boxed(r"\boxed{" * 200_000 + "}") is None
+
+
+@pytest.mark.parametrize(
+    "solution, expected",
+    [
+        (72, "72"),
+        (72.0, "72"),
+        (["3", 5.0], "3, 5"),
+        ([], None),
+        (["3", None], None),
+        (True, None),
+        (None, None),
+        (" ", None),
+        ("She has 8.\n#### 1,024", "1,024"),
+        (r"\boxed{1}, no: \boxed{2}.", "2"),
+        (r"nothing in \boxed{}", None),
+    ],
+)
+def test_gold_answer(solution, expected):
+    assert gold_answer(solution) == expected
 
 
 def test_messages_are_graded_like_strings():
@@ -200,6 +231,29 @@ def test_lengths_must_agree():
 )
 def test_format_reward(text, expected):
     assert format_reward([text, [{"role": "assistant", "content": text}]], solution=["2"]) == [expected, expected]
+
+
+def test_ungradable_golds_are_found_and_named():
+    solutions = [
+        "72",
+        "9 (apples)",
+        "",
+        "???",
+        "No solution",
+        r"\frac{1}{",
+        None,
+        r"\binom{1000000000}{500000000}",
+        r"\boxed{}",
+        "5!",
+        3,
+    ]
+    assert ungradable(solutions) == [2, 3, 5, 6, 7, 8]
+    assert accuracy_reward(["none"] * 11, solution=solutions) == [
+        None if index in (2, 3, 5, 6, 7, 8) else 0.0 for index in range(11)
+    ]
+    warning = ungradable_warning(solutions)
+    assert "6 of 11" in warning and "row 3: '???'" in warning and "remove these rows" in warning
+    assert ungradable_warning(["72", "No solution"]) is None
 
 
 def test_format_reward_counts_reasoning_parsed_by_the_trainer():

@@ -55,7 +55,8 @@ def transformers_engine(args: TrajectoryArguments, tokenizer: "PreTrainedTokeniz
     import torch
     from transformers import GenerationConfig
 
-    from mentor_trl.experts.load import load_expert, stop_token_ids
+    from mentor_trl.experts.compatibility import stop_token_ids
+    from mentor_trl.experts.load import load_expert
 
     expert = load_expert(
         args.expert, revision=args.expert_revision, dtype=args.dtype, trust_remote_code=args.trust_remote_code

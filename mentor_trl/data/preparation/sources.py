@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...rewards import ungradable
 from ..loading import DataError, file_type, load_dataset_dict, select_split
 from ..problems import TEST_SETS, TestSet, answer_of
 
@@ -106,14 +107,13 @@ def answers_of(values: Iterable[Any], delimiter: str | None, column: str) -> lis
 
 
 def are_verifiable(answers: list[str]) -> list[bool]:
-    """Say of each answer whether math-verify can parse it; `accuracy_reward` skips the others."""
-    from mentor_trl.rewards.grading import get_grader
-
-    return [verdict.correct is not None for verdict in get_grader().grade([(answer, answer) for answer in answers])]
+    """Say of each answer whether it can be graded; `accuracy_reward` skips the others."""
+    bad = set(ungradable(answers))
+    return [index not in bad for index in range(len(answers))]
 
 
 def count_unverifiable(dataset: "DatasetDict") -> list[tuple[str, str]]:
-    """Count the answers of each split that math-verify cannot parse, as facts of a report."""
+    """Count the answers of each split that cannot be graded, as facts of a report."""
     facts = []
     for split, rows in dataset.items():
         if "solution" not in rows.column_names:
@@ -121,6 +121,6 @@ def count_unverifiable(dataset: "DatasetDict") -> list[tuple[str, str]]:
         answers = [answer_of(solution) or "" for solution in rows["solution"]]
         bad = [answer for answer, good in zip(answers, are_verifiable(answers)) if not good]
         example = f", as {bad[0]!r:.80}" if bad else ""
-        name = f"answers of `{split}` that math-verify cannot parse, and `accuracy_reward` skips"
+        name = f"answers of `{split}` that cannot be graded, which `accuracy_reward` skips"
         facts.append((name, f"{len(bad):,} of {len(answers):,}{example}"))
     return facts

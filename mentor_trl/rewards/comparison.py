@@ -1,0 +1,436 @@
+"""
+Whether an answer equals a gold answer: the rules of [`~rules.RULES`] around math-verify.
+
+It imports neither `mentor_trl` nor torch, so that a grading worker is ready in about a second.
+"""
+
+import math
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+from .rules import (
+    is_name,
+    ratio,
+    same_unit,
+    split_base,
+    split_percent,
+    split_top,
+    split_unit,
+    statements,
+)
+from .spelling import clean, flat, same_text, strip_delimiters
+
+
+# Changes whenever a verdict may.
+GRADER_VERSION = "2"
+
+# math-verify rounds to six decimals, to which all numbers well below this one are the same.
+TINY = 1e-3
+DIGITS = 60
+
+_BARE_POINT = re.compile(r"(?<=\d)\.(?=\s*(?:$|[/)\],;+*-]))")
+_EXPONENT = re.compile(r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?\d+)(?![\w.])")
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,},?\s+[A-Za-z]{2,},?\s+[A-Za-z]{2,}")
+_QUANTITY = re.compile(r"\$[^$]+\$|\\\(.*?\\\)|(?<![\w.])-?\d[\d.,]*")
+_ANSWER_IS = re.compile(r"answer(?: is|:)", re.IGNORECASE)
+_COMPARISON = re.compile(r"\b(?:or|and|than|least|most|greater|less|if|when|where|any|all)\b", re.IGNORECASE)
+_WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z ,.;'!?-]+")
+_LETTERS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|([A-Za-z]{1,2}))(?![A-Za-z])")
+_CONSTANT = re.compile(r"[+-]\s*[Cc]$")
+_MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![a-z])\s*")
+_NAME_IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_LIST = re.compile(r"[,;]| or | and ")
+_PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_ARITHMETIC = re.compile(
+    r"(?:[\d\s.+\-*/^!(){}|]|\[\d\]|\\(?:frac|sqrt|cdot|times|div|pi|binom|ln|log|sin|cos|tan|%)(?![a-z])|_|(?<![A-Za-z])e)+"
+)
+
+
+def is_prose(gold: str) -> bool:
+    r"""
+    Tells a sentence, in which math-verify has to look for the answer, from a bare answer.
+
+    Example:
+    ```python
+    >>> is_prose("So the answer is 72"), is_prose("concave up or down"), is_prose("72 dollars")
+    (True, False, False)
+    ```
+    """
+    if not _PROSE.search(gold) or _COMPARISON.search(gold) or split_unit(clean(gold)).unit is not None:
+        return False
+    return len(_QUANTITY.findall(gold)) == 1 or _ANSWER_IS.search(gold) is not None
+
+
+def is_gradable(gold: str) -> bool:
+    r"""
+    Tells whether anything could equal a gold answer: it says something, and its braces close.
+
+    Example:
+    ```python
+    >>> is_gradable("No solution"), is_gradable("???"), is_gradable(r"\frac{1}{")
+    (True, False, False)
+    ```
+    """
+    depth = 0
+    for brace in re.findall(r"\\[{}]|[{}]", gold):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return False
+    return depth == 0 and any(one.isalnum() or one in "∅\\" for one in gold)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> tuple:
+    """Returns what math-verify makes of a clean answer without unit: expressions, or the text where it reads none."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig
+    from math_verify import parse as parse_answer
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    )
+    config = LatexExtractionConfig(
+        boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
+    )
+    text = _EXPONENT.sub(r"\1 \\times 10^{\2}", text)  # `4.5e33`: to math-verify, Euler's number
+    text = _BARE_POINT.sub("", text)  # `5.` and `1./3` are numbers, but not to math-verify
+    # The answer goes back into a box because math-verify reads a bare `1,2` as the number 1.2 and no bare `\frac43`.
+    found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
+    return tuple(_with_imaginary_unit(item) for item in found if not _is_truth_value(item))
+
+
+def _is_truth_value(item) -> bool:
+    """math-verify reads a chain of equations as whether it holds: two that do not would be equal."""
+    from sympy import FiniteSet, Tuple
+    from sympy.logic.boolalg import BooleanAtom
+
+    return any(isinstance(one, BooleanAtom) for one in (item.args if isinstance(item, (FiniteSet, Tuple)) else [item]))
+
+
+def _with_imaginary_unit(item):
+    from sympy import Basic, I, Product, Sum, Symbol
+
+    if not isinstance(item, Basic) or not item.has(Symbol) or item.has(Sum, Product):
+        return item
+    # math-verify's symbols are real in an answer without `i` and not real in one with it.
+    unit = {one: I if one.name in ("i", "imath") else Symbol(one.name, real=True) for one in item.atoms(Symbol)}
+    try:
+        return item.xreplace(unit)
+    except Exception:  # sympy raises what it likes
+        return item
+
+
+@lru_cache(maxsize=1024)
+def parse_gold(gold: str) -> tuple:
+    r"""
+    Parses a gold answer, given bare or inside a sentence.
+
+    Args:
+        gold (`str`):
+            Gold answer, without its `\boxed{}`.
+
+    Returns:
+        `tuple`:
+            What math-verify made of it; where it made nothing of a gold answer that [`is_gradable`], its text.
+    """
+    from math_verify import parse as parse_answer
+
+    if not is_gradable(gold):
+        return ()
+    if is_prose(gold):
+        return tuple(parse_answer(gold, parsing_timeout=None)) or (gold,)
+    for statement in statements(clean(gold)):
+        parse(_mathematics(statement))
+    return (gold,)
+
+
+def _mathematics(text: str) -> str:
+    return split_percent(split_unit(text).core)[0]
+
+
+def is_correct(gold: str, answer: str) -> bool:
+    r"""
+    Compares an answer with a gold answer that [`parse_gold`] can parse.
+
+    Args:
+        gold (`str`):
+            Gold answer.
+        answer (`str`):
+            Content of the completion's last `\boxed{}`.
+
+    Returns:
+        `bool`:
+            Whether they are the same text, or equal by the rules.
+    """
+    clean_gold, clean_answer = clean(gold), clean(answer)
+    if not clean_answer:
+        return False
+    if same_text(clean_gold, clean_answer):
+        return True
+    if is_prose(gold):
+        return _equal_items(parse_gold(gold), parse(_mathematics(clean_answer)), clean_answer, clean_answer)
+    return any(
+        _matches(stated, given) for stated in statements(clean_gold) for given in _consistent_statements(clean_answer)
+    )
+
+
+def is_correct_to_math_verify(gold: str, answer: str) -> bool:
+    """Compares an answer with a gold answer as math-verify does without our rules, both in a box."""
+    from math_verify import parse as parse_answer
+    from math_verify import verify
+
+    both = (parse_answer(rf"\boxed{{{strip_delimiters(text)}}}", parsing_timeout=None) for text in (gold, answer))
+    return verify(*both, timeout_seconds=None)
+
+
+def _consistent_statements(answer: str) -> list[str]:
+    """An answer may state its value exactly and rounded; two different values are a guess at both."""
+    parts = statements(answer)
+    if len(parts) == 2 and not _is_rounded(*map(_mathematics, parts)):
+        return parts[1:] if number(_mathematics(parts[0])) is None else []
+    return parts
+
+
+def _is_rounded(exact: str, rounded: str) -> bool:
+    value, other = number(exact), number(rounded)
+    if value is None or other is None:
+        return False
+    decimals = len(rounded.partition(".")[2]) if _PLAIN.fullmatch(rounded) else 6
+    return abs(value - other) <= 0.5000001 * 10.0**-decimals
+
+
+def _matches(gold: str, answer: str) -> bool:
+    gold, answer = _CONSTANT.sub("+c", gold), _CONSTANT.sub("+c", answer)
+    if same_text(gold, answer):
+        return True
+    if _WORDS.fullmatch(gold) and not _LIST.search(gold):
+        return False
+    bases = split_base(gold), split_base(answer)
+    if any(bases):
+        return _same_numeral(gold, answer, *bases)
+    terms = ratio(gold), ratio(answer)
+    if any(terms) and (None not in terms or _is_time(terms[0] or terms[1])):
+        return _same_ratio(*terms)
+    sides = _sides_that_count(gold, answer)
+    return sides is not None and _same_quantity(*sides)
+
+
+# --- bases, ratios -------------------------------------------------------------------------------------------------
+
+
+def _same_numeral(gold: str, answer: str, one: tuple[str, int] | None, other: tuple[str, int] | None) -> bool:
+    if one and other and one[1] != other[1]:
+        return False
+    digits = [base[0] if base else text for base, text in ((one, gold), (other, answer))]
+    return digits[0].lstrip("0").upper() == digits[1].replace(" ", "").lstrip("0").upper()
+
+
+def _is_time(terms: list[str]) -> bool:
+    return len(terms) > 2 or (len(terms[1]) == 2 and terms[1].isdigit() and int(terms[0].split(".")[0]) < 25)
+
+
+def _same_ratio(one: list[str] | None, other: list[str] | None) -> bool:
+    if one is None or other is None or len(one) != len(other):
+        return False
+    left, right = [float(term) for term in one], [float(term) for term in other]
+    if left == right:
+        return True
+    return len(left) == 2 and not (_is_time(one) or _is_time(other)) and left[0] * right[1] == left[1] * right[0]
+
+
+# --- equations -----------------------------------------------------------------------------------------------------
+
+
+def _sides_that_count(gold: str, answer: str) -> tuple[str, str] | None:
+    """The right sides of equations, or the texts where there are none; `None` where an equation counts for nothing."""
+    lefts = [split_top(text, "=")[0] for text in (gold, answer)]
+    if lefts[0] != gold and lefts[1] != answer and flat(lefts[0]) != flat(lefts[1]) and _LIST.search(gold) is None:
+        if not any(_NAME_IN_WORDS.search(left) for left in lefts) and all(map(is_name, lefts)):
+            return None  # definitions of two things
+        if not all(map(is_name, lefts)):
+            return gold, answer  # two equations, which math-verify compares
+    right, given = _right_side(gold), _right_side(answer)
+    if right is None and lefts[1] != answer:
+        return gold, answer
+    return None if right is None or given is None else (right, given)
+
+
+def _right_side(text: str) -> str | None:
+    member = _MEMBER.match(text)
+    if member:
+        return text[member.end() :]
+    rounded = split_top(text, r"\approx")
+    if len(rounded) == 2 and is_name(rounded[0]):
+        return rounded[1]
+    sides = split_top(text, "=")
+    if len(sides) == 1 or not all(sides):
+        return text
+    if len(split_top(text, ",")) > 1 or _LIST.search(text):
+        return _list_of_values(text)
+    values = [number(split_unit(side).core) for side in sides]
+    known = [(value, side) for value, side in zip(values, sides) if value is not None]
+    if any(not _agree(*pair) for pair in zip(known, known[1:])):
+        return None
+    if is_name(sides[0]) or len(known) == len(sides) or r"\begin" in sides[0]:
+        return sides[-1]
+    return sides[0] if is_name(sides[-1]) and len(known) == len(sides) - 1 else None
+
+
+def _agree(one: tuple[float, str], other: tuple[float, str]) -> bool:
+    value, rounded = one[0], other[0]
+    if "." in other[1] and _PLAIN.fullmatch(other[1]):
+        return abs(value - rounded) <= 0.5000001 * 10.0 ** -len(other[1].partition(".")[2])
+    return math.isclose(value, rounded, rel_tol=1e-9)
+
+
+def _list_of_values(text: str) -> str:
+    """`x=1 or x=2` and `x=1, 2` as `1, 2`; definitions of several names stay as they are."""
+    items = [item.strip() for item in _LIST.split(text)]
+    names = {split_top(item, "=")[0] for item in items if "=" in item}
+    if len(names) != 1 or not is_name(name := names.pop()) or any(item.count("=") > 1 for item in items):
+        return text
+    return text.replace(f"{name}=", "").replace(f"{name} =", "")
+
+
+# --- units and percent signs ---------------------------------------------------------------------------------------
+
+
+def _same_quantity(gold: str, answer: str) -> bool:
+    items, others = _LIST.split(gold), _LIST.split(answer)
+    if len(items) == len(others) > 1:
+        return _same_list([split_unit(item.strip()) for item in items], [split_unit(item.strip()) for item in others])
+    one, other = split_unit(gold), split_unit(answer)
+    if one.unit is not None and other.unit is not None:
+        if not same_unit(one.unit, other.unit):
+            return False
+    elif not one.droppable or not other.droppable or one.symbol:
+        return _equal(gold, answer)
+    return _same_percent(*split_percent(one.core), *split_percent(other.core))
+
+
+def _same_list(items: list, others: list) -> bool:
+    units, other_units = ([item.unit for item in side if item.unit] for side in (items, others))
+    if units and other_units and not all(any(same_unit(u, v) for v in other_units) for u in units):
+        return False
+    return _equal(", ".join(item.core for item in items), ", ".join(item.core for item in others))
+
+
+def _same_percent(left: str, left_percent: bool, right: str, right_percent: bool) -> bool:
+    if left_percent == right_percent:
+        return _equal(left, right)
+    values = number(left), number(right)
+    small = all(value is not None and abs(value) < 1 for value in values)
+    if not small and _equal(left, right):
+        return True
+    if values[0 if left_percent else 1] is None:
+        return False
+    if left_percent:
+        return _equal(rf"\frac{{{left}}}{{100}}", right)
+    return _equal(left, rf"\frac{{{right}}}{{100}}")
+
+
+# --- mathematics ---------------------------------------------------------------------------------------------------
+
+
+def number(text: str) -> float | None:
+    r"""
+    Returns the value of an expression in numbers alone, or `None` for any other.
+
+    Example:
+    ```python
+    >>> number(r"\frac{1}{4}"), number("2x")
+    (0.25, None)
+    ```
+    """
+    if _PLAIN.fullmatch(text):
+        return float(text)
+    if not text or len(text) > 200 or not _ARITHMETIC.fullmatch(text):
+        return None
+    return _float(parse(text)[:1])
+
+
+def _float(items: tuple) -> float | None:
+    try:
+        return float(items[0])
+    except (IndexError, TypeError, ValueError, OverflowError, AttributeError):
+        return None
+
+
+def _equal(gold: str, answer: str) -> bool:
+    if same_text(gold, answer):
+        return True
+    if _PLAIN.fullmatch(gold) and _PLAIN.fullmatch(answer):
+        return _same_number(gold, answer)
+    if flat(gold).casefold() == flat(answer).casefold():
+        return False
+    return _same_case(gold, answer) and _equal_items(parse(gold), parse(answer), gold, answer)
+
+
+def _same_number(gold: str, answer: str) -> bool:
+    """What [`_equal_items`] says of two plain numbers, without math-verify."""
+    if "." not in gold + answer:
+        return int(gold) == int(answer)
+    one, other = Fraction(gold), Fraction(answer)
+    if one == other:
+        return True
+    if abs(one) < TINY:
+        return one != 0 and abs(one - other) <= abs(one) * Fraction(1, 10**6)
+    return round(one, 6) == round(other, 6)
+
+
+def _same_case(gold: str, answer: str) -> bool:
+    """math-verify reads `N` and `n` as one symbol. A letter that each side has in one case only must have the same."""
+    sides = []
+    for text in (gold, answer):
+        sides.append({letter for match in _LETTERS.finditer(text) for letter in match[1] or ""} - {"e", "E"})
+    one, other = sides
+    return not any(
+        letter.swapcase() in other and letter not in other for letter in one if letter.swapcase() not in one
+    )
+
+
+def _equal_items(gold: tuple, answer: tuple, gold_text: str, answer_text: str) -> bool:
+    from math_verify import verify
+
+    if not verify(list(gold), list(answer), timeout_seconds=None):
+        return False
+    if "." not in gold_text + answer_text:
+        return not _differ(gold[0], answer[0])
+    value, other = _float(gold), _float(answer)
+    if value is None or other is None or value == 0 or abs(value) >= TINY:
+        return True
+    return math.isclose(value, other, rel_tol=1e-6)
+
+
+def _differ(one, other) -> bool:
+    """
+    Tells whether two expressions that math-verify takes for equal differ beyond its 15 digits, as `1/2004!` and
+    `1/2006!` do. Expressions that cannot be evaluated are left to math-verify.
+    """
+    from sympy import Basic, Equality, Expr, FiniteSet, Interval, Rational, Tuple
+
+    if isinstance(one, Equality) and isinstance(other, Expr):
+        one = one.rhs
+    if isinstance(other, Equality) and isinstance(one, Expr):
+        other = other.rhs
+    if isinstance(one, Interval) and isinstance(other, Interval):
+        return _differ(one.start, other.start) or _differ(one.end, other.end)
+    if isinstance(one, Tuple) and isinstance(other, Tuple):
+        return any(map(_differ, one.args, other.args))
+    if isinstance(one, FiniteSet) and isinstance(other, FiniteSet):
+        return any(all(_differ(item, another) for another in other.args) for item in one.args)
+    if not isinstance(one, Expr) or not isinstance(other, Expr) or one == other:
+        return False
+    try:
+        exact = (one - other).doit()
+        if exact.is_Rational:
+            return exact != 0
+        symbols = sorted((one.free_symbols | other.free_symbols), key=str)
+        point = {symbol: Rational(7919 + 104 * index, 6007) for index, symbol in enumerate(symbols)}
+        values = [Basic.subs(side, point).evalf(DIGITS, maxn=10**4) for side in (one, other)]
+        gap = abs(values[0] - values[1])
+        scale = max(map(abs, values))
+        return bool(gap.is_number and gap > scale * Rational(1, 10 ** (DIGITS // 2)))
+    except Exception:  # sympy raises what it likes
+        return False
