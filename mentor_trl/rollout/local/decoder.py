@@ -35,7 +35,9 @@ def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     capped = getattr(config, "attn_logit_softcapping", None) is not None or not base._supports_sdpa
-    config._attn_implementation = "eager" if former == "eager" or (former != "sdpa" and capped) else attention
+    # A model with attention code of its own (Falcon) does not ask for an implementation by name, and adds the mask
+    own = former == "eager" or (former != "sdpa" and capped) or not base._supports_attention_backend
+    config._attn_implementation = "eager" if own else attention
     try:
         yield
     finally:
@@ -246,15 +248,16 @@ def _decoding_difference(base: PreTrainedModel) -> str | None:
     size = min(base.get_input_embeddings().weight.size(0), base.get_output_embeddings().weight.size(0))
     decoder = Decoder(base, slots=2)
     ids = (torch.arange(10).view(2, 5) % size).to(decoder.device)
-    starts = torch.tensor([1, 3], device=decoder.device)
-    positions = starts.unsqueeze(1) + torch.arange(2, device=decoder.device)
+    starts = torch.tensor([1, 4], device=decoder.device)
+    # A row that is at its end is padded with its last position: masks that go by the order of queries fail there
+    positions = (starts.unsqueeze(1) + torch.arange(2, device=decoder.device)).clamp(max=4)
     # "sdpa" stands for the model's own kernels, which may refuse the data type or device it has before training
     with inference(base, attention="sdpa"):
         expected = base(input_ids=ids, use_cache=False).logits.float().to(decoder.device)
         states = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = decoder.logits(states)
     with inference(base):
-        decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :4].tolist())])
+        decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :5].tolist())])
         hidden = decoder.forward(ids.gather(1, positions), positions, 2, 5)
         stepped = decoder.logits(hidden.flatten(0, 1)).view(2, 2, -1)
     if expected.isnan().any():

@@ -4,12 +4,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -28,8 +32,11 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
+from mentor_trl.errors import SetupError
 from mentor_trl.rollout.local import decoder as decoder_module
 from mentor_trl.rollout.local.decoder import Decoder, check_decoding, inference, text_model
 from statistics_helpers import forward_logps, make_peaked_model
@@ -58,6 +65,8 @@ def without(settings, name):
 
 
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+FALCON = {key: value for key, value in SHAPE.items() if key not in ("head_dim", "num_key_value_heads")}
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
 MODELS = {
     "llama": (LlamaForCausalLM, lambda: LlamaConfig(**SHAPE)),
     "qwen2": (Qwen2ForCausalLM, lambda: Qwen2Config(**SHAPE)),
@@ -83,6 +92,9 @@ MODELS = {
     "cohere": (CohereForCausalLM, lambda: CohereConfig(**SHAPE, logit_scale=0.25)),
     "gpt2": (GPT2LMHeadModel, lambda: GPT2Config(**GPT2)),
     "gpt-neox": (GPTNeoXForCausalLM, lambda: GPTNeoXConfig(**SHAPE)),
+    "falcon": (FalconForCausalLM, lambda: FalconConfig(**FALCON)),
+    "falcon-grouped": (FalconForCausalLM, lambda: FalconConfig(**FALCON, **GROUPED)),
+    "stablelm": (StableLmForCausalLM, lambda: StableLmConfig(**SHAPE)),
 }
 SAMPLED = ["llama", "qwen2", "qwen2-window", "mistral-window", "gemma2", "gemma3", "gpt2"]
 
@@ -169,6 +181,15 @@ def test_transformers_are_accepted(name):
 def test_tied_and_bfloat16_models_are_accepted():
     check_decoding(make_model("qwen2", tie_word_embeddings=True), "policy")
     check_decoding(make_model("llama").bfloat16(), "expert")
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_a_mask_that_goes_by_the_order_of_queries_is_refused(kind):
+    """GPT-Neo masks by its own triangle, which holds where all rows end at the last position only."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.3}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[[kind], 2]], window_size=4)).eval()
+    with pytest.raises(SetupError, match=r"GPTNeoForCausalLM.* differ by .* nats when decoded in steps"):
+        check_decoding(model, "policy")
 
 
 def test_state_space_models_are_refused():
