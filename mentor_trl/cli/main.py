@@ -100,10 +100,10 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if codes != {USAGE}:
-            print(error, file=sys.stderr)
-        return USAGE if codes == {USAGE} else 1
+        if error.get_first_failure()[1].exitcode == USAGE:  # the others may have been ended for it
+            return USAGE
+        print(error, file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"mentor-trl: error: {name} cannot be launched: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE

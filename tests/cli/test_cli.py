@@ -206,7 +206,10 @@ def test_processes_without_an_accelerator_are_not_dropped_silently(capsys, monke
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-Path(sys.argv[1], os.environ.get("RANK", "0")).write_text(f"{os.getpid()} {os.environ.get('WORLD_SIZE')}")
+folder, size = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+Path(folder, os.environ.get("RANK", "0")).write_text(f"{os.getpid()} {size}")
+while not all(Path(folder, str(rank)).exists() for rank in range(size)):
+    time.sleep(0.1)
 time.sleep(float(sys.argv[2]))
 sys.exit(2)
 """

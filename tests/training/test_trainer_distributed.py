@@ -131,8 +131,8 @@ def test_resuming_in_the_middle_of_a_batch_repeats_the_run(ranks):
 def test_the_model_card_is_written_once_and_whole(folder):
     text = (folder / "whole" / "README.md").read_text()
     assert text.count("### Settings") == text.count("The expert was") == 1
-    # 8 rows of each process, 8 of a prompt
-    assert "| prompts a rollout batch | 2 |" in text
+    # 8 rows of each process
+    assert "| generation_batch_size | `16` |" in text
 
 
 def test_another_number_of_processes_in_the_middle_of_a_batch(folder, tmp_path):
