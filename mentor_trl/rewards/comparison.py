@@ -98,11 +98,11 @@ def parse(text: str) -> tuple:
     text = _BARE_POINT.sub("", text)  # `5.` and `1./3` are numbers, but not to math-verify
     # The answer goes back into a box because math-verify reads a bare `1,2` as the number 1.2 and no bare `\frac43`.
     found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
-    return tuple(_with_imaginary_unit(item) for item in found if not _is_truth_value(item))
+    return tuple(item for item in map(_with_imaginary_unit, found) if not _is_truth_value(item))
 
 
 def _is_truth_value(item) -> bool:
-    """math-verify reads a chain of equations as whether it holds: two that do not would be equal."""
+    """sympy reads a chain of equations as whether it holds, so that any two that do not would be equal."""
     from sympy import FiniteSet, Tuple
     from sympy.logic.boolalg import BooleanAtom
 

@@ -461,7 +461,11 @@ UNEQUAL = {
         ("5", r"x \neq 5"),
         ("5", "x>5"),
         ("P(A)=0.5", "P(B)=0.5"),
-        (r"3v=2[1]=[3]", r"a=[4], b=[5]"),
+        (
+            r"\frac{v \cdot w}{v \cdot v} v=\frac{-5}{10}\left[\begin{array}{l}1 \\ 0\end{array}\right]"
+            r"=\left[\begin{array}{c}-\frac{1}{2} \\ 0\end{array}\right]",
+            r"a=\begin{bmatrix}-3 \\ 3\end{bmatrix}, \quad b=\begin{bmatrix}9 \\ 1\end{bmatrix}",
+        ),
     ],
     "base": [
         ("11_{3}", "11_{4}"),
