@@ -40,7 +40,8 @@ _LETTERS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|([A-Za-z]{1,2}))(?![A-Za-
 _CONSTANT = re.compile(r"[+-]\s*[Cc]$")
 _MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![a-z])\s*")
 _NAME_IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_LIST = re.compile(r"[,;]| or | and ")
+_OR = re.compile(r" or | and ")
+_LIST = re.compile(rf"[,;]|{_OR.pattern}")
 _PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _ARITHMETIC = re.compile(
     r"(?:[\d\s.+\-*/^!(){}|]|\[\d\]|\\(?:frac|sqrt|cdot|times|div|pi|binom|ln|log|sin|cos|tan|%)(?![a-z])|_|(?<![A-Za-z])e)+"
@@ -97,11 +98,11 @@ def parse(text: str) -> tuple:
     text = _BARE_POINT.sub("", text)  # `5.` and `1./3` are numbers, but not to math-verify
     # The answer goes back into a box because math-verify reads a bare `1,2` as the number 1.2 and no bare `\frac43`.
     found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
-    return tuple(_with_imaginary_unit(item) for item in found if not _is_truth_value(item))
+    return tuple(item for item in map(_with_imaginary_unit, found) if not _is_truth_value(item))
 
 
 def _is_truth_value(item) -> bool:
-    """math-verify reads a chain of equations as whether it holds: two that do not would be equal."""
+    """sympy reads a chain of equations as whether it holds, so that any two that do not would be equal."""
     from sympy import FiniteSet, Tuple
     from sympy.logic.boolalg import BooleanAtom
 
@@ -209,9 +210,10 @@ def _matches(gold: str, answer: str) -> bool:
     bases = split_base(gold), split_base(answer)
     if any(bases):
         return _same_numeral(gold, answer, *bases)
-    terms = ratio(gold), ratio(answer)
-    if any(terms) and (None not in terms or _is_time(terms[0] or terms[1])):
-        return _same_ratio(*terms)
+    one, other = split_unit(gold), split_unit(answer)
+    terms = ratio(one.core), ratio(other.core)
+    if any(terms) and (None not in terms or _is_whole(terms[0] or terms[1], one.core, other.core)):
+        return _same_ratio(*terms) and (one.unit is None or other.unit is None or same_unit(one.unit, other.unit))
     sides = _sides_that_count(gold, answer)
     return sides is not None and _same_quantity(*sides)
 
@@ -230,13 +232,19 @@ def _is_time(terms: list[str]) -> bool:
     return len(terms) > 2 or (len(terms[1]) == 2 and terms[1].isdigit() and int(terms[0].split(".")[0]) < 25)
 
 
+def _is_whole(terms: list[str], *texts: str) -> bool:
+    """A ratio may be written as a fraction, but not as one of its terms; a time of day as neither."""
+    return _is_time(terms) or any(text.isdigit() for text in texts)
+
+
 def _same_ratio(one: list[str] | None, other: list[str] | None) -> bool:
     if one is None or other is None or len(one) != len(other):
         return False
-    left, right = [float(term) for term in one], [float(term) for term in other]
-    if left == right:
+    if [term.lstrip("0") for term in one[:1]] + one[1:] == [term.lstrip("0") for term in other[:1]] + other[1:]:
         return True
-    return len(left) == 2 and not (_is_time(one) or _is_time(other)) and left[0] * right[1] == left[1] * right[0]
+    if len(one) > 2 or _is_time(one) or _is_time(other):
+        return False
+    return Fraction(one[0]) * Fraction(other[1]) == Fraction(one[1]) * Fraction(other[0])
 
 
 # --- equations -----------------------------------------------------------------------------------------------------
@@ -266,7 +274,7 @@ def _right_side(text: str) -> str | None:
     sides = split_top(text, "=")
     if len(sides) == 1 or not all(sides):
         return text
-    if len(split_top(text, ",")) > 1 or _LIST.search(text):
+    if any(len(split_top(text, sign)) > 1 for sign in ",;") or _OR.search(text):
         return _list_of_values(text)
     values = [number(split_unit(side).core) for side in sides]
     known = [(value, side) for value, side in zip(values, sides) if value is not None]
@@ -304,7 +312,7 @@ def _same_quantity(gold: str, answer: str) -> bool:
     if one.unit is not None and other.unit is not None:
         if not same_unit(one.unit, other.unit):
             return False
-    elif not one.droppable or not other.droppable or one.symbol:
+    elif other.counts or one.symbol or (one.counts and not one.bracketed):
         return _equal(gold, answer)
     return _same_percent(*split_percent(one.core), *split_percent(other.core))
 

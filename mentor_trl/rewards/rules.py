@@ -106,8 +106,9 @@ point pt pts points|th st nd rd|nm|um|acre acres|hectare hectares ha|ton tons to
 """
 _CANONICAL = {name: names.split()[0] for names in re.split(r"[|\n]", _SYNONYMS) for name in names.split()}
 _MEASURES = frozenset(_CANONICAL.values())
+_SPEEDS = {"mph": ["mi", "per", "h"], **{name: ["km", "per", "h"] for name in ("kph", "kmph", "kmh")}}
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_COUNTS = frozenset("dozen dozens hundreds thousands millions billions lakh crore".split())
+_COUNTS = frozenset("dozen dozens hundreds thousands millions billions lakh crore mil mill grand gross".split())
 _NUMBER_WORDS = _COUNTS | frozenset(
     """
     half halves third thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths
@@ -145,7 +146,8 @@ class Quantity(NamedTuple):
 
     core: str
     unit: frozenset[str] | None
-    droppable: bool = True
+    counts: bool = False  # it is a number word, such as `dozen`
+    bracketed: bool = False
     symbol: bool = False  # it may be a symbol behind its coefficient: `3m`
 
 
@@ -162,7 +164,7 @@ def split_unit(text: str) -> Quantity:
     if match := _MONEY.match(text):
         rest = split_unit(match[1] + match[4])
         unit = _CANONICAL[(match[2] or match[3]).lstrip("\\").rstrip(".").lower()]
-        return Quantity(rest.core, frozenset([unit]) | (rest.unit or frozenset()), rest.droppable)
+        return rest._replace(unit=frozenset([unit]) | (rest.unit or frozenset()))
     if match := _MONEY_AFTER.search(text):
         return Quantity(text[: match.start()].strip(), frozenset([_CANONICAL[match[1].lstrip("\\")]]))
     if match := _DEGREE.search(text):
@@ -210,7 +212,7 @@ def _read_phrase(text: str, core: str, phrase: str, bracket: bool, spaced: bool)
         "crore",
     )
     symbol = not spaced and not bracket and phrase in ("m", "g", "s", "h", "l")
-    return Quantity(core, _canonical(phrase, words), droppable=bracket or not number_word, symbol=symbol)
+    return Quantity(core, _canonical(phrase, words), number_word, bracket, symbol)
 
 
 def _is_noun(word: str) -> bool:
@@ -219,8 +221,8 @@ def _is_noun(word: str) -> bool:
 
 def _canonical(phrase: str, words: list[str]) -> frozenset[str]:
     unit = set()
-    for word in words:
-        word = _CANONICAL.get(word, word)
+    for part in (part for word in words for part in _SPEEDS.get(word, [word])):
+        word = _CANONICAL.get(part, part)
         unit.add(word if word in _MEASURES else re.sub(r"(?<=[^aeious])(?:es|s)$|(?<=[aeiou])s$", "", word))
     for exponent, name in (("2", "square"), ("3", "cubic")):
         if re.search(rf"\^\s*\{{?\s*{exponent}", phrase) and "/" not in phrase:
@@ -311,6 +313,7 @@ _NAMED = (
         r"(?:m\s*)?\\(?:angle|measuredangle|triangle|sin|cos|tan|cot|sec|csc|det|dim|deg)(?![a-z])"
         r"(?:\s*\^\{?\d\}?)?\s*\(?[A-Za-z0-9\\_{} ]{1,24}\)?(?:\^\{\\circ\})?"
     ),
+    re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)"),  # (x, y)
     re.compile(r"[A-Z](?:\s?[A-Z]){1,4}"),  # a length, an angle, an area
     re.compile(r"\\?\|[^=|]*\\?\||\[[A-Z]{3,5}\]"),
     re.compile(r"\\frac\s*\{\s*d\s*(?:\^\{?\d\}?\s*)?[A-Za-z]?\s*\}\s*\{\s*d\s*[A-Za-z]\s*(?:\^\{?\d\}?\s*)?\}.*"),

@@ -72,11 +72,12 @@ _SPELLINGS = (
     (r"(?<=\d)(?:\\[,;:>]|\{,\})(?=\d{3}(?!\d))", ""),
     (r"[\[(]\s*\\begin\{(?:array|matrix)\}(?:\s*\{[lcr| ]*\})?|\\begin\{bmatrix\}", r"\\begin{pmatrix}"),
     (r"\\end\{(?:array|matrix)\}\s*[\])]|\\end\{bmatrix\}", r"\\end{pmatrix}"),
-    (r"^\s*(?:\\approx|=)", ""),
+    (r"^\s*(?:\\approx|=)|^\*\*(?=[^*]*\*\*$)|(?<=[^*])\*\*$|(?:\\\\\s*)+$", ""),
+    (r"^(\s*[+-]?\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"(?<!\\)\\[,;:> ]|\\(?:q?quad|thinspace|enspace|nobreakspace)(?![a-z])|~|\s+", " "),
 )
 _COMPILED = tuple((re.compile(pattern), new) for pattern, new in _SPELLINGS)
-_STYLES = r"text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|[mh]box|bm|emph|pmb"
+_STYLES = r"text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|underline|[mh]box|bm|emph|pmb"
 _STYLE = re.compile(rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}")
 _GROUPS = re.compile(r"(?P<open>\\\{|[(\[])|(?P<close>\\\}|[)\]])|(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _SPACE_GROUPS = re.compile(r"^([^\d]*\d{1,3})((?: \d{3})+)(?![\d ]*\d)(\D*)$")

@@ -256,6 +256,19 @@ def test_ungradable_golds_are_found_and_named():
     assert ungradable_warning(["72", "No solution"]) is None
 
 
+def test_training_warns_of_golds_that_cannot_be_graded(caplog):
+    from datasets import Dataset
+
+    from mentor_trl.cli.train import _warn_of_ungradable
+
+    rows = Dataset.from_dict({"solution": ["72", "???"]})
+    _warn_of_ungradable(rows.select([0]))
+    _warn_of_ungradable(rows.to_iterable_dataset())  # cannot be read ahead
+    assert not caplog.records
+    _warn_of_ungradable(rows)
+    assert "1 of 2 solutions" in caplog.text
+
+
 def test_format_reward_counts_reasoning_parsed_by_the_trainer():
     message = {"role": "assistant", "reasoning_content": "1 + 1", "content": r"\boxed{2}"}
     assert format_reward([[message]]) == [1.0]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,9 @@ EQUAL = {
         ("1 (movie)", r"\frac{2}{2}"),
         (r"x=5\text{ cm}", "5"),
         ("5 hours", "5.0 h"),
+        ("60 mph", "60 miles per hour"),
+        ("60 km/h", "60 kilometers per hour"),
+        ("18 (thousand)", "18"),
         ("1.5", r"1.5 \times 10^{0} \text{ kg}"),
         (r"80 \pi \mathrm{mi} / \mathrm{min}", r"80\pi"),
     ],
@@ -153,6 +157,10 @@ EQUAL = {
         (r"x \geqslant 16", r"x\ge 16"),
         (r"x \leq 3", r"x\leqslant 3"),
         (r"\frac{1}{2}", r"\tfrac12"),
+        ("17", "**17**"),
+        ("17", r"\underline{17}"),
+        ("17", r"17\\"),
+        ("1 1/2", r"\frac{3}{2}"),
         (r"\left[1,2\right)", "[1,2)"),
         (r"(-\infty,-20) \bigcup[2, \infty)", r"(-\infty,-20)\cup[2,\infty)"),
         (r"\frac{1}{2}", r"\displaystyle\frac{1}{2}"),
@@ -230,6 +238,8 @@ EQUAL = {
         ("0.5", r"\frac{1}{2}=0.5"),
         (r"\frac{1}{3}", r"\frac{2}{6}=\frac{1}{3}"),
         ("5", "5=x"),
+        ("(1,2)", "(x,y)=(1,2)"),
+        ("(x, y, z)=(2,2,-1)", "(2,2,-1)"),
         ("x=5", "5"),
         ("2x+3", "y=2x+3"),
         ("y=2x+3", "2x+3"),
@@ -284,6 +294,9 @@ EQUAL = {
         ("3:4", "6:8"),
         ("12:30", r"12\!:\!30"),
         ("2: 15 PM", "2:15 pm"),
+        ("12:30", "12:30 PM"),
+        ("12:30 PM", "12:30"),
+        ("3:4", r"\frac{3}{4}"),
         ("converges", "Converges."),
         ("does not exist", r"\text{does not exist}"),
         ("Cesar's toothbrush", "cesar's toothbrush"),
@@ -337,6 +350,10 @@ UNEQUAL = {
         ("9 (apples)", "8"),
         ("9 (apples)", "8 apples"),
         ("18", "18 thousand"),
+        ("18", "18 (thousand)"),
+        ("18", "18 (dozen)"),
+        ("18", "18 mil"),
+        ("60 mph", "60 km/h"),
         ("18", "18 million dollars"),
         ("18", "18 hundred"),
         ("18", "18 dozen"),
@@ -444,7 +461,11 @@ UNEQUAL = {
         ("5", r"x \neq 5"),
         ("5", "x>5"),
         ("P(A)=0.5", "P(B)=0.5"),
-        (r"3v=2[1]=[3]", r"a=[4], b=[5]"),
+        (
+            r"\frac{v \cdot w}{v \cdot v} v=\frac{-5}{10}\left[\begin{array}{l}1 \\ 0\end{array}\right]"
+            r"=\left[\begin{array}{c}-\frac{1}{2} \\ 0\end{array}\right]",
+            r"a=\begin{bmatrix}-3 \\ 3\end{bmatrix}, \quad b=\begin{bmatrix}9 \\ 1\end{bmatrix}",
+        ),
     ],
     "base": [
         ("11_{3}", "11_{4}"),
@@ -474,6 +495,11 @@ UNEQUAL = {
         ("3:4", "4"),
         ("3:4", "3"),
         ("3:4", "4:3"),
+        ("12:30 PM", "12:30 AM"),
+        ("2:05", "2:5"),
+        ("18", "18:1"),
+        ("2:1", "2"),
+        ("3:4:5", "6:8:11"),
         ("12:30", "30"),
         ("12:30", "12"),
         ("12:30", "12:31"),
@@ -514,6 +540,15 @@ def test_unequal(gold, answer):
 def test_the_examples_of_the_table(rule):
     assert is_correct(*rule.equal)
     assert not is_correct(*rule.unequal)
+
+
+def test_the_documentation_lists_the_table():
+    lines = (Path(__file__).parents[2] / "docs" / "grading.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+    documented = {row[0]: row[1:] for row in rows}
+    for rule in RULES:
+        pairs = [", ".join(f"`{text}`" for text in pair) for pair in (rule.equal, rule.unequal)]
+        assert documented[rule.kind] == [rule.statement, *pairs]
 
 
 HOSTILE = [
