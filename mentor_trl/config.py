@@ -1,5 +1,8 @@
 """Configuration of [`MentorGRPOTrainer`]."""
 
+import inspect
+import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,314 +16,175 @@ CORRECTION_LEVELS = ("conditional", "mixture")
 WEIGHT_SYNCS = ("auto", "nccl", "folder")
 
 
+def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
+    """A field with its help, which the command line and the docstring show."""
+    return field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
+
+
+def documented(cls: type) -> type:
+    """Add the fields of a class, with their types, defaults and helps, to its docstring in TRL's form."""
+    lines = ["", "", "Parameters:"]
+    for name, kind in cls.__annotations__.items():
+        described = cls.__dataclass_fields__[name]
+        default = "" if described.default is None else f", defaults to `{described.default!r}`"
+        lines.append(f"    {name} (`{getattr(kind, '__name__', kind)}`, *optional*{default}):")
+        lines += textwrap.wrap(described.metadata["help"], 107, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    cls.__doc__ = inspect.cleandoc(cls.__doc__) + "\n".join(lines) + "\n"
+    return cls
+
+
+@documented
 @dataclass
 class MentorGRPOConfig(GRPOConfig):
-    r"""
+    """
     Configuration class for the [`MentorGRPOTrainer`].
 
-    This class includes only the parameters that MENTOR ([paper](https://huggingface.co/papers/2510.04140)) adds to
-    GRPO. Everything else is inherited, with TRL's defaults, from [`~trl.GRPOConfig`].
-
-    Parameters:
-        > Parameters that control the expert
-
-        expert_model_name_or_path (`str`, *optional*):
-            Model id, local folder, or PEFT adapter folder of the expert. It must have the tokens of the policy.
-        expert_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the expert is loaded.
-        expert_model_revision (`str`, *optional*):
-            Revision of the expert and of its tokenizer.
-        expert_dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type of the expert's weights: `"auto"` (that of its checkpoint), `"bfloat16"`, `"float16"` or
-            `"float32"`.
-        expert_load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to load the expert in 4 bits (needs bitsandbytes).
-        expert_load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Whether to load the expert in 8 bits (needs bitsandbytes).
-        extend_stop_tokens (`bool`, *optional*, defaults to `False`):
-            Whether end-of-sequence tokens of the expert that the policy does not have end a completion of either
-            source. When `False`, such tokens are an error at construction.
-
-        > Parameters that control the mixed rollouts
-
-        num_mixed_generations (`int`, *optional*, defaults to `4`):
-            Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed policy. The
-            others are on-policy; at least 2 of them must remain. `0` is plain GRPO.
-        branch_rule (`str`, *optional*, defaults to `"entropy"`):
-            Weight w of the expert at a token whose policy entropy is H (nats): `"entropy"`, w = min(1, H / gamma), the
-            paper's; `"threshold"`, w = 1 where H >= gamma and else 0; `"random"`, w is everywhere the mean weight of
-            `"entropy"` over the batch's on-policy tokens (a control that does not look at the entropy); `"always"`,
-            w = 1.
-        entropy_quantile (`float`, *optional*, defaults to `0.95`):
-            gamma is this quantile of the token entropies of the on-policy rollouts of the same rollout batch.
-        entropy_threshold_min (`float`, *optional*, defaults to `0.1`):
-            Lower bound of gamma, in nats.
-        entropy_threshold (`float`, *optional*):
-            Fixed gamma, in nats, instead of the quantile.
-        draft_length (`int`, *optional*, defaults to `8`):
-            Number of tokens that the policy drafts between two consultations of the expert. It changes the speed, not
-            the distribution. A server has its own (`mentor-trl serve --draft-length`).
-        adaptive_draft_length (`bool`, *optional*, defaults to `False`):
-            Whether to adapt the draft length, up to `draft_length`, to the measured acceptance.
-        rollout_batch_size (`int`, *optional*, defaults to `64`):
-            Number of rows that a process samples at once without vLLM. Finished rows are replaced by waiting ones.
-
-        > Parameters that control expert trajectories in the place of rollouts (the baseline LUFFY)
-
-        num_trajectory_generations (`int`, *optional*, defaults to `0`):
-            Number of rollouts, among the `num_generations` of a prompt, whose place a whole expert trajectory of the
-            dataset takes (LUFFY: 1 of 8). Needs `num_mixed_generations=0`, and no expert.
-        trajectory_column (`str`, *optional*, defaults to `"trajectory"`):
-            Column of the dataset with the text of the expert's reply. A row without one stays on-policy.
-        trajectory_shaping (`float`, *optional*, defaults to `0.1`):
-            Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens.
-
-        > Parameters that control rollouts with vLLM (`use_vllm=True`)
-
-        vllm_weight_sync (`str`, *optional*, defaults to `"auto"`):
-            How the policy's weights reach a server: `"nccl"`; `"folder"`, safetensors files in `vllm_weight_sync_dir`;
-            or `"auto"`, NCCL from a CUDA device and else the folder.
-        vllm_weight_sync_dir (`str`, *optional*):
-            Folder that trainer and server see under the same name, for `vllm_weight_sync="folder"`. If not set,
-            `_vllm_weights` in `output_dir`. On one machine a folder in memory, such as `/dev/shm/NAME`, is fastest.
-        vllm_policy_server_base_url (`str`, *optional*):
-            Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`). It samples
-            on-policy rows and evaluation, at the speed of vLLM without drafts; gamma then comes from a forward pass
-            of the training model over the on-policy rows. If not set, the one server samples all rows.
-        vllm_read_timeout (`float`, *optional*, defaults to `1200.0`):
-            Seconds to wait for the server's answer to one request, which comes when its completion is finished. What
-            fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Other processes wait
-            for the main one meanwhile: keep `ddp_timeout` above the sum.
-
-        > Parameters that control the objective
-
-        alpha (`float`, *optional*, defaults to `1.0`):
-            Initial weight of the mixed rollouts' advantages (alpha_0).
-        alpha_schedule (`str`, *optional*, defaults to `"cosine"`):
-            How alpha falls to 0 over `expert_decay_steps`: `"cosine"`, `"linear"`, or `"constant"` (it does not).
-        expert_decay_steps (`int`, *optional*, defaults to `120`):
-            Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A rollout batch
-            lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's
-            defaults, 2 in the paper's setup.
-        reward_range (`float`, *optional*, defaults to `1.0`):
-            Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.
-        correction (`str`, *optional*, defaults to `"temper"`):
-            Off-policy correction rho of a ratio r: `"temper"`, min(`correction_cap`, r)^`correction_exponent`;
-            `"clip"`, r clipped to [`correction_floor`, `correction_cap`]; `"mask"`, r where r <= `correction_cap` and
-            else 0; `"saturate"`, r / (r + `correction_constant`).
-        correction_level (`str`, *optional*, defaults to `"conditional"`):
-            `"conditional"`: r = p / s at branch points and no correction elsewhere. `"mixture"`: r = p / m at every
-            token of a mixed rollout (the expert then scores every token).
-        correction_cap (`float`, *optional*, defaults to `1.0`):
-            Upper bound of the ratio.
-        correction_floor (`float`, *optional*, defaults to `0.0`):
-            Lower bound of the ratio with `correction="clip"`.
-        correction_exponent (`float`, *optional*, defaults to `0.25`):
-            Exponent of `"temper"`: 0 is no correction (the paper), 1 truncated importance sampling.
-        correction_constant (`float`, *optional*, defaults to `0.1`):
-            Constant of `"saturate"`.
-
-        > Parameters that control the logging
-
-        log_rollout_records (`int`, *optional*, defaults to `0`):
-            Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` of the
-            output folder for `mentor-trl plot rollout`. 0 saves none.
+    This class includes only the parameters that MENTOR ([paper](https://huggingface.co/papers/2510.04140)) and its
+    baselines add to GRPO. Everything else is inherited, with TRL's defaults, from [`~trl.GRPOConfig`].
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["expert_model_init_kwargs"]
 
     # Parameters that control the expert
-    expert_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model id, local folder, or PEFT adapter folder of the expert. It must have the tokens of the "
-            "policy."
-        },
+    expert_model_name_or_path: str | None = option(
+        None,
+        "Model id, local folder, or PEFT adapter folder of the expert. It must have the tokens of the policy.",
     )
-    expert_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `transformers.AutoModelForCausalLM.from_pretrained` when the expert is "
-            "loaded."
-        },
+    expert_model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the expert is loaded.",
     )
-    expert_model_revision: str | None = field(
-        default=None, metadata={"help": "Revision of the expert and of its tokenizer."}
+    expert_model_revision: str | None = option(None, "Revision of the expert and of its tokenizer.")
+    expert_dtype: str = option(
+        "auto",
+        "Data type of the expert's weights: `'auto'` (that of its checkpoint), `'bfloat16'`, `'float16'` or "
+        "`'float32'`.",
     )
-    expert_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Data type of the expert's weights: 'auto' (that of its checkpoint), 'bfloat16', 'float16' or "
-            "'float32'."
-        },
-    )
-    expert_load_in_4bit: bool = field(
-        default=False, metadata={"help": "Whether to load the expert in 4 bits (needs bitsandbytes)."}
-    )
-    expert_load_in_8bit: bool = field(
-        default=False, metadata={"help": "Whether to load the expert in 8 bits (needs bitsandbytes)."}
-    )
-    extend_stop_tokens: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether end-of-sequence tokens of the expert that the policy does not have end a completion of "
-            "either source. When False, such tokens are an error at construction."
-        },
+    expert_load_in_4bit: bool = option(False, "Whether to load the expert in 4 bits (needs bitsandbytes).")
+    expert_load_in_8bit: bool = option(False, "Whether to load the expert in 8 bits (needs bitsandbytes).")
+    extend_stop_tokens: bool = option(
+        False,
+        "Whether end-of-sequence tokens of the expert that the policy does not have end a completion of either "
+        "source. When `False`, such tokens are an error at construction.",
     )
 
     # Parameters that control the mixed rollouts
-    num_mixed_generations: int = field(
-        default=4,
-        metadata={
-            "help": "Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed "
-            "policy. The others are on-policy; at least 2 of them must remain. 0 is plain GRPO."
-        },
+    num_mixed_generations: int = option(
+        4,
+        "Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed policy. The "
+        "others are on-policy; at least 2 of them must remain. `0` is plain GRPO.",
     )
-    branch_rule: str = field(
-        default="entropy",
-        metadata={
-            "help": "Weight w of the expert at a token whose policy entropy is H: 'entropy', w = min(1, H / gamma); "
-            "'threshold', w = 1 where H >= gamma and else 0; 'random', w is everywhere the mean weight of 'entropy' "
-            "over the on-policy tokens (a control); 'always', w = 1.",
-            "choices": list(BRANCH_RULES),
-        },
+    branch_rule: str = option(
+        "entropy",
+        "Weight w of the expert at a token whose policy entropy is H (nats): `'entropy'`, w = min(1, H / gamma), the "
+        "paper's; `'threshold'`, w = 1 where H >= gamma and else 0; `'random'`, w is everywhere the mean weight of "
+        "`'entropy'` over the batch's on-policy tokens (a control that does not look at the entropy); `'always'`, w "
+        "= 1.",
+        choices=BRANCH_RULES,
     )
-    entropy_quantile: float = field(
-        default=0.95,
-        metadata={
-            "help": "gamma is this quantile of the token entropies of the on-policy rollouts of the same rollout "
-            "batch."
-        },
+    entropy_quantile: float = option(
+        0.95,
+        "gamma is this quantile of the token entropies of the on-policy rollouts of the same rollout batch.",
     )
-    entropy_threshold_min: float = field(default=0.1, metadata={"help": "Lower bound of gamma, in nats."})
-    entropy_threshold: float | None = field(
-        default=None, metadata={"help": "Fixed gamma, in nats, instead of the quantile."}
+    entropy_threshold_min: float = option(0.1, "Lower bound of gamma, in nats.")
+    entropy_threshold: float | None = option(None, "Fixed gamma, in nats, instead of the quantile.")
+    draft_length: int = option(
+        8,
+        "Number of tokens that the policy drafts between two consultations of the expert. It changes the speed, not "
+        "the distribution. A server has its own (`mentor-trl serve --draft-length`).",
     )
-    draft_length: int = field(
-        default=8,
-        metadata={
-            "help": "Number of tokens that the policy drafts between two consultations of the expert. It changes the "
-            "speed, not the distribution. A server has its own (`mentor-trl serve --draft-length`)."
-        },
+    adaptive_draft_length: bool = option(
+        False,
+        "Whether to adapt the draft length, up to `draft_length`, to the measured acceptance.",
     )
-    adaptive_draft_length: bool = field(
-        default=False,
-        metadata={"help": "Whether to adapt the draft length, up to `draft_length`, to the measured acceptance."},
-    )
-    rollout_batch_size: int = field(
-        default=64,
-        metadata={
-            "help": "Number of rows that a process samples at once without vLLM. Finished rows are replaced by "
-            "waiting ones."
-        },
+    rollout_batch_size: int = option(
+        64,
+        "Number of rows that a process samples at once without vLLM. Finished rows are replaced by waiting ones.",
     )
 
     # Parameters that control expert trajectories in the place of rollouts
-    num_trajectory_generations: int = field(
-        default=0,
-        metadata={
-            "help": "Number of rollouts, among the `num_generations` of a prompt, whose place a whole expert "
-            "trajectory of the dataset takes (LUFFY: 1 of 8). Needs `num_mixed_generations` 0, and no expert."
-        },
+    num_trajectory_generations: int = option(
+        0,
+        "Number of rollouts, among the `num_generations` of a prompt, whose place a whole expert trajectory of the "
+        "dataset takes (LUFFY: 1 of 8). Needs `num_mixed_generations=0`, and no expert.",
     )
-    trajectory_column: str = field(
-        default="trajectory",
-        metadata={
-            "help": "Column of the dataset with the text of the expert's reply. A row without one stays on-policy."
-        },
+    trajectory_column: str = option(
+        "trajectory",
+        "Column of the dataset with the text of the expert's reply. A row without one stays on-policy.",
     )
-    trajectory_shaping: float = field(
-        default=0.1,
-        metadata={"help": "Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens."},
+    trajectory_shaping: float = option(
+        0.1,
+        "Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens.",
     )
 
     # Parameters that control rollouts with vLLM
-    vllm_weight_sync: str = field(
-        default="auto",
-        metadata={
-            "help": "How the policy's weights reach a server: 'nccl'; 'folder', safetensors files in "
-            "`vllm_weight_sync_dir`; or 'auto', NCCL from a CUDA device and else the folder.",
-            "choices": list(WEIGHT_SYNCS),
-        },
+    vllm_weight_sync: str = option(
+        "auto",
+        "How the policy's weights reach a server: `'nccl'`; `'folder'`, safetensors files in `vllm_weight_sync_dir`; "
+        "or `'auto'`, NCCL from a CUDA device and else the folder.",
+        choices=WEIGHT_SYNCS,
     )
-    vllm_weight_sync_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that trainer and server see under the same name, for `vllm_weight_sync='folder'`. If not "
-            "set, `_vllm_weights` in `output_dir`."
-        },
+    vllm_weight_sync_dir: str | None = option(
+        None,
+        "Folder that trainer and server see under the same name, for `vllm_weight_sync='folder'`. If not set, "
+        "`_vllm_weights` in `output_dir`. On one machine a folder in memory, such as `/dev/shm/NAME`, is fastest.",
     )
-    vllm_policy_server_base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`), "
-            "for on-policy rows and evaluation. gamma then comes from a forward pass of the training model."
-        },
+    vllm_policy_server_base_url: str | None = option(
+        None,
+        "Address of a second server that holds the policy alone (`mentor-trl serve` without `--expert`). It samples "
+        "on-policy rows and evaluation, at the speed of vLLM without drafts; gamma then comes from a forward pass of "
+        "the training model over the on-policy rows. If not set, the one server samples all rows.",
     )
-    vllm_read_timeout: float = field(
-        default=1200.0,
-        metadata={
-            "help": "Seconds to wait for the server's answer to one request, which comes when its completion is "
-            "finished. Keep `ddp_timeout` above the sum of this and `vllm_server_timeout`."
-        },
+    vllm_read_timeout: float = option(
+        1200.0,
+        "Seconds to wait for the server's answer to one request, which comes when its completion is finished. What "
+        "fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Other processes wait "
+        "for the main one meanwhile: keep `ddp_timeout` above the sum.",
     )
 
     # Parameters that control the objective
-    alpha: float = field(default=1.0, metadata={"help": "Initial weight of the mixed rollouts' advantages (alpha_0)."})
-    alpha_schedule: str = field(
-        default="cosine",
-        metadata={
-            "help": "How alpha falls to 0 over `expert_decay_steps`: 'cosine', 'linear', or 'constant' (it does not).",
-            "choices": list(ALPHA_SCHEDULES),
-        },
+    alpha: float = option(1.0, "Initial weight of the mixed rollouts' advantages (alpha_0).")
+    alpha_schedule: str = option(
+        "cosine",
+        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not).",
+        choices=ALPHA_SCHEDULES,
     )
-    expert_decay_steps: int = field(
-        default=120,
-        metadata={
-            "help": "Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A "
-            "rollout batch lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer "
-            "steps: 1 with TRL's defaults, 2 in the paper's setup."
-        },
+    expert_decay_steps: int = option(
+        120,
+        "Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A rollout batch "
+        "lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's "
+        "defaults, 2 in the paper's setup.",
     )
-    reward_range: float = field(
-        default=1.0,
-        metadata={
-            "help": "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided."
-        },
+    reward_range: float = option(
+        1.0,
+        "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.",
     )
-    correction: str = field(
-        default="temper",
-        metadata={
-            "help": "Off-policy correction of a ratio r: 'temper', min(cap, r)^exponent; 'clip', r clipped to [floor, "
-            "cap]; 'mask', r where r <= cap and else 0; 'saturate', r / (r + constant).",
-            "choices": list(CORRECTIONS),
-        },
+    correction: str = option(
+        "temper",
+        "Off-policy correction rho of a ratio r: `'temper'`, min(`correction_cap`, r)^`correction_exponent`; "
+        "`'clip'`, r clipped to [`correction_floor`, `correction_cap`]; `'mask'`, r where r <= `correction_cap` and "
+        "else 0; `'saturate'`, r / (r + `correction_constant`).",
+        choices=CORRECTIONS,
     )
-    correction_level: str = field(
-        default="conditional",
-        metadata={
-            "help": "'conditional': r = p / s at branch points and no correction elsewhere. 'mixture': r = p / m at "
-            "every token of a mixed rollout (the expert then scores every token).",
-            "choices": list(CORRECTION_LEVELS),
-        },
+    correction_level: str = option(
+        "conditional",
+        "`'conditional'`: r = p / s at branch points and no correction elsewhere. `'mixture'`: r = p / m at every "
+        "token of a mixed rollout (the expert then scores every token).",
+        choices=CORRECTION_LEVELS,
     )
-    correction_cap: float = field(default=1.0, metadata={"help": "Upper bound of the ratio."})
-    correction_floor: float = field(
-        default=0.0, metadata={"help": "Lower bound of the ratio with `correction='clip'`."}
+    correction_cap: float = option(1.0, "Upper bound of the ratio.")
+    correction_floor: float = option(0.0, "Lower bound of the ratio with `correction='clip'`.")
+    correction_exponent: float = option(
+        0.25,
+        "Exponent of `'temper'`: 0 is no correction (the paper), 1 truncated importance sampling.",
     )
-    correction_exponent: float = field(
-        default=0.25,
-        metadata={"help": "Exponent of 'temper': 0 is no correction (the paper), 1 truncated importance sampling."},
-    )
-    correction_constant: float = field(default=0.1, metadata={"help": "Constant of 'saturate'."})
+    correction_constant: float = option(0.1, "Constant of `'saturate'`.")
 
     # Parameters that control the logging
-    log_rollout_records: int = field(
-        default=0,
-        metadata={
-            "help": "Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` "
-            "of the output folder for `mentor-trl plot rollout`. 0 saves none."
-        },
+    log_rollout_records: int = option(
+        0,
+        "Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` of the "
+        "output folder for `mentor-trl plot rollout`. 0 saves none.",
     )
 
     def __post_init__(self):

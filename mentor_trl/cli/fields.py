@@ -49,7 +49,7 @@ def _field(node: ast.AnnAssign, constants: dict[str, Any]) -> tuple[str, Any, An
     if not isinstance(node.value, ast.Call):
         return node.target.id, kind, field(default=_evaluate(node.value, constants))
     given = {keyword.arg: keyword.value for keyword in node.value.keywords}
-    if node.value.args:  # `_option(default, help)`
+    if node.value.args:  # `option(default, help)`
         default, text = (_evaluate(argument, constants) for argument in node.value.args)
         return node.target.id, kind, field(default=default, metadata={"help": text})
     texts = given.pop("metadata", ast.Dict([], []))
