@@ -90,6 +90,9 @@ class MentorGRPOConfig(GRPOConfig):
             Seconds to wait for the server's answer to one request, which comes when its completion is finished. What
             fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Other processes wait
             for the main one meanwhile: keep `ddp_timeout` above the sum.
+        vllm_server_api_key_file (`str`, *optional*):
+            File with the key of the servers (`mentor-trl serve` prints where it is). If not set, the key is in the
+            environment variable `MENTOR_TRL_API_KEY`, or found on the server's own machine.
 
         > Parameters that control the objective
 
@@ -261,6 +264,13 @@ class MentorGRPOConfig(GRPOConfig):
         metadata={
             "help": "Seconds to wait for the server's answer to one request, which comes when its completion is "
             "finished. Keep `ddp_timeout` above the sum of this and `vllm_server_timeout`."
+        },
+    )
+    vllm_server_api_key_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with the key of the servers (`mentor-trl serve` prints where it is). If not set, the key is "
+            "in the environment variable `MENTOR_TRL_API_KEY`, or found on the server's own machine."
         },
     )
 

@@ -6,16 +6,13 @@ from typing import Protocol
 
 import torch
 
+from ..errors import EngineError as EngineError
 from ..experts.port import Expert
 
 
 FLOAT_RECORDS = ("entropies", "weights", "logps", "expert_logps", "mixed_logps")
 BOOL_RECORDS = ("branch", "replaced")
 RECORDS = FLOAT_RECORDS + BOOL_RECORDS
-
-
-class EngineError(RuntimeError):
-    """An engine failed for good, and not by what it was asked."""
 
 
 @dataclass(frozen=True)
