@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", metavar="KEY", help=f"key of the server (default: ${KEY}, or a new one)")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key of the server")
     parser.add_argument(
-        "--allowed-origins", type=json.loads, default=[], metavar="JSON", help="web origins that may ask, a list ([])"
+        "--allowed-origins", type=origins, default=[], metavar="JSON", help="web origins that may ask, a list ([])"
     )
     parser.add_argument(
         "--allowed-host",
@@ -97,6 +97,7 @@ def serve(args: list[str]) -> int:
         command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     # The outermost guard is the one that is named last
     guard = MixedGuard if options.expert else PolicyGuard
+    command += ["--allowed-origins", json.dumps(options.allowed_origins)]
     command += ["--middleware", f"{guard.__module__}.{guard.__name__}"]
     try:
         if not options.dry_run:
@@ -134,6 +135,17 @@ def serve(args: list[str]) -> int:
         [sys.executable, "-m", "mentor_trl.cli.vllm_command", *command],
         {**inherited, **environment},
     )
+
+
+def origins(value: str) -> list[str]:
+    """The value of --allowed-origins, which is vLLM's."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
+        raise argparse.ArgumentTypeError(f"{value!r} is no JSON list of origins, as '[\"https://mine.example\"]'")
+    return found
 
 
 def check_port(host: str, port: int) -> None:

@@ -93,7 +93,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self._check_host(headers.get("host", ""))
         origin = headers.get("origin")
-        if origin is not None and origin not in self.origins:
+        if origin is not None and not self.origins & {origin, "*"}:
             raise Refused(403, f"web pages of {origin!r} may not ask this server (--allowed-origins)")
         endpoint = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         preflight = origin is not None and endpoint[0] == "OPTIONS"  # a browser asks without the key first
