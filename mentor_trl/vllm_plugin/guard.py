@@ -72,7 +72,8 @@ class Guard:
             raise SetupError(f"The server has no key: set {KEY_FILE} to a file with one, or start it with mentor-trl.")
         self.app = app
         self.key = _hashed(read_key(os.environ[KEY_FILE]))
-        self.hosts = {"localhost", socket.gethostname().lower(), *json.loads(os.environ.get(HOSTS, "[]"))}
+        own = socket.gethostname().lower()
+        self.hosts = {"localhost", own, own.partition(".")[0], *json.loads(os.environ.get(HOSTS, "[]"))}
         self.origins = set(json.loads(os.environ.get(ORIGINS, "[]")))
         self.endpoints = {*ENDPOINTS, ("POST", self.weight_update)}
 
