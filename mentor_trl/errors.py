@@ -2,7 +2,7 @@
 
 
 class SetupError(ValueError):
-    """Models, data or options do not fit together; the message names what is wrong and the mend."""
+    """Models, data or options do not fit together; the message names what is wrong and the fix."""
 
 
 class EngineError(RuntimeError):

@@ -9,8 +9,6 @@ import stat
 import sys
 from pathlib import Path
 
-import torch
-
 from ..errors import EngineError, SetupError
 from ..vllm_plugin.guard import HOSTS, ORIGINS, MixedGuard, PolicyGuard
 from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, make_key, read_key, store_key
@@ -92,6 +90,8 @@ def serve(args: list[str]) -> int:
             )
         except (OSError, ValueError) as error:
             parser.error(str(error))
+    import torch
+
     command = vllm_arguments(options, num_tokens) + passed
     if torch.cuda.is_available() and "--weight-transfer-config" not in given:
         command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
@@ -217,7 +217,7 @@ def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False)
             Whether to run code that the repositories ship.
 
     Raises:
-        `ValueError`: if their tokenizers differ.
+        [`SetupError`]: if their tokenizers differ.
     """
     from transformers import AutoTokenizer
 
@@ -229,13 +229,14 @@ def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False)
 
 def health(args: list[str]) -> int:
     """Run `mentor-trl health URL`. Returns 0 if a MENTOR server answers there."""
-    from ..rollout.vllm.server import AnyServer, Patience
-
     parser = argparse.ArgumentParser(prog="mentor-trl health", description="Say what the server at a URL is.")
     parser.add_argument("url", help="address of the server, as http://127.0.0.1:8000")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for an answer (30)")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the server's key, where it is not found")
     options = parser.parse_args(args)
+
+    from ..rollout.vllm.server import AnyServer, Patience
+
     patience = Patience(connect=options.timeout, read=options.timeout, attempts=1, recovery=0.0)
     try:
         info = AnyServer(options.url, patience=patience, api_key_file=options.api_key_file).info
