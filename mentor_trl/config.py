@@ -141,6 +141,11 @@ class MentorGRPOConfig(GRPOConfig):
         "fails is tried again; a server may take `vllm_server_timeout` seconds to come back. Other processes wait "
         "for the main one meanwhile: keep `ddp_timeout` above the sum.",
     )
+    vllm_server_api_key_file: str | None = option(
+        None,
+        "File with the key of the servers (`mentor-trl serve` prints where it is). If not set, the key is in the "
+        "environment variable `MENTOR_TRL_API_KEY`, or found on the server's own machine.",
+    )
 
     # Parameters that control the objective
     alpha: float = option(1.0, "Initial weight of the mixed rollouts' advantages (alpha_0).")

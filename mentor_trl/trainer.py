@@ -18,12 +18,12 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .algorithms import Algorithm, Context, Rollouts, algorithm_of
 from .config import MentorGRPOConfig
+from .errors import EngineError
 from .publishing.card import complete_card
 from .publishing.hub import model_files_only
 from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
-from .rollout.types import EngineError
 from .training.batch import Credit, RolloutBatch, Scored
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
 from .training.forward import TokenPass, policy_entropies

@@ -20,8 +20,8 @@ class StandIn:
     fails_at: dict[int, type[ServerError]] = {}
     made: "list[StandIn]" = []
 
-    def __init__(self, url, num_tokens, patience: Patience):
-        self.url, self.num_tokens, self.patience = url, num_tokens, patience
+    def __init__(self, url, num_tokens, patience: Patience, api_key_file=None):
+        self.url, self.num_tokens, self.patience, self.api_key_file = url, num_tokens, patience, api_key_file
         self.policy, self.expert = make_tiny_model(seed=5), make_tiny_model(seed=1)
         self.local = LocalSampler(self.expert, num_tokens=num_tokens)
         self.info = {
@@ -60,8 +60,8 @@ class StandIn:
 class PolicyStandIn(StandIn):
     """A server of the policy alone, which returns no entropies."""
 
-    def __init__(self, url, patience: Patience):
-        super().__init__(url, None, patience)
+    def __init__(self, url, patience: Patience, api_key_file=None):
+        super().__init__(url, None, patience, api_key_file)
         del self.info["expert"], self.info["expert_stop_ids"]
 
     def sample(self, request):

@@ -5,12 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from mentor_trl.vllm_plugin.keys import key_of
 
 
 # Servers that run now: a failing test prints the ends of their logs
@@ -22,6 +25,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_TARGET_DEVICE": "cpu",
 }
+# Keys of the servers go here, for which clients look in the test's own environment
+STATE = tempfile.TemporaryDirectory()
+os.environ["XDG_STATE_HOME"] = STATE.name
 # For tiny models: a key-value cache of 64 MiB
 SERVER_OPTIONS = {
     "--dtype": "float32",
@@ -56,6 +62,11 @@ class Server:
                 start_new_session=True,
             )
         RUNNING.append(self)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request needs to be let through."""
+        return {"Authorization": f"Bearer {key_of(self.url)}"}
 
     def kill(self) -> None:
         """End the process and all that it started."""

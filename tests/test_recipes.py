@@ -398,7 +398,7 @@ STAND_INS = {
     "scontrol": 'printf "%s\\n" $SLURM_JOB_NODELIST',
     "srun": 'while [[ $1 == --* ]]; do echo "srun $1" >>"$LOG"; shift; done\nexport SLURM_PROCID=0\nexec "$@"',
     "ray": 'echo "ray $*" >>"$LOG"',
-    "mentor-trl": 'echo "mentor-trl $*" >>"$LOG"\ncase $1 in\n'
+    "mentor-trl": 'echo "mentor-trl $*" >>"$LOG"; echo "key $MENTOR_TRL_API_KEY" >>"$LOG"\ncase $1 in\n'
     'serve) [[ -n ${BROKEN:-} ]] && exit 3; touch "$LOG.up"; exec sleep 30;;\nhealth) [[ -e $LOG.up ]];;\nesac',
     "sleep": 'exec /bin/sleep "$([[ $1 == 30 ]] && echo 30 || echo 0.05)"',
 }
@@ -432,7 +432,8 @@ def test_slurm_script_serves_on_one_node_and_trains_on_the_others(tmp_path):
     (serve,) = [line for line in log if line.startswith("mentor-trl serve")]
     options, further = serving.make_parser().parse_known_args(shlex.split(serve)[2:])
     assert (options.tensor_parallel_size, options.host, options.port) == (8, "0.0.0.0", 8000)
-    assert "--distributed-executor-backend" not in further
+    assert options.allowed_host == ["a"] and "--distributed-executor-backend" not in further
+    assert len({line for line in log if line.startswith("key ") and len(line) == 4 + 64}) == 1
     (line,) = [line for line in log if line.startswith("mentor-trl train")]
     launch_args, script_args = make_parser().split_launch_args(shlex.split(line)[2:])
     given = dict(zip(launch_args[::2], launch_args[1::2]))

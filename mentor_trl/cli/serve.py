@@ -4,8 +4,14 @@ import argparse
 import json
 import os
 import shlex
+import socket
+import stat
 import sys
+from pathlib import Path
 
+from ..errors import EngineError, SetupError
+from ..vllm_plugin.guard import HOSTS, ORIGINS, MixedGuard, PolicyGuard
+from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, make_key, read_key, store_key
 from ..vllm_plugin.options import WORKER_EXTENSION, engine_environment, engine_options
 
 
@@ -19,6 +25,7 @@ OURS = (
     "--generation-config",
     "--async-scheduling",
     "--no-async-scheduling",
+    "--grpc",
 )
 
 
@@ -46,6 +53,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="devices that share each model (1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"key of the server (default: ${KEY}, or a new one)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with the key of the server")
+    parser.add_argument(
+        "--allowed-origins", type=origins, default=[], metavar="JSON", help="web origins that may ask, a list ([])"
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that requests may call this server, beside addresses, localhost, and this machine's name",
+    )
     parser.add_argument("--check", metavar="URL", help="say what the server at URL is, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print the equivalent `vllm serve` line, and exit")
     return parser
@@ -56,10 +75,10 @@ def serve(args: list[str]) -> int:
     parser = make_parser()
     options, passed = parser.parse_known_args(args)
     if options.check:
-        return health([options.check])
+        return health([options.check, *(["--api-key-file", options.api_key_file] if options.api_key_file else [])])
     if not options.policy:
         parser.error("--policy is required")
-    given = {option.split("=")[0] for option in passed}
+    given = {option.split("=")[0].replace("_", "-") for option in passed}
     taken = sorted(given & set(OURS))
     if taken:
         parser.error(f"{', '.join(taken)} is set by `mentor-trl serve` itself: leave it out")
@@ -76,22 +95,90 @@ def serve(args: list[str]) -> int:
     command = vllm_arguments(options, num_tokens) + passed
     if torch.cuda.is_available() and "--weight-transfer-config" not in given:
         command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
-    environment = {**engine_environment(cpu=not torch.cuda.is_available()), "VLLM_SERVER_DEV_MODE": "1"}
-    prefix = " ".join(f"{name}={value}" for name, value in environment.items())
+    # The outermost guard is the one that is named last
+    guard = MixedGuard if options.expert else PolicyGuard
+    command += ["--allowed-origins", json.dumps(options.allowed_origins)]
+    command += ["--middleware", f"{guard.__module__}.{guard.__name__}"]
+    try:
+        if not options.dry_run:
+            check_port(options.host, options.port)
+        key_file = place_key(options)
+    except SetupError as error:
+        parser.error(str(error))
+    environment = {
+        **engine_environment(cpu=not torch.cuda.is_available()),
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_USE_RUST_FRONTEND": "0",  # it knows no middleware
+        KEY_FILE: str(key_file),
+        HOSTS: json.dumps([name.lower() for name in (options.host, *options.allowed_host)]),
+        ORIGINS: json.dumps(options.allowed_origins),
+    }
+    prefix = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     print(f"{prefix} vllm serve {shlex.join(command)}", flush=True)
+    print(
+        f"The server's key is in {key_file}. Clients on this machine find it there, others take it from "
+        f"`vllm_server_api_key_file` or {KEY}.",
+        file=sys.stderr,
+    )
     if options.host not in LOOPBACK:
         print(
-            f"Warning: the server listens on {options.host} with vLLM's development endpoints, which let anybody who "
-            "reaches the port replace the weights. Keep it inside a network you trust.",
+            f"Warning: the server listens on {options.host}. Whoever reads its traffic has its key, and with it can "
+            "replace the weights. Keep it inside a network you trust, or pass --ssl-keyfile and --ssl-certfile.",
             file=sys.stderr,
         )
     if options.dry_run:
         return 0
+    os.umask(os.umask(0o022) | 0o022)  # nobody else may write to the sockets by which its processes talk
+    inherited = {name: value for name, value in os.environ.items() if name not in ("VLLM_API_KEY", KEY)}
     os.execve(
         sys.executable,
         [sys.executable, "-m", "mentor_trl.cli.vllm_command", *command],
-        {**os.environ, **environment},
+        {**inherited, **environment},
     )
+
+
+def origins(value: str) -> list[str]:
+    """The value of --allowed-origins, which is vLLM's."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
+        raise argparse.ArgumentTypeError(f"{value!r} is no JSON list of origins, as '[\"https://mine.example\"]'")
+    return found
+
+
+def check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        [`SetupError`]: if nobody can listen there. vLLM would find that out after the running server's key is gone.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise SetupError(
+            f"nothing can listen on {host}:{port} ({error}): stop what does, or choose another --port"
+        ) from error
+
+
+def place_key(options: argparse.Namespace) -> Path:
+    """
+    File with the key of a server that is about to start; a dry run writes none.
+
+    Raises:
+        [`SetupError`]: if there is no key in a file that is given, or if a key cannot be kept.
+    """
+    if options.api_key_file is not None:
+        if options.api_key is not None:
+            raise SetupError("give --api-key or --api-key-file, not both")
+        file = Path(options.api_key_file).expanduser().absolute()
+        read_key(file)
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            print(f"Warning: other users can open the key in {file}; `chmod 600` it.", file=sys.stderr)
+        return file
+    key = options.api_key or os.environ.get(KEY) or make_key()
+    checked_key(key, "--api-key" if options.api_key else KEY)
+    return default_key_file(options.port) if options.dry_run else store_key(key, options.port)
 
 
 def vllm_arguments(options: argparse.Namespace, num_tokens: int | None) -> list[str]:
@@ -145,16 +232,15 @@ def health(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mentor-trl health", description="Say what the server at a URL is.")
     parser.add_argument("url", help="address of the server, as http://127.0.0.1:8000")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for an answer (30)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with the server's key, where it is not found")
     options = parser.parse_args(args)
 
-    import httpx
-
-    from ..rollout.vllm.server import AnyServer, Patience, ServerError
+    from ..rollout.vllm.server import AnyServer, Patience
 
     patience = Patience(connect=options.timeout, read=options.timeout, attempts=1, recovery=0.0)
     try:
-        info = AnyServer(options.url, patience=patience).info
-    except (ServerError, httpx.HTTPError) as error:
+        info = AnyServer(options.url, patience=patience, api_key_file=options.api_key_file).info
+    except (EngineError, SetupError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(json.dumps(info, indent=2))

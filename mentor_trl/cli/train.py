@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.errors import SetupError
+from mentor_trl.errors import EngineError, SetupError
 
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ def run(args: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))
-    except SetupError as error:
+    except (SetupError, EngineError) as error:
         parser.error(str(error))
     return 0
 

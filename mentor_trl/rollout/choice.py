@@ -19,5 +19,5 @@ def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert:
             Whether the algorithm needs an expert.
     """
     if not needs_expert:
-        return PlainSetup()
+        return PlainSetup(args)
     return (VLLMSetup if args.use_vllm else LocalSetup)(args, expert, expert_tokenizer)

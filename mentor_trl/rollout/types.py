@@ -14,10 +14,6 @@ BOOL_RECORDS = ("branch", "replaced")
 RECORDS = FLOAT_RECORDS + BOOL_RECORDS
 
 
-class EngineError(RuntimeError):
-    """An engine failed for good, and not by what it was asked."""
-
-
 @dataclass(frozen=True)
 class MixedRequest:
     """

@@ -3,8 +3,9 @@ What the workers of a mixed-policy engine answer to `collective_rpc`. Importing 
 so that an engine which names the extension has the plugin wherever its workers run.
 """
 
-import hashlib
+import os
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from ..version import __version__
 from .hooks import asked_for, install_worker
+from .identity import distrust, files_digest, weights_digest
 from .options import INCOMPLETE, model_shape
 
 
@@ -33,6 +35,15 @@ class MentorWorkerExtension:
             return runner.get_model(), self.vllm_config.model_config
         return runner.get_draft_model(), runner.speculative_config.draft_model_config
 
+    @cached_property
+    def _loaded(self) -> dict:
+        """Digests of the models as they were loaded; taken before anything changes."""
+        digests = {"policy_digest": self.mentor_digest("policy")}
+        if getattr(self.model_runner, "mentor", None) is None:
+            return digests
+        expert = self.vllm_config.model_config.model
+        return digests | {"expert_digest": self.mentor_digest("expert"), "expert_files": files_digest(expert)}
+
     def mentor_info(self) -> dict | None:
         """What this engine is, from its first worker."""
         import vllm
@@ -53,6 +64,7 @@ class MentorWorkerExtension:
             "dtype": str(policy.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
             "weights_version": self._weights_version,
+            **self._loaded,
         }
         if mentor is None:
             return info
@@ -73,6 +85,7 @@ class MentorWorkerExtension:
 
     def mentor_name_weights(self, version: str) -> dict:
         """Set what `mentor_info` calls the policy's weights, around a transfer that vLLM itself makes."""
+        _ = self._loaded
         self._weights_version = version
         return {"weights_version": version}
 
@@ -88,18 +101,32 @@ class MentorWorkerExtension:
         """
         from safetensors import safe_open
 
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            # Told rather than raised, since an error that a worker raises loses its text on the way
-            return {"error": f"the server sees no *.safetensors in {folder!r}: both sides need one shared folder"}
+        # Told rather than raised, since an error that a worker raises loses its text on the way
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            return {
+                "error": f"the server cannot open {folder!r} ({error.strerror}): both sides need one shared folder"
+            }
+        try:
+            # Through the descriptor, so that what is checked is what is read
+            files = sorted(Path(f"/proc/self/fd/{descriptor}").glob("*.safetensors"))
+            if not files:
+                return {"error": f"the server sees no *.safetensors in {folder!r}: both sides need one shared folder"}
+            for name, status in [(folder, os.fstat(descriptor)), *((file.name, file.stat()) for file in files)]:
+                reason = distrust(status)
+                if reason is not None:
+                    return {"error": f"{name!r} in {folder!r} {reason}: the server loads only what its own user wrote"}
 
-        def tensors():
-            for file in files:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():
-                        yield name, opened.get_tensor(name)
+            def tensors():
+                for file in files:
+                    with safe_open(file, framework="pt") as opened:
+                        for name in opened.keys():
+                            yield name, opened.get_tensor(name)
 
-        return self.mentor_load_tensors(tensors(), version)
+            return self.mentor_load_tensors(tensors(), version)
+        finally:
+            os.close(descriptor)
 
     def mentor_load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], version: str) -> dict:
         """Load the policy's weights from the caller's memory; for an engine in the caller's process."""
@@ -110,6 +137,7 @@ class MentorWorkerExtension:
         )
 
         model, config = self._policy()
+        _ = self._loaded
         # Until all is loaded the policy is neither the old nor the new one, and says so
         self._weights_version = INCOMPLETE
         with set_current_vllm_config(self.vllm_config):
@@ -120,13 +148,8 @@ class MentorWorkerExtension:
         return {"weights_version": version}
 
     def mentor_digest(self, model: str) -> str:
-        """SHA-256 over all parameters of this worker's share of the `"policy"` or the `"expert"`."""
-        digest = hashlib.sha256()
-        module = self._policy()[0] if model == "policy" else self.model_runner.get_model()
-        for name, value in sorted(module.named_parameters(), key=lambda item: item[0]):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Digest of this worker's share of the `"policy"` or the `"expert"`."""
+        return weights_digest(self._policy()[0] if model == "policy" else self.model_runner.get_model())
 
 
 def _is_first() -> bool:

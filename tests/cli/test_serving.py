@@ -1,14 +1,19 @@
 """`mentor-trl serve` and `mentor-trl health` without a server."""
 
 import json
+import os
+import re
 import shlex
+import socket
 
 import pytest
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.cli.main import main
 from mentor_trl.cli.serve import OURS
+from mentor_trl.vllm_plugin.keys import default_key_file, read_key, store_key
 from mentor_trl.vllm_plugin.options import WORKER_EXTENSION
+from server_process import free_port
 
 
 def printed_command(capsys) -> list[str]:
@@ -36,6 +41,8 @@ def test_the_equivalent_line(tiny_model_dir, tiny_expert_dir, capsys):
     assert value("--host") == "127.0.0.1" and value("--generation-config") == "vllm"
     assert value("--tensor-parallel-size") == "2" and value("--max-model-len") == "512"
     assert value("--distributed-executor-backend") == "ray" and "--no-async-scheduling" in words
+    assert value("--middleware") == "mentor_trl.vllm_plugin.guard.MixedGuard"
+    assert {'MENTOR_TRL_ALLOWED_HOSTS=["127.0.0.1"]', "MENTOR_TRL_ALLOWED_ORIGINS=[]"} <= set(words)
 
 
 def test_other_hosts_are_warned_of(tiny_model_dir, capsys):
@@ -49,6 +56,9 @@ def test_options_of_ours_are_refused(option, tiny_model_dir, capsys):
     model = str(tiny_model_dir)
     with pytest.raises(SystemExit):
         main(["serve", "--policy", model, "--expert", model, f"{option}=x"])
+    assert f"{option} is set by `mentor-trl serve` itself" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", "--policy", model, "--expert", model, f"--{option[2:].replace('-', '_')}", "x"])
     assert f"{option} is set by `mentor-trl serve` itself" in capsys.readouterr().err
 
 
@@ -66,6 +76,7 @@ def test_a_policy_alone(tiny_model_dir, capsys):
     assert value("--logprobs-mode") == "processed_logprobs" and value("--port") == "8001"
     assert value("--worker-extension-cls") == WORKER_EXTENSION and value("--generation-config") == "vllm"
     assert "--speculative-config" not in words and "--additional-config" not in words
+    assert value("--middleware") == "mentor_trl.vllm_plugin.guard.PolicyGuard"
 
 
 @pytest.mark.parametrize("expert", [True, False])
@@ -94,3 +105,84 @@ def test_different_tokens_are_refused(tiny_model_dir, tmp_path, capsys):
 def test_nothing_answers(command, capsys):
     assert main([*command, "http://127.0.0.1:9"]) == 1
     assert "No server answers" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path) -> list:
+    """Command and environment of servers that would have been started."""
+    commands, mask = [], os.umask(0o022)
+    os.umask(mask)
+    monkeypatch.setattr(os, "execve", lambda path, words, environment: commands.append((words, environment)))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("VLLM_API_KEY", "of another program")
+    monkeypatch.delenv("MENTOR_TRL_API_KEY", raising=False)
+    yield commands
+    os.umask(mask)
+
+
+def test_a_server_has_a_key_of_its_own(started, tiny_model_dir, tmp_path, monkeypatch, capsys):
+    command = ["serve", "--policy", str(tiny_model_dir), "--port", str(free_port())]
+    (tmp_path / "mine").write_text("key-in-file")
+    (tmp_path / "mine").chmod(0o644)
+    main(command)
+    main([*command, "--api-key", "key-given"])
+    main([*command, "--api-key-file", str(tmp_path / "mine")])
+    assert "other users can open the key" in capsys.readouterr().err
+    monkeypatch.setenv("MENTOR_TRL_API_KEY", "key-in-environment")
+    main(command)
+    files = [environment["MENTOR_TRL_API_KEY_FILE"] for _, environment in started]
+    assert files[0] == files[1] == files[3] == str(default_key_file(int(command[-1])))
+    assert files[2] == str(tmp_path / "mine")
+    assert read_key(files[0]) == "key-in-environment"
+    for words, environment in started:
+        secrets = ("key-given", "key-in-environment", "of another program")
+        assert not any(secret in word for secret in secrets for word in [*words, *environment.values()])
+
+
+def test_a_dry_run_makes_no_key(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert main(["serve", "--dry-run", "--policy", str(tiny_model_dir), "--api-key", "secret"]) == 0
+    printed = capsys.readouterr()
+    assert str(default_key_file(8000)) in printed.out and "secret" not in printed.out + printed.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--api-key", "two words"], "--api-key holds no key"),
+        (["--api-key-file", "nowhere"], "cannot be read from .*nowhere"),
+        (["--api-key", "a", "--api-key-file", "b"], "not both"),
+        (["--allowed-origins", "http://x"], "'http://x' is no JSON list of origins"),
+        (["--allowed-origins", '"http://x"'], "is no JSON list of origins"),
+    ],
+)
+def test_keys_that_are_none(options, message, started, tiny_model_dir, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", "--policy", str(tiny_model_dir), "--port", str(free_port()), *options])
+    assert exit.value.code == 2 and re.search(message, capsys.readouterr().err) and not started
+
+
+def test_a_port_that_is_taken_keeps_its_key(started, tiny_model_dir, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        store_key("first-key", port)
+        with pytest.raises(SystemExit):
+            main(["serve", "--policy", str(tiny_model_dir), "--port", str(port)])
+        assert read_key(default_key_file(port)) == "first-key"
+    assert f"nothing can listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_training_with_a_server_that_is_none_ends_in_one_line(tmp_path, tiny_model_dir, capsys):
+    from mentor_trl.cli.train import run
+
+    with open(tmp_path / "data.jsonl", "w") as file:
+        file.write(json.dumps({"prompt": "1 + 1", "solution": "2"}) + "\n")
+    command = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(tmp_path / "data.jsonl")]
+    command += ["--output_dir", str(tmp_path / "run"), "--use_vllm", "true", "--vllm_mode", "server"]
+    command += ["--vllm_server_base_url", "http://127.0.0.1:9", "--vllm_server_timeout", "0", "--report_to", "none"]
+    command += ["--reward_funcs", "accuracy_reward", "--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(SystemExit) as exit:
+        run(command)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and "No server answers at http://127.0.0.1:9" in last

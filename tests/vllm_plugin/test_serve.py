@@ -11,8 +11,10 @@ import pytest
 
 from helpers import make_letter_tokenizer
 from mentor_trl.rollout import MixedRequest
+from mentor_trl.rollout.vllm.answers import KeyRefused
 from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
 from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.vllm_plugin.keys import default_key_file, read_key
 from server_process import SERVER_OPTIONS, free_port, serving, serving_models
 from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model
@@ -81,14 +83,46 @@ def test_64_rows_at_once(sampler, policy, expert):
 
 def test_requests_are_refused_with_the_reason(server, sampler):
     body = {"model": sampler.served_name, "prompt": PROMPT, "top_p": 0.9}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30.0)
+    answer = httpx.post(f"{server.url}/v1/completions", headers=server.headers, json=body, timeout=30.0)
     assert answer.status_code == 400 and "cannot honour top_p=0.9" in answer.text
 
 
+def test_strangers_are_refused(server, sampler, tmp_path):
+    """A page of another origin, a caller without the key, and another user, who has no key either."""
+    before = sampler.check()
+    calls = [
+        ("/collective_rpc", {"method": "save_sharded_state", "args": [str(tmp_path / "written")]}),
+        ("/collective_rpc", {"method": "mentor_load_policy", "args": [str(tmp_path), "theirs"]}),
+        ("/pause", {}),
+        ("/v1/completions", {"model": sampler.served_name, "prompt": PROMPT}),
+    ]
+    for path, body in calls:
+        for headers, status in (
+            ({}, 401),
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "http://evil.example", **server.headers}, 403),
+            ({"Host": "evil.example", **server.headers}, 403),
+        ):
+            headers = {"Content-Type": "text/plain", **headers}
+            answer = httpx.post(f"{server.url}{path}", headers=headers, content=json.dumps(body), timeout=30.0)
+            assert answer.status_code == status, (path, headers)
+            assert "access-control-allow-origin" not in answer.headers
+    path, body = calls[0]
+    answer = httpx.post(f"{server.url}{path}", headers=server.headers, json=body, timeout=30.0)
+    assert answer.status_code == 403 and "save_sharded_state" in answer.text
+    assert sampler.check() == before and not list(tmp_path.iterdir())
+    key_file = default_key_file(int(server.url.rsplit(":", 1)[1]))
+    assert key_file.stat().st_mode & 0o077 == 0 and read_key(key_file) not in server.log.read_text()
+    assert str(key_file) in server.log.read_text()
+    with pytest.raises(KeyRefused, match="vllm_server_api_key_file"):
+        (tmp_path / "wrong").write_text("wrong")
+        ServerSampler(server.url, patience=PATIENCE, api_key_file=str(tmp_path / "wrong"))
+
+
 def test_new_weights(server, sampler, policy, expert, tmp_path):
-    digest = lambda: httpx.post(
-        f"{server.url}/collective_rpc", json={"method": "mentor_digest", "args": ["expert"]}, timeout=30.0
-    ).json()
+    body = {"method": "mentor_digest", "args": ["expert"]}
+    call = lambda: httpx.post(f"{server.url}/collective_rpc", headers=server.headers, json=body, timeout=30.0)
+    digest = lambda: call().json()["results"]
     before, newer = digest(), make_model(seed=14)
     write_weights(newer.state_dict().items(), tmp_path / "v1")
     sampler.load_policy(str(tmp_path / "v1"), "v1")
@@ -100,6 +134,10 @@ def test_new_weights(server, sampler, policy, expert, tmp_path):
     assert digest() == before and sampler.check()["weights_version"] == "v1"
     with pytest.raises(ServerError, match="one shared folder"):
         sampler.load_policy(str(tmp_path / "nowhere"), "v2")
+    (tmp_path / "v1").chmod(0o777)
+    with pytest.raises(ServerError, match="can be written by other users"):
+        sampler.load_policy(str(tmp_path / "v1"), "v2")
+    (tmp_path / "v1").chmod(0o700)
     sampler.load_policy(str(tmp_path / "v1"), "v3")
 
 
@@ -137,3 +175,14 @@ def test_a_plain_server_is_named(expert, folders, tmp_path):
         server.wait_until_ready()
         with pytest.raises(WrongServer, match="not a MENTOR server"):
             ServerSampler(server.url, patience=PATIENCE)
+
+
+def test_a_server_that_comes_back_with_another_expert_is_refused(policy, folders, server, sampler):
+    """Under the name of the first, as when a folder is overwritten."""
+    server.kill()
+    other = make_model(seed=16)
+    other.save_pretrained(server.command[server.command.index("--expert") + 1])
+    server.start()
+    with pytest.raises(WrongServer, match=r"restarted as another server: its expert's weights \(digest\) was"):
+        with sampler.session():
+            pass

@@ -61,7 +61,8 @@ def trainer_of(folder, folders, server=None, **settings):
 
 def expert_digest(server) -> str:
     body = {"method": "mentor_digest", "args": ["expert"]}
-    return httpx.post(f"{server.url}/collective_rpc", json=body, timeout=30.0).json()["results"]
+    answer = httpx.post(f"{server.url}/collective_rpc", headers=server.headers, json=body, timeout=30.0)
+    return answer.json()["results"]
 
 
 def test_learns_like_the_engine_in_process(folders, server, tmp_path):

@@ -3,7 +3,6 @@
 import atexit
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ from ...config import MentorGRPOConfig
 from ...errors import SetupError
 from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
+from ...vllm_plugin.identity import files_digest
 from ...vllm_plugin.options import model_shape
 from ..types import MixedRequest, MixedRollout
 from .collective import on_main
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient
 from .server import Patience, PolicyServerSampler, ServerSampler, WeightsLost
-from .weights import remove_weights, write_weights
+from .weights import new_run_id, remove_dead_weights, remove_weights, write_weights
 
 
 # The Trainer leaves names with an underscore out of what it pushes to the Hub
@@ -53,6 +53,8 @@ class EngineSettings:
             Seconds to wait for the server's answer to one request.
         policy_server_base_url (`str`, *optional*):
             Address of a server of the policy alone, for the rows that the expert has no part in.
+        api_key_file (`str`, *optional*):
+            File with the key of the servers.
     """
 
     expert: str | None = None
@@ -61,6 +63,7 @@ class EngineSettings:
     weight_sync_dir: str | None = None
     read_timeout: float = 1200.0
     policy_server_base_url: str | None = None
+    api_key_file: str | None = None
 
     @classmethod
     def of(cls, args: MentorGRPOConfig, expert: str | None) -> "EngineSettings":
@@ -72,6 +75,7 @@ class EngineSettings:
             weight_sync_dir=args.vllm_weight_sync_dir or os.path.join(args.output_dir, WEIGHTS_FOLDER),
             read_timeout=args.vllm_read_timeout,
             policy_server_base_url=args.vllm_policy_server_base_url,
+            api_key_file=args.vllm_server_api_key_file,
         )
 
 
@@ -113,7 +117,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
-        self._run_id = uuid.uuid4().hex[:8]
+        self._run_id = new_run_id()
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.mode == "server":
@@ -127,9 +131,10 @@ class MixedVLLMGeneration(VLLMGeneration):
     def _connect(self) -> dict[str, Any]:
         url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
         patience = Patience(read=self.settings.read_timeout, recovery=self.server_timeout)
-        self.sampler = ServerSampler(url, num_tokens=self.num_tokens, patience=patience)
+        access = {"patience": patience, "api_key_file": self.settings.api_key_file}
+        self.sampler = ServerSampler(url, num_tokens=self.num_tokens, **access)
         if self.settings.policy_server_base_url is not None:
-            self.policy_sampler = PolicyServerSampler(self.settings.policy_server_base_url, patience=patience)
+            self.policy_sampler = PolicyServerSampler(self.settings.policy_server_base_url, **access)
         if self.weight_sync == "nccl":
             if self.accelerator.device.type != "cuda":
                 raise SetupError(
@@ -142,7 +147,9 @@ class MixedVLLMGeneration(VLLMGeneration):
                 for port, (sampler, kind) in enumerate(zip(self._servers, kinds))
             }
         else:
-            atexit.register(remove_weights, Path(self.settings.weight_sync_dir).absolute(), self._run_id)
+            root = Path(self.settings.weight_sync_dir).absolute()
+            remove_dead_weights(root)
+            atexit.register(remove_weights, root, self._run_id)
         policy_info = self.policy_sampler.info if self.policy_sampler is not None else None
         return {**self.sampler.info, "policy_server": policy_info}
 
@@ -211,7 +218,7 @@ class MixedVLLMGeneration(VLLMGeneration):
                     f"{name} serves a policy ({served['policy']!r}) of another shape than the one that is trained: "
                     f"{served['policy_shape']}, and not {ours}. Start it with `--policy {policy.name_or_path}`."
                 )
-        if expert is not None and not same_model(expert, info["expert"]):
+        if expert is not None and not same_model(expert, info["expert"], info.get("expert_files")):
             raise SetupError(
                 f"{where} speaks for the expert {info['expert']!r}, and the configuration names {expert!r}. Serve "
                 "that expert, or leave `expert_model_name_or_path` unset to take the server's."
@@ -357,19 +364,35 @@ def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:
         pass
 
 
-def same_model(name: str, served: str) -> bool:
+# Last parts of paths that every run has
+COMMON_NAME = re.compile(
+    r"((global[-_]?)?step|checkpoint|epoch|iter)[-_]?\d+|best|final|hf|last|latest|merged|model|output"
+)
+
+
+def same_model(name: str, served: str, served_files: str | None = None) -> bool:
     """
-    Whether two names may mean one model: two ids of the Hub only if they are equal, and otherwise, as a folder may lie
-    elsewhere on a server, by their last part. A snapshot in the Hub's cache counts as its id.
+    Whether two names may mean one model. A folder that is here is compared by its weights, as `files_digest` of the
+    server's, where the server has told that. Else two ids of the Hub are one model only if they are equal, and paths,
+    as a folder may lie elsewhere on a server, if their last parts are: with the parts before where the last says
+    nothing. A snapshot in the Hub's cache counts as its id.
 
     >>> same_model("org/expert", "org/expert"), same_model("org/expert", "other/expert")
     (True, False)
     >>> same_model("experts/mine", "/data/experts/mine"), same_model("experts/mine", "/data/experts/yours")
     (True, False)
+    >>> same_model("mine/checkpoint-100", "/data/mine/checkpoint-100"), same_model("mine/final", "/data/yours/final")
+    (True, False)
     >>> same_model("org/expert", "/cache/models--org--expert/snapshots/0a1b")
     True
     """
+    files = files_digest(name) if served_files is not None else None
+    if files is not None:
+        return files == served_files
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$", served)
     served = "/".join(cached.groups()) if cached else served
-    ids = all(value.count("/") == 1 and not value.startswith((".", "~", "/")) for value in (name, served))
-    return name == served if ids else Path(name).name == Path(served).name
+    if all(value.count("/") == 1 and not value.startswith((".", "~", "/")) for value in (name, served)):
+        return name == served
+    mine, theirs = (Path(os.path.abspath(value)).parts for value in (name, served))
+    parts = 2 if COMMON_NAME.fullmatch(mine[-1]) else 1
+    return mine[-parts:] == theirs[-parts:]

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..types import EngineError
+from ...errors import EngineError
 
 
 T = TypeVar("T")

@@ -24,13 +24,16 @@ class PolicyWeightClient(VLLMClient):
     """
 
     def __init__(self, sampler: ServerSampler, group_port: int, device: torch.device):
-        super().__init__(base_url=sampler.url, group_port=group_port, connection_timeout=sampler.patience.connect)
         self.sampler = sampler
+        super().__init__(base_url=sampler.url, group_port=group_port, connection_timeout=sampler.patience.connect)
         self.device = device
         self._sent: str | None = None
 
+    def _get(self, url: str, **kwargs: Any) -> dict:
+        return super()._get(url, headers=self.sampler.auth.headers(), timeout=self.sampler.patience.read, **kwargs)
+
     def _post(self, url: str, **kwargs: Any) -> dict:
-        return super()._post(url, timeout=self.sampler.patience.read, **kwargs)
+        return super()._post(url, headers=self.sampler.auth.headers(), timeout=self.sampler.patience.read, **kwargs)
 
     def push(
         self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str

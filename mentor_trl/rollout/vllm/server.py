@@ -11,33 +11,29 @@ from typing import Any, TypeVar
 import httpx
 import torch
 
-from ...version import __version__
+from ...errors import SetupError
+from ...vllm_plugin.keys import key_of
 from ...vllm_plugin.options import INCOMPLETE
-from ..types import EngineError, MixedRequest, MixedRollout
-from .wire import (
-    assemble,
-    check_engine_context,
-    extra_args,
-    match_record,
-    policy_values,
-    record_keys,
-    sampling_params,
+from ..types import MixedRequest, MixedRollout
+from .answers import (
+    ADVICE,
+    Failed,
+    KeyRefused,
+    ServerError,
+    WeightsLost,
+    WrongServer,
+    check_fields,
+    check_info,
+    check_same,
+    completion,
+    completion_values,
+    content,
+    reading,
 )
+from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
 T = TypeVar("T")
-
-
-class ServerError(EngineError):
-    """The server failed in spite of all attempts, or refused a request."""
-
-
-class WrongServer(ServerError):
-    """Something answers, but it is not the server that the rollouts need."""
-
-
-class WeightsLost(ServerError):
-    """The server does not have the policy's current weights, and only the trainer can send them again."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,14 @@ class ServerSampler:
             Time-outs and retries.
         concurrency (`int`, *optional*, defaults to `1024`):
             Rows that are sent at once.
+        api_key_file (`str`, *optional*):
+            File with the server's key. If not given, the key is in `MENTOR_TRL_API_KEY`, or, for a server on this
+            machine, where `mentor-trl serve` has put it.
 
     Raises:
         [`ServerError`]: if no server answers in time, or [`WrongServer`], if it is not a MENTOR server, speaks for
             another vocabulary, or runs another version of this package.
+        [`SetupError`]: if the address is none, or the file holds no key.
 
     Example:
     ```python
@@ -98,15 +98,24 @@ class ServerSampler:
     kind: str | None = "mixed"
 
     def __init__(
-        self, url: str, num_tokens: int | None = None, patience: Patience | None = None, concurrency: int = 1024
+        self,
+        url: str,
+        num_tokens: int | None = None,
+        patience: Patience | None = None,
+        concurrency: int = 1024,
+        api_key_file: str | None = None,
     ):
-        self.url = url.rstrip("/")
+        self.url = checked_address(url)
+        self.auth = KeyOf(self.url, api_key_file)
         self.num_tokens = num_tokens
         self.patience = patience or Patience()
         self.concurrency = concurrency
         self._pushed: tuple[str | None, str] | None = None
-        self.info = self.wait()
-        self.served_name = self._run(lambda client: _get(client, "/v1/models"))["data"][0]["id"]
+        self._first: dict[str, Any] | None = None
+        self.info = self._first = self.wait()
+        with reading(self.url, "/v1/models", WrongServer):
+            models = self._run(lambda client: self._retried(lambda: _get(client, "/v1/models")))
+            self.served_name = models["data"][0]["id"]
 
     @contextmanager
     def session(self) -> Iterator["ServerSampler"]:
@@ -125,7 +134,9 @@ class ServerSampler:
             `dict[str, Any]`: models, versions, vocabulary, draft length, context and weights of the server.
         """
         info = self._run(_server_info)
-        _check_info(info, self.url, self.kind, self.num_tokens)
+        check_info(info, self.url, self.kind, self.num_tokens)
+        if self._first is not None:
+            check_same(self._first, info, self.url)
         return info
 
     def wait(self) -> dict[str, Any]:
@@ -136,14 +147,13 @@ class ServerSampler:
                 return self.check()
             except (ServerError, httpx.TransportError) as error:
                 # A 5xx speaks of a stock server only where none has answered before
-                failing = hasattr(self, "info") and isinstance(error.__cause__, _Failed)
+                failing = self._first is not None and isinstance(error.__cause__, Failed)
                 if isinstance(error, WrongServer) and not failing:
                     raise
                 if time.monotonic() + pause > deadline:
                     raise ServerError(
                         f"No server answers at {self.url} ({type(error).__name__}: {error}), after "
-                        f"{self.patience.recovery:.0f} s of trying. Start one with `mentor-trl serve --policy ... "
-                        "--expert ...`, and look at its log if it was running."
+                        f"{self.patience.recovery:.0f} s of trying. {ADVICE}, and look at its log if it was running."
                     ) from error
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
@@ -166,7 +176,7 @@ class ServerSampler:
                 return self._push()
             except ServerError as error:
                 if attempt == self.patience.attempts or not isinstance(
-                    error.__cause__, (httpx.TransportError, _Failed)
+                    error.__cause__, (httpx.TransportError, Failed)
                 ):
                     raise
             self.info = self.wait()
@@ -222,9 +232,9 @@ class ServerSampler:
             [`MixedRollout`], in the order of the request.
 
         Raises:
-            [`ServerError`]: if the server refuses a row, or fails longer than [`Patience`] allows.
+            [`ServerError`]: if the server refuses a row, answers something else than a row, as where a model's logits
+                are NaN, or fails longer than [`Patience`] allows.
             [`SetupError`]: if a row does not fit the server's context.
-            `ValueError`: if a model's logits are NaN.
         """
         check_engine_context(request, self.info["max_model_len"])
         started = time.perf_counter()
@@ -243,7 +253,8 @@ class ServerSampler:
                     f"{self.patience.attempts} attempts at {self.url}. Look at the server's log."
                 )
         completions, values = zip(*(done[row] for row in sorted(done))) if done else ((), ())
-        return assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
+        with reading(self.url, "/v1/completions"):
+            return assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
 
     def _recover(self) -> None:
         """Wait until the server answers, and give it the current weights if it does not have them."""
@@ -267,28 +278,32 @@ class ServerSampler:
             async with slots:
                 try:
                     answer = await _post(client, "/v1/completions", json=self._body(request, row, keys[row]))
-                except (httpx.TransportError, _Failed):
+                except (httpx.TransportError, Failed):
                     return None
-            return answer["choices"][0]["token_ids"]
+            with reading(self.url, "/v1/completions"):
+                return completion(answer, self.info, request, row)
 
         completions = dict(zip(rows, await asyncio.gather(*(complete(row) for row in rows))))
         try:
             found = await self._retried(lambda: _rpc(client, "mentor_take_records", list(keys.values())))
         except ServerError as error:
-            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, _Failed)):
+            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, Failed)):
                 raise
             return {}
-        if self._pushed is not None and found["weights_version"] != self._pushed[1]:
-            return {}
-        records = dict(zip(rows, found["rows"]))
-        whole = [row for row in rows if completions[row] is not None and records[row] is not None]
-        return {
-            row: (
-                completions[row],
-                match_record(records[row], completions[row], len(request.prompt_ids[row]), row),
-            )
-            for row in whole
-        }
+        with reading(self.url, "mentor_take_records"):
+            if self._pushed is not None and found["weights_version"] != self._pushed[1]:
+                return {}
+            if len(found["rows"]) != len(rows):
+                raise ValueError(f"{len(found['rows'])} records of {len(rows)} rows")
+            records = dict(zip(rows, found["rows"]))
+            whole = [row for row in rows if completions[row] is not None and records[row] is not None]
+            return {
+                row: (
+                    completions[row],
+                    match_record(records[row], completions[row], len(request.prompt_ids[row]), row),
+                )
+                for row in whole
+            }
 
     def _body(self, request: MixedRequest, row: int, key: str) -> dict[str, Any]:
         params = sampling_params(request, row, key)
@@ -307,7 +322,7 @@ class ServerSampler:
         for attempt in range(1, self.patience.attempts + 1):
             try:
                 return await call()
-            except (httpx.TransportError, _Failed) as error:
+            except (httpx.TransportError, Failed) as error:
                 if attempt == self.patience.attempts:
                     raise ServerError(
                         f"{self.url} failed {attempt} times in a row, last with {type(error).__name__}: {error}"
@@ -319,7 +334,9 @@ class ServerSampler:
     def _run(self, call: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
         async def run() -> T:
             limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=self.url, timeout=self.patience.timeout, limits=limits) as client:
+            async with httpx.AsyncClient(
+                base_url=self.url, timeout=self.patience.timeout, limits=limits, auth=self.auth
+            ) as client:
                 return await call(client)
 
         # A thread of its own, since the caller may have an event loop
@@ -346,20 +363,21 @@ class PolicyServerSampler(ServerSampler):
             async with slots:
                 try:
                     answer = await _post(client, "/v1/completions", json=self._body(request, row, ""))
-                except (httpx.TransportError, _Failed):
+                except (httpx.TransportError, Failed):
                     return None
-            choice = answer["choices"][0]
-            return choice["token_ids"], policy_values(choice["logprobs"]["token_logprobs"])
+            with reading(self.url, "/v1/completions"):
+                ids = completion(answer, self.info, request, row)
+                return None if ids is None else (ids, completion_values(answer, ids, row))
 
         found = dict(zip(rows, await asyncio.gather(*(complete(row) for row in rows))))
         try:
             info = await self._retried(lambda: _rpc(client, "mentor_info"))
         except ServerError as error:
-            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, _Failed)):
+            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, Failed)):
                 raise
             return {}
         # A server that was restarted in the middle has lost the name of the weights with the weights
-        if self._pushed is not None and info["weights_version"] != self._pushed[1]:
+        if self._pushed is not None and check_fields(info, self.url)["weights_version"] != self._pushed[1]:
             return {}
         return {row: values for row, values in found.items() if values is not None}
 
@@ -375,77 +393,86 @@ class AnyServer(ServerSampler):
     kind = None
 
 
-class _Failed(Exception):
-    """The server answered 5xx."""
+class KeyOf(httpx.Auth):
+    """
+    The key of a server, looked up for each request: one that was restarted has a new one.
+
+    Args:
+        url (`str`):
+            Address of the server.
+        file (`str`, *optional*):
+            File with the key.
+    """
+
+    def __init__(self, url: str, file: str | None = None):
+        self.url, self.file = url, file
+        self.headers()  # a file that cannot be read is an error at once
+
+    def headers(self) -> dict[str, str]:
+        key = key_of(self.url, self.file)
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def auth_flow(self, request: httpx.Request):
+        request.headers.update(self.headers())
+        yield request
+
+
+def checked_address(url: str) -> str:
+    """
+    Raises:
+        [`SetupError`]: if it is no address of a server.
+    """
+    try:
+        address = httpx.URL(url)
+        if address.scheme in ("http", "https") and address.host:
+            return url.rstrip("/")
+    except (httpx.InvalidURL, TypeError):
+        pass
+    raise SetupError(f"{url!r} is not the address of a server: give one as http://127.0.0.1:8000.")
 
 
 async def _post(client: httpx.AsyncClient, path: str, **kwargs: Any) -> Any:
-    return _content(await client.post(path, **kwargs))
+    return await _answer(client, "POST", path, **kwargs)
 
 
 async def _get(client: httpx.AsyncClient, path: str) -> Any:
-    return _content(await client.get(path))
+    return await _answer(client, "GET", path)
 
 
-def _content(response: httpx.Response) -> Any:
-    if response.status_code >= 500:
-        raise _Failed(f"{response.request.url} answered {response.status_code}: {response.text[:500]}")
-    if response.status_code >= 400:
-        error = WrongServer if response.status_code == 404 else ServerError
-        raise error(f"{response.request.url} refused with {response.status_code}: {response.text[:2000]}")
-    return response.json() if response.content else None
+async def _answer(client: httpx.AsyncClient, method: str, path: str, **kwargs: Any) -> Any:
+    try:
+        return content(await client.request(method, path, **kwargs))
+    except httpx.DecodingError as error:
+        raise WrongServer(f"{client.base_url} answered {path} in an encoding that it is not: {error}.") from error
 
 
 async def _rpc(client: httpx.AsyncClient, method: str, *args: Any) -> Any:
     """What the first worker answers to a method of the worker extension."""
     answer = await _post(client, "/collective_rpc", json={"method": method, "args": list(args)})
-    for result in answer["results"]:
-        if isinstance(result, dict) and "error" in result:
-            raise ServerError(f"{client.base_url} could not run {method}: {result['error']}.")
-    return answer["results"][0]
+    with reading(str(client.base_url), method):
+        for result in answer["results"]:
+            if isinstance(result, dict) and "error" in result:
+                raise ServerError(f"{client.base_url} could not run {method}: {result['error']}.")
+        return answer["results"][0]
 
 
 async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
+    url = str(client.base_url)
+    health = await client.get("/health")
+    if health.status_code >= 500:
+        raise ServerError(f"{url} is not healthy: {health.status_code} {health.text[:300]}")
     try:
-        await _get_health(client)
-        info = await _rpc(client, "mentor_info")
-    except WrongServer as error:
+        info = check_fields(await _rpc(client, "mentor_info"), url)
+        paused = await _get(client, "/is_paused")
+        with reading(url, "/is_paused"):
+            return {**info, "paused": bool(paused["is_paused"])}
+    except KeyRefused:
+        raise
+    except ServerError as error:
         raise WrongServer(
-            f"{client.base_url} is not a MENTOR server, or its dev endpoints are off ({error}). Start it with "
-            "`mentor-trl serve --policy ... --expert ...`."
+            f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {ADVICE}."
         ) from error
-    except _Failed as error:
+    except Failed as error:
         raise WrongServer(
-            f"{client.base_url} is a vLLM server that does not sample mixed rollouts ({error}). Start it with "
-            "`mentor-trl serve --policy ... --expert ...`."
+            f"{url} is a vLLM server that does not sample mixed rollouts ({error}). {ADVICE}."
         ) from error
-    paused = await _get(client, "/is_paused")
-    return {**info, "paused": paused["is_paused"]}
-
-
-async def _get_health(client: httpx.AsyncClient) -> None:
-    response = await client.get("/health")
-    if response.status_code >= 500:
-        raise ServerError(f"{client.base_url} is not healthy: {response.status_code} {response.text[:500]}")
-    if response.status_code >= 400:
-        raise WrongServer(f"/health answered {response.status_code}")
-
-
-def _check_info(info: dict[str, Any], url: str, kind: str | None, num_tokens: int | None) -> None:
-    if kind is not None and info["kind"] != kind:
-        serves = {"mixed": "a policy and its expert", "policy": "a policy alone"}
-        option = {"mixed": "with", "policy": "without"}[kind]
-        raise WrongServer(
-            f"{url} serves {serves[info['kind']]}, and what is needed is {serves[kind]}. Start it with `mentor-trl "
-            f"serve --policy ...` {option} --expert."
-        )
-
-    if info["mentor_trl"] != __version__:
-        raise WrongServer(
-            f"{url} runs mentor-trl {info['mentor_trl']} and this is {__version__}. Install the same version on both."
-        )
-    if kind == "mixed" and num_tokens is not None and info["num_tokens"] != num_tokens:
-        raise WrongServer(
-            f"{url} samples {info['num_tokens']} token ids, and the policy's tokenizer defines {num_tokens}. Serve "
-            f"that policy ({info['policy']!r} is served), or pass `--num-tokens {num_tokens}` to `mentor-trl serve`."
-        )

@@ -8,7 +8,7 @@ from ...config import MentorGRPOConfig
 from ...errors import SetupError
 from ...experts.compatibility import check_stop_ids
 from ...experts.load import check_expert_given, check_expert_source, is_adapter
-from ..host import Host
+from ..host import Host, check_vllm
 from ..types import MixedSampler
 from .backend import EngineSettings, MixedVLLMGeneration, mixed_generation
 
@@ -84,6 +84,8 @@ class VLLMSetup:
             )
         if args.vllm_mode == "server":
             self._warn_of_timeouts()
+            if args.vllm_weight_sync != "folder" and args.device.type == "cuda":
+                check_vllm()  # TRL's client of NCCL
         else:
             self._check_colocate()
 
@@ -124,6 +126,7 @@ class VLLMSetup:
                 "in colocate mode. Set it to 1, or start `mentor-trl serve --tensor-parallel-size` and set "
                 "`vllm_mode='server'`."
             )
+        check_vllm()
         if is_adapter(self.source, None):
             raise SetupError(
                 f"The expert {self.source!r} is a PEFT adapter, which vLLM cannot load as a model of its own. Merge "

@@ -102,6 +102,8 @@ def match_record(record: dict | None, ids: list[int], start: int, row: int) -> t
     if record is None:
         raise RuntimeError(f"The engine has no records of row {row}. Was it restarted while the row was sampled?")
     first, tokens, values = unpack(record)
+    if values.size(0) != len(tokens) or (values == torch.inf).any():
+        raise RuntimeError(f"The engine's records of row {row} are broken: {values.size(0)} of {len(tokens)} tokens.")
     if first != start or tokens[: len(ids)] != ids:
         raise RuntimeError(
             f"The engine's records of row {row} begin at token {first} with {tokens[:8]}, and the completion at "

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 import mentor_trl
+from mentor_trl.cli.main import main
+from mentor_trl.errors import SetupError
 from mentor_trl.rollout import MixedRequest
+from mentor_trl.rollout.vllm.answers import KeyRefused
 from mentor_trl.rollout.vllm.server import (
     AnyServer,
     Patience,
@@ -49,6 +53,7 @@ class Fake:
             "num_tokens": 9,
         }
         self.done = threading.Event()
+        self.key: str | None = None
 
     def answer(self, path: str, body: dict):
         if path == "/v1/models":
@@ -98,6 +103,8 @@ def serving(fake: Fake):
                 fake.calls.append((path, body))
                 steps = fake.script.get(path, [])
                 step = steps.pop(0) if steps else 200
+                if path != "/health" and fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
+                    step = 401
             if step == "drop":
                 return self.connection.close()
             if step == "hang":
@@ -106,7 +113,8 @@ def serving(fake: Fake):
             if step == "restart":
                 fake.restart()
                 return self.connection.close()
-            content = json.dumps(fake.answer(path, body) if step == 200 else {"error": f"scripted {step}"}).encode()
+            found = fake.answer(path, body) if step == 200 else {"error": f"scripted {step}"}
+            content = found if isinstance(found, bytes) else json.dumps(found).encode()
             self.send_response(step)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -339,3 +347,54 @@ def test_weights_that_did_not_go_through_a_folder(fake, url):
     with pytest.raises(WeightsLost, match="'incomplete' and not 'v2'"):
         with sampler.session():
             pass
+
+
+@pytest.mark.parametrize("field", ["expert", "policy", "num_tokens", "policy_shape", "expert_digest", "policy_digest"])
+def test_a_server_that_comes_back_as_another_is_refused(field, fake, url):
+    fake.info |= {"policy_shape": {"vocab_size": 9}, "expert_digest": "a1", "policy_digest": "b1"}
+    sampler = ServerSampler(url, patience=PATIENCE)
+    sampler.load_policy("/shared/v1", "v1")
+    old = fake.info[field]
+    fake.info[field] = new = {"num_tokens": 8, "policy_shape": {"vocab_size": 8}}.get(field, f"{old}2")
+    fake.script["/v1/completions"] = [200, 200, "restart"]
+    with pytest.raises(WrongServer, match=f"restarted as another.* was {re.escape(repr(old))} and is now") as refused:
+        sampler.sample(REQUEST)
+    assert repr(new) in str(refused.value) and "the policy 'p' and expert 'e'" in str(refused.value)
+    assert fake.version == "initial"
+    with pytest.raises(WrongServer, match="restarted as another"), sampler.session():
+        pass
+
+
+def test_a_server_of_another_kind_that_comes_back_is_refused(fake, url):
+    sampler = AnyServer(url, patience=PATIENCE)
+    fake.info |= {"kind": "policy"}
+    with pytest.raises(WrongServer, match="its kind of server was 'mixed' and is now 'policy'"):
+        sampler.check()
+
+
+def test_rows_that_the_server_gave_up_are_sampled_again(fake, url):
+    """As where somebody else pauses it, or it shuts down in good order."""
+    whole, given_up = fake.answer, [{"choices": [{"token_ids": [1, 2], "finish_reason": "abort"}]}] * 3
+    fake.answer = lambda path, body: given_up.pop() if path == "/v1/completions" and given_up else whole(path, body)
+    assert_whole(ServerSampler(url, patience=PATIENCE).sample(REQUEST))
+    assert not given_up
+
+
+def test_the_key_goes_with_every_request_and_is_looked_up_anew(fake, url, tmp_path, monkeypatch):
+    for name in ("MENTOR_TRL_API_KEY", "MENTOR_TRL_API_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "key"
+    file.write_text("one")
+    fake.key = "one"
+    sampler = ServerSampler(url, patience=PATIENCE, api_key_file=str(file))
+    fake.key = "two"
+    with pytest.raises(KeyRefused, match="vllm_server_api_key_file"):
+        sampler.sample(REQUEST)
+    file.write_text("two")  # as a server does that starts again
+    assert_whole(sampler.sample(REQUEST))
+    assert main(["health", url]) == 1
+    assert main(["health", url, "--api-key-file", str(file)]) == 0
+    monkeypatch.setenv("MENTOR_TRL_API_KEY", "two")
+    assert_whole(ServerSampler(url, patience=PATIENCE).sample(REQUEST))
+    with pytest.raises(SetupError, match="nowhere"):
+        ServerSampler(url, patience=PATIENCE, api_key_file=str(tmp_path / "nowhere"))

@@ -1,6 +1,9 @@
 """The trainer with a server, whose place an in-process engine takes here. Real servers are in tests/vllm_trainer."""
 
+import importlib.util
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from mentor_trl.errors import SetupError
 from mentor_trl.rollout.vllm import backend as generation
 from mentor_trl.rollout.vllm.server import ServerError, WeightsLost, WrongServer
 from mentor_trl.rollout.vllm.vllm_engine import VLLMSetup
+from mentor_trl.rollout.vllm.weights import new_run_id
 from served_helpers import StandIn, make_served_trainer, stand_in
 from trainer_helpers import SETTINGS, RecordingTrainer, history, make_trainer, prompts, same_weights, weights
 
@@ -350,3 +354,54 @@ def test_time_outs_that_do_not_fit_each_other_are_warned_of(tmp_path, monkeypatc
     monkeypatch.setattr(MentorGRPOConfig, "world_size", 2)
     with pytest.warns(UserWarning, match=r"`ddp_timeout=1800` seconds .* \(1900\).*Raise `ddp_timeout`"):
         VLLMSetup(args, None, None).check(None, None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vllm_mode": "colocate", "expert_model_name_or_path": "no/expert"},
+        {"vllm_mode": "colocate", "num_mixed_generations": 0},
+        {"num_mixed_generations": 0},
+    ],
+)
+def test_vllm_that_is_missing_is_named_before_models_load(settings, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "vllm" else find(name, *args))
+    with pytest.raises(SetupError, match=r"pip install 'mentor-trl\[vllm\]'"):
+        make_served_trainer(tmp_path, model="no/model", **settings)
+
+
+def test_an_expert_of_the_same_name_that_is_another_is_refused(tmp_path):
+    """Folders that are here are compared by what is in them, and all others by more than `checkpoint-100`."""
+    for name, seed in (("a", 1), ("b", 2), ("copy", 1)):
+        make_tiny_model(seed=seed).save_pretrained(tmp_path / name / "checkpoint-100")
+    a, b, copy = (str(tmp_path / name / "checkpoint-100") for name in ("a", "b", "copy"))
+    served = generation.files_digest(a)
+    assert generation.same_model(a, a, served) and generation.same_model(copy, a, served)
+    assert not generation.same_model(b, a, served)
+    assert not generation.same_model(b, a) and not generation.same_model("x/checkpoint-100", "/srv/y/checkpoint-100")
+    assert generation.same_model("x/checkpoint-100", "/srv/x/checkpoint-100", served)
+    assert generation.same_model("org/model-7b", "/srv/model-7b") and not generation.same_model("org/a", "/srv/b")
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    left, ours = (tmp_path / "_vllm_weights" / f"{name}-1" for name in (dead_run_id(), new_run_id()))
+    for folder in (left, ours):
+        folder.mkdir(parents=True)
+    with stand_in():
+        make_served_trainer(tmp_path)
+    assert ours.exists() and not left.exists()
+
+
+def dead_run_id() -> str:
+    """Of a process that has ended."""
+    script = "from mentor_trl.rollout.vllm.weights import new_run_id; print(new_run_id())"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_key_reaches_both_servers(tmp_path):
+    with stand_in() as servers:
+        make_served_trainer(
+            tmp_path, vllm_server_api_key_file="key", vllm_policy_server_base_url="http://policy:8000", max_steps=1
+        )
+    assert [server.api_key_file for server in servers] == ["key", "key"]

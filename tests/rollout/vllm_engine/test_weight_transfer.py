@@ -40,8 +40,11 @@ def joined(monkeypatch) -> list:
     ("kind", "start"),
     [(DraftWeightClient, "/start_draft_weight_update"), (PolicyWeightClient, "/start_weight_update")],
 )
-def test_calls_of_a_transfer(kind, start, joined):
+def test_calls_of_a_transfer(kind, start, joined, monkeypatch):
+    """All of them bring the key, without which the server would answer 401."""
+    monkeypatch.setenv("MENTOR_TRL_API_KEY", "secret")
     fake = Fake()
+    fake.key = "secret"
     with serving(fake) as url:
         sampler = ServerSampler(url, patience=PATIENCE)
         client = kind(sampler, 51216, torch.device("cpu"))
