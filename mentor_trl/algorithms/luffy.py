@@ -147,10 +147,6 @@ class Trajectories:
         """
         Look at every trajectory of a dataset, before training.
 
-        Args:
-            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-                Training set. A stream is looked at batch by batch.
-
         Raises:
             [`SetupError`]: if there is no trajectory at all, or one that is not the text of a reply.
         """
@@ -191,14 +187,6 @@ def end_of_reply(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], **
     """
     The token that ends a reply: the one that the chat template writes there if completions may end with it, otherwise
     (or without a template) the tokenizer's end of sequence.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the policy.
-        stop_ids (`Sequence[int]`):
-            Ids that end a completion; the tokenizer's end of sequence is one of them.
-        template:
-            Keyword arguments of `apply_chat_template`.
     """
     if not (template.get("chat_template") or tokenizer.chat_template):
         return tokenizer.eos_token_id

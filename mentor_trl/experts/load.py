@@ -117,14 +117,6 @@ def check_expert_source(name: str, revision: str | None = None, trust_remote_cod
     """
     Check that there is an expert to load, before anything large is.
 
-    Args:
-        name (`str`):
-            Model id, folder or adapter.
-        revision (`str`, *optional*):
-            Revision.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that the repository ships.
-
     Raises:
         `SetupError`: if there is none.
     """
@@ -155,17 +147,7 @@ def _load_adapter(model: str, kwargs: dict[str, Any]) -> PreTrainedModel:
 def resolve_expert(
     source: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: MentorGRPOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    """
-    The expert, its tokenizer and its name, from what a trainer was given.
-
-    Args:
-        source (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Id, folder, adapter folder, or model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer; loaded from where the expert came from when not given.
-        args ([`MentorGRPOConfig`]):
-            Configuration, whose `expert_*` fields apply to an expert that is loaded.
-    """
+    """The expert, its tokenizer and its name, from what a trainer was given."""
     if isinstance(source, str):
         name, revision = source, args.expert_model_revision
         expert = load_expert(
@@ -208,14 +190,6 @@ def load_expert_tokenizer(
     """
     The expert's tokenizer, which proves that its tokens are the policy's.
 
-    Args:
-        name (`str`, *optional*):
-            Model id or folder of the expert.
-        revision (`str`, *optional*):
-            Revision.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that the repository ships.
-
     Raises:
         `SetupError`: if there is none to load.
     """
@@ -248,12 +222,6 @@ def _adapter_base(name: str, revision: str | None) -> str | None:
 def check_expert_given(args: MentorGRPOConfig, expert) -> None:
     """
     Check that there is exactly one expert. A vLLM server brings its own.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
-        expert:
-            Argument of the trainer.
 
     Raises:
         [`SetupError`]: if there is none, or two.

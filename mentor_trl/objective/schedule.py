@@ -6,11 +6,11 @@ import torch
 
 
 ALPHA_SCHEDULES = {
-    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
-    "linear": lambda progress: 1.0 - progress,
-    "constant": lambda progress: 1.0,
+    "cosine": lambda k, K: (1.0 + math.cos(math.pi * k / K)) / 2.0,
+    "linear": lambda k, K: 1.0 - k / K,
+    "constant": lambda k, K: 1.0,
 }
-"""alpha / alpha_0 at a share of the decay steps."""
+"""alpha / alpha_0 at rollout batch k of the decay's K."""
 
 
 def alpha_at(batch: int, schedule: str = "cosine", alpha: float = 1.0, decay_steps: int = 120) -> float:
@@ -44,9 +44,9 @@ def alpha_at(batch: int, schedule: str = "cosine", alpha: float = 1.0, decay_ste
         raise ValueError(
             f"Unknown alpha schedule {schedule!r}; choose one of {', '.join(map(repr, ALPHA_SCHEDULES))}."
         )
-    if schedule == "constant":
-        return alpha
-    return alpha * ALPHA_SCHEDULES[schedule](batch / decay_steps) if batch < decay_steps else 0.0
+    if schedule != "constant" and batch >= decay_steps:
+        return 0.0
+    return alpha * ALPHA_SCHEDULES[schedule](batch, decay_steps)
 
 
 def entropy_threshold(

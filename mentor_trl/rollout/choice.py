@@ -7,17 +7,7 @@ from .vllm.vllm_engine import VLLMSetup
 
 
 def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert: bool) -> EngineSetup:
-    """
-    Setup of the engine of a run.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
-        expert, expert_tokenizer:
-            Arguments of the trainer.
-        needs_expert (`bool`):
-            Whether the algorithm needs an expert.
-    """
+    """Setup of the engine of a run."""
     if not needs_expert:
         return PlainSetup(args)
     return (VLLMSetup if args.use_vllm else LocalSetup)(args, expert, expert_tokenizer)
