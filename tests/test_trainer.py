@@ -362,10 +362,11 @@ def test_each_evaluation_set_has_its_table(tmp_path):
         log_completions=True,
         eval_strategy="steps",
         eval_steps=2,
-        trainer_kwargs={"eval_dataset": {"sums": prompts(1), "more": prompts(2)}},
+        trainer_kwargs={"eval_dataset": {"sums": prompts(1), "more": prompts(2), "org/set": prompts(1)}},
     )
     trainer.train()
     assert len(table(tmp_path, "eval_sums_00002")) == 8
+    assert len(table(tmp_path, "eval_org-set_00002")) == 8
     assert len(table(tmp_path, "eval_more_00002")) == 16
     assert set(table(tmp_path, "00002")["source"]) == {"on_policy", "mixed"}
 

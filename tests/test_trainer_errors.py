@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from helpers import SPECIAL_TOKENS, make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
 from mentor_trl.algorithms import Mentor
+from mentor_trl.errors import SetupError
 from trainer_helpers import SETTINGS, letters_reward, make_trainer, prompts
 
 
@@ -102,6 +103,14 @@ def test_sharded_models_are_no_matter_where_vllm_samples(tmp_path):
     args = MentorGRPOConfig(str(tmp_path), use_vllm=True, ds3_gather_for_generation=False, **SETTINGS)
     args.fsdp, args.deepspeed_plugin = True, Zero3()
     Mentor(args).check(prompts(), None)
+
+
+@pytest.mark.parametrize("mixed", [0, 4])
+@pytest.mark.parametrize("column", ["prompts", "completions"])
+def test_columns_whose_names_are_taken(column, mixed, tmp_path):
+    dataset = prompts().add_column(column, ["1"] * 40)
+    with pytest.raises(SetupError, match=rf"`train_dataset` has the column `{column}`, a name under which.*Rename it"):
+        make_trainer(tmp_path, train_dataset=dataset, num_mixed_generations=mixed)
 
 
 @pytest.mark.parametrize("column", ["image", "images"])

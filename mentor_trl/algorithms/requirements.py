@@ -6,6 +6,8 @@ from ..errors import SetupError
 
 
 IMAGES = {"image", "images"}
+# What TRL passes to reward functions beside the columns
+REWARD_ARGUMENTS = {"prompts", "completions"}
 
 
 def check_dataset(dataset, name: str, text_only: str | None = None) -> None:
@@ -28,6 +30,12 @@ def check_dataset(dataset, name: str, text_only: str | None = None) -> None:
         raise SetupError(
             f"`{name}` has no column `prompt`; it has {', '.join(columns)}. Rename the column that holds the prompts: "
             "`dataset.rename_column(..., 'prompt')`."
+        )
+    taken = sorted(REWARD_ARGUMENTS & set(columns))
+    if taken:
+        raise SetupError(
+            f"`{name}` has the column `{taken[0]}`, a name under which reward functions are given something else. "
+            f"Rename it: `dataset.rename_column('{taken[0]}', ...)`."
         )
     images = sorted(IMAGES & set(columns))
     if text_only is not None and images:
