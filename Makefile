@@ -48,7 +48,7 @@ clean:  ## remove .venv and all caches
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,eval,plot]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,eval,plot,trackers]"
 	touch $(STAMP)
 
 # torchvision and its like come from PyPI built for CUDA and break imports beside the CPU build of torch

@@ -34,6 +34,7 @@ from .training.resume import check_expert_kept, check_one_batch, usable_checkpoi
 from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.rollout_log import collect_records, save_records
 from .training.tables import evaluation_table, new_logs
+from .training.trackers import fit_trackers
 
 
 class MentorGRPOTrainer(GRPOTrainer):
@@ -128,6 +129,7 @@ class MentorGRPOTrainer(GRPOTrainer):
                 peft_config=peft_config,
                 **components,
             )
+        fit_trackers(self.callback_handler, args)
         self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
@@ -196,7 +198,7 @@ class MentorGRPOTrainer(GRPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    # Rollouts
+    # Rollouts and their loss
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._logs = self.logs_by_mode[self._mode]
@@ -260,8 +262,6 @@ class MentorGRPOTrainer(GRPOTrainer):
             mask_B_T=mask,
             policy_logps_B_T=logps,
         )
-
-    # Loss
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
