@@ -204,14 +204,14 @@ def test_answers_of_every_type_of_column(type, value, expected):
     assert build_prompt_dataset(dataset)["solution"] == [expected]
 
 
-def test_numbers_beside_a_float_stay_whole_and_lost_digits_are_refused(write):
+def test_numbers_beside_a_float_are_whole_and_lost_digits_are_refused(write):
     path = write("rows.jsonl", '{"prompt": "a", "solution": 0.5}\n{"prompt": "b", "solution": 7}\n')
     assert load_prompt_datasets(MentorScriptArguments(dataset_name=path))[0]["solution"] == ["0.5", "7"]
-    path = write("big.jsonl", '{"prompt": "a", "solution": 7}\n{"prompt": "b", "solution": 12345678901234567890123}\n')
+    dataset = Dataset.from_dict({"prompt": ["a", "b"], "solution": [7.0, 12345678901234567890123.0]})
     with pytest.raises(
-        DataError, match=r"row 1 of .*big.jsonl.* is the float 1.2345678901234568e\+22, which may have lost"
+        DataError, match=r"row 1 of big is the float 1.2345678901234568e\+22, which may have lost digits"
     ):
-        load_prompt_datasets(MentorScriptArguments(dataset_name=path))
+        build_prompt_dataset(dataset, name="big")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
