@@ -239,9 +239,9 @@ def test_a_solution_of_its_own_form_is_left_to_the_reward_that_reads_it():
 
 
 def test_rows_of_text_and_of_messages_in_one_column(write):
-    rows = [{"prompt": "a", "solution": "1"}, {"prompt": [USER], "solution": "2"}]
+    rows = [{"prompt": "a", "solution": "1"}, {"prompt": [{**USER, "name": "n"}], "solution": "2"}]
     built = load_prompt_datasets(MentorScriptArguments(dataset_name=write("rows.jsonl", rows)))[0]
-    assert built["prompt"][:] == [[{"role": "user", "content": "a"}], [USER]]
+    assert built["prompt"][:] == [[{"role": "user", "content": "a"}], [{**USER, "name": "n"}]]
 
 
 def test_a_stream_that_cannot_be_read_is_named(write):
