@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_LONG = re.compile(r"-?\d{16,}")
 _TYPES = f"{', '.join(FILE_FORMATS)}, or one of them compressed ({', '.join(COMPRESSIONS)})"
 
 
@@ -85,20 +86,25 @@ def _near(path: Path) -> str:
 
 
 def _load_files(files: dict[str, list[str]], streaming: bool) -> "DatasetDict":
-    from datasets import DatasetDict, IterableDatasetDict, load_dataset
+    from datasets import DatasetDict, IterableDatasetDict
 
-    splits = {}
-    for split, paths in files.items():
-        kind = FILE_FORMATS[file_type(Path(paths[0]))]
-        name = f"Dataset {', '.join(paths)}"
-        fix = f"make it a valid {kind} file" if len(paths) == 1 else f"give its {kind} files the same columns"
-        if kind == "json":
-            read_dataset(lambda: _check_beginning(paths), name, fix)  # noqa: B023
-        options = _csv_options(paths) if kind == "csv" else {}
-        load = lambda: load_dataset(kind, data_files=paths, split="train", streaming=streaming, **options)  # noqa: B023
-        rows = read_dataset(load, name, fix, paths if kind == "json" else [])
-        splits[split] = _with_numbers(rows) if kind == "csv" and not streaming else rows
+    splits = {split: _load_split(paths, streaming) for split, paths in files.items()}
     return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def _load_split(paths: list[str], streaming: bool) -> "Dataset":
+    from datasets import load_dataset
+
+    name, kind = f"Dataset {', '.join(paths)}", FILE_FORMATS[file_type(Path(paths[0]))]
+    fix = f"make it a valid {kind} file" if len(paths) == 1 else f"give its {kind} files the same columns"
+    if kind == "json":
+        read_dataset(lambda: _check_beginning(paths), name, fix)
+    options = _csv_options(paths) if kind == "csv" else {}
+    load = lambda: load_dataset(kind, data_files=paths, split="train", streaming=streaming, **options)
+    rows = read_dataset(load, name, fix, paths if kind == "json" else [])
+    if streaming or kind == "parquet":
+        return rows
+    return _with_numbers(rows) if kind == "csv" else _with_literals(rows, paths)
 
 
 def _check_beginning(paths: list[str]) -> None:
@@ -112,6 +118,43 @@ def _check_beginning(paths: list[str]) -> None:
             raise ValueError("the file is empty, or begins with blank lines")
         if beginning[:1] not in b"{[":
             raise ValueError(f"it begins with {beginning[:20]!r}, and not with a JSON object or list")
+
+
+def _with_literals(rows: "Dataset", paths: list[str]) -> "Dataset":
+    """
+    Make text of columns that hold numbers beside text, or integers that are too large, as each cell is written.
+
+    `datasets` reads such a column as JSON in JSON, where the text `007` is 7 and `[1,2]` a list, or as floats.
+    """
+    import pyarrow.compute as pc
+    from datasets import Json, Value
+
+    def may_be_lost(name: str, feature: Any) -> bool:
+        if getattr(feature, "dtype", None) != "float64":
+            return isinstance(feature, Json)
+        return (pc.max(pc.abs(rows.data.column(name))).as_py() or 0) >= 2**53
+
+    names = [name for name, feature in rows.features.items() if may_be_lost(name, feature)]
+    parsed = [row or {} for path in paths for row in _parse(path)] if names else []
+    order = rows.column_names
+    for name in names:
+        cells = [row.get(name) for row in parsed]
+        is_text = len(cells) == len(rows) and all(cell is None or isinstance(cell, str) for cell in cells)
+        if is_text and (isinstance(rows.features[name], Json) or any(_LONG.fullmatch(cell or "") for cell in cells)):
+            rows = rows.add_column("", cells, feature=Value("string")).remove_columns(name).rename_column("", name)
+    return rows.select_columns(order)
+
+
+def _parse(path: str) -> list[dict[str, Any]]:
+    """Read a file of JSON with every number as the text that stands there."""
+    import fsspec
+
+    def load(text: str) -> Any:
+        return json.loads(text, parse_int=str, parse_float=str, parse_constant=lambda _: None)
+
+    with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig") as file:
+        text = file.read()
+    return load(text) if text.lstrip().startswith("[") else [load(line) for line in text.split("\n") if line.strip()]
 
 
 def _csv_options(paths: list[str]) -> dict[str, Any]:

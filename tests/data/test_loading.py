@@ -84,6 +84,34 @@ def test_cells_of_a_csv_are_what_is_written_there(write, cells, expected):
     assert load_dataset_dict(path)["train"]["b"] == expected
 
 
+JSON_CELLS = [
+    (["7", "12345678901234567890123"], ["7", "12345678901234567890123"]),
+    (["7", '"12345678901234567890123"'], ["7", "12345678901234567890123"]),
+    (["9007199254740993", "0.5"], ["9007199254740993", "0.5"]),
+    (["7.10", '"007"'], ["7.10", "007"]),
+    (["7", '"[1,2]"', "null"], ["7", "[1,2]", None]),
+    (["7", '"true"', '"null"'], ["7", "true", "null"]),
+    (["7", "0.5"], [7.0, 0.5]),
+    (["1e30", "0.5"], [1e30, 0.5]),
+    (["7", '["8"]'], [7, ["8"]]),
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows/train.jsonl"])
+@pytest.mark.parametrize(("cells", "expected"), JSON_CELLS)
+def test_cells_of_json_are_what_is_written_there(write, name, cells, expected):
+    content = "\n".join(f'{{"a": {cell}, "b": 1}}' for cell in cells)
+    path = write(name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
+    dataset = load_dataset_dict(path.removesuffix("/train.jsonl"))["train"]
+    assert dataset["a"] == expected and dataset["b"] == [1] * len(cells) and dataset.column_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(("cells", "expected"), JSON_CELLS[1:])
+def test_cells_of_a_json_list_are_what_is_written_there(write, cells, expected):
+    rows = ", ".join(f'{{"a": {cell}}}' for cell in cells)
+    assert load_dataset_dict(write("rows.json", f"[{rows}]"))["train"]["a"] == expected
+
+
 @pytest.mark.parametrize(
     "content",
     [

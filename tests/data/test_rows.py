@@ -204,14 +204,14 @@ def test_answers_of_every_type_of_column(type, value, expected):
     assert build_prompt_dataset(dataset)["solution"] == [expected]
 
 
-def test_numbers_beside_a_float_stay_whole_and_lost_digits_are_refused(write):
+def test_numbers_beside_a_float_are_whole_and_lost_digits_are_refused(write):
     path = write("rows.jsonl", '{"prompt": "a", "solution": 0.5}\n{"prompt": "b", "solution": 7}\n')
     assert load_prompt_datasets(MentorScriptArguments(dataset_name=path))[0]["solution"] == ["0.5", "7"]
-    path = write("big.jsonl", '{"prompt": "a", "solution": 7}\n{"prompt": "b", "solution": 12345678901234567890123}\n')
+    dataset = Dataset.from_dict({"prompt": ["a", "b"], "solution": [7.0, 12345678901234567890123.0]})
     with pytest.raises(
-        DataError, match=r"row 1 of .*big.jsonl.* is the float 1.2345678901234568e\+22, which may have lost"
+        DataError, match=r"row 1 of big is the float 1.2345678901234568e\+22, which may have lost digits"
     ):
-        load_prompt_datasets(MentorScriptArguments(dataset_name=path))
+        build_prompt_dataset(dataset, name="big")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -239,9 +239,9 @@ def test_a_solution_of_its_own_form_is_left_to_the_reward_that_reads_it():
 
 
 def test_rows_of_text_and_of_messages_in_one_column(write):
-    rows = [{"prompt": "a", "solution": "1"}, {"prompt": [USER], "solution": "2"}]
+    rows = [{"prompt": "a", "solution": "1"}, {"prompt": [{**USER, "name": "n"}], "solution": "2"}]
     built = load_prompt_datasets(MentorScriptArguments(dataset_name=write("rows.jsonl", rows)))[0]
-    assert built["prompt"][:] == [[{"role": "user", "content": "a"}], [USER]]
+    assert built["prompt"][:] == [[{"role": "user", "content": "a"}], [{**USER, "name": "n"}]]
 
 
 def test_a_stream_that_cannot_be_read_is_named(write):

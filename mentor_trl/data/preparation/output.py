@@ -51,9 +51,7 @@ def write_dataset(dataset: "DatasetDict", card: str, args: OutputArguments) -> l
         (folder / "README.md").write_text(card, encoding="utf-8")
         if target is None:
             return [_upload(folder, args)]
-        if target.exists():
-            target.rmdir()
-        os.replace(folder, target)
+        os.replace(folder, target)  # also over an empty folder
     except OSError as error:
         raise DataError(f"The dataset cannot be written to {folder.parent}: {error}; make room there") from error
     finally:
