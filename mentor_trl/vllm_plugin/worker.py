@@ -102,17 +102,16 @@ class MentorWorkerExtension:
         from safetensors import safe_open
 
         # Told rather than raised, since an error that a worker raises loses its text on the way
+        missing = f"the server sees no *.safetensors in {str(folder)!r}: both sides need one shared folder"
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            return {
-                "error": f"the server cannot open {folder!r} ({error.strerror}): both sides need one shared folder"
-            }
+            return {"error": f"{missing} ({error.strerror})"}
         try:
             # Through the descriptor, so that what is checked is what is read
             files = sorted(Path(f"/proc/self/fd/{descriptor}").glob("*.safetensors"))
             if not files:
-                return {"error": f"the server sees no *.safetensors in {folder!r}: both sides need one shared folder"}
+                return {"error": missing}
             for name, status in [(folder, os.fstat(descriptor)), *((file.name, file.stat()) for file in files)]:
                 reason = distrust(status)
                 if reason is not None:

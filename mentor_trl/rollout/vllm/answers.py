@@ -99,7 +99,7 @@ def reading(url: str, path: str, error: type[ServerError] = ServerError) -> Iter
         if isinstance(wrong, ServerError):
             raise
         what = f"no {wrong}" if isinstance(wrong, KeyError) else str(wrong)
-        raise error(f"{url} answered {path} with something that no MENTOR server answers: {what}.") from wrong
+        raise error(f"{url} answered {path} with something that cannot be used: {what}.") from wrong
 
 
 def completion(answer: Any, info: dict[str, Any], request: MixedRequest, row: int) -> list[int] | None:
