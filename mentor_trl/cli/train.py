@@ -169,26 +169,22 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
 
     Args:
         value (`str` or `bool`, *optional*):
-            Path of a checkpoint; `True` or `"true"` for the last one in `output_dir`; `False`, `"false"` or `None` for
-            none.
+            Path of a checkpoint; `True` or `"true"` for the newest whole one in `output_dir`; `False`, `"false"` or
+            `None` for none.
         output_dir (`str`):
             Folder of the checkpoints.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from mentor_trl.training.resume import usable_checkpoint
 
     if value is None or str(value).lower() in ("false", "none", ""):
         return None
-    if str(value).lower() != "true":
-        if not Path(value).is_dir():
-            raise UsageError(f"`resume_from_checkpoint` is {value}, which is not a folder; give a checkpoint, or true")
-        return str(value)
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if last is None:
+    found = usable_checkpoint(str(value).lower() == "true" or str(value), output_dir)
+    if found is True:
         raise UsageError(
             f"`resume_from_checkpoint` is true, but {output_dir} holds no checkpoint-N folder; set it to false for "
             "the first run, or check `output_dir` and `save_strategy`"
         )
-    return last
+    return found
 
 
 def check_output_dir(folder: str) -> None:

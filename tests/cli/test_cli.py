@@ -7,10 +7,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from mentor_trl.cli import main as cli
 from mentor_trl.cli import train
+from mentor_trl.errors import SetupError
 
 
 @pytest.fixture
@@ -381,12 +384,17 @@ def test_checkpoint_to_resume_from(tmp_path):
     with pytest.raises(train.UsageError, match="holds no checkpoint-N folder"):
         train.resolve_checkpoint(True, str(tmp_path / "absent"))
     for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     assert train.resolve_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert train.resolve_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-10")
     path = str(tmp_path / "checkpoint-2")
     assert train.resolve_checkpoint(path, "elsewhere") == path
-    with pytest.raises(train.UsageError, match="not a folder"):
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-10 is passed over: trainer_state.json is missing"):
+        assert train.resolve_checkpoint(True, str(tmp_path)) == path
+    with pytest.raises(SetupError, match="checkpoint-3 cannot be resumed: there is no such folder"):
         train.resolve_checkpoint(str(tmp_path / "checkpoint-3"), str(tmp_path))
 
 
