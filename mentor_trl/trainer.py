@@ -186,7 +186,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         if ids == self.eos_token_ids:
             return
         self.eos_token_ids = ids
-        if not self.use_vllm:
+        if hasattr(self, "generation_config"):  # TRL generates itself
             self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = ids
 
     def _forward(self, *args, **kwargs):
