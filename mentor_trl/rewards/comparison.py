@@ -1,5 +1,5 @@
 """
-Whether an answer equals a gold answer: the rules of [`~rules.RULES`] around math-verify.
+Whether an answer equals a gold answer: the rules of docs/grading.md around math-verify.
 
 It imports neither `mentor_trl` nor torch, so that a grading worker is ready in about a second.
 """
@@ -9,16 +9,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from .rules import (
-    is_name,
-    ratio,
-    same_unit,
-    split_base,
-    split_percent,
-    split_top,
-    split_unit,
-    statements,
-)
+from .rules import is_name, ratio, same_unit, split_base, split_percent, split_top, split_unit, statements
 from .spelling import clean, flat, same_text, strip_delimiters
 
 
@@ -40,8 +31,7 @@ _LETTERS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|([A-Za-z]{1,2}))(?![A-Za-
 _CONSTANT = re.compile(r"[+-]\s*[Cc]$")
 _MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![a-z])\s*")
 _NAME_IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_OR = re.compile(r" or | and ")
-_LIST = re.compile(rf"[,;]|{_OR.pattern}")
+_LIST = re.compile(r"[,;]| or | and ")
 _PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _ARITHMETIC = re.compile(
     r"(?:[\d\s.+\-*/^!(){}|]|\[\d\]|\\(?:frac|sqrt|cdot|times|div|pi|binom|ln|log|sin|cos|tan|%)(?![a-z])|_|(?<![A-Za-z])e)+"
@@ -52,11 +42,8 @@ def is_prose(gold: str) -> bool:
     r"""
     Tells a sentence, in which math-verify has to look for the answer, from a bare answer.
 
-    Example:
-    ```python
     >>> is_prose("So the answer is 72"), is_prose("concave up or down"), is_prose("72 dollars")
     (True, False, False)
-    ```
     """
     if not _PROSE.search(gold) or _COMPARISON.search(gold) or split_unit(clean(gold)).unit is not None:
         return False
@@ -67,11 +54,8 @@ def is_gradable(gold: str) -> bool:
     r"""
     Tells whether anything could equal a gold answer: it says something, and its braces close.
 
-    Example:
-    ```python
     >>> is_gradable("No solution"), is_gradable("???"), is_gradable(r"\frac{1}{")
     (True, False, False)
-    ```
     """
     depth = 0
     for brace in re.findall(r"\\[{}]|[{}]", gold):
@@ -124,17 +108,7 @@ def _with_imaginary_unit(item):
 
 @lru_cache(maxsize=1024)
 def parse_gold(gold: str) -> tuple:
-    r"""
-    Parses a gold answer, given bare or inside a sentence.
-
-    Args:
-        gold (`str`):
-            Gold answer, without its `\boxed{}`.
-
-    Returns:
-        `tuple`:
-            What math-verify made of it; where it made nothing of a gold answer that [`is_gradable`], its text.
-    """
+    """What math-verify makes of a gold answer, bare or in a sentence; its text, where that is nothing."""
     from math_verify import parse as parse_answer
 
     if not is_gradable(gold):
@@ -151,19 +125,7 @@ def _mathematics(text: str) -> str:
 
 
 def is_correct(gold: str, answer: str) -> bool:
-    r"""
-    Compares an answer with a gold answer that [`parse_gold`] can parse.
-
-    Args:
-        gold (`str`):
-            Gold answer.
-        answer (`str`):
-            Content of the completion's last `\boxed{}`.
-
-    Returns:
-        `bool`:
-            Whether they are the same text, or equal by the rules.
-    """
+    """Whether an answer is the text of a gold answer that [`parse_gold`] can parse, or equal by the rules."""
     clean_gold, clean_answer = clean(gold), clean(answer)
     if not clean_answer:
         return False
@@ -177,7 +139,7 @@ def is_correct(gold: str, answer: str) -> bool:
 
 
 def is_correct_to_math_verify(gold: str, answer: str) -> bool:
-    """Compares an answer with a gold answer as math-verify does without our rules, both in a box."""
+    """What math-verify says without our rules, when both stand in a box."""
     from math_verify import parse as parse_answer
     from math_verify import verify
 
@@ -188,17 +150,18 @@ def is_correct_to_math_verify(gold: str, answer: str) -> bool:
 def _consistent_statements(answer: str) -> list[str]:
     """An answer may state its value exactly and rounded; two different values are a guess at both."""
     parts = statements(answer)
-    if len(parts) == 2 and not _is_rounded(*map(_mathematics, parts)):
-        return parts[1:] if number(_mathematics(parts[0])) is None else []
-    return parts
-
-
-def _is_rounded(exact: str, rounded: str) -> bool:
+    if len(parts) == 1:
+        return parts
+    exact, rounded = map(_mathematics, parts)
     value, other = number(exact), number(rounded)
-    if value is None or other is None:
-        return False
+    if value is None:
+        return parts[1:]
     decimals = len(rounded.partition(".")[2]) if _PLAIN.fullmatch(rounded) else 6
-    return abs(value - other) <= 0.5000001 * 10.0**-decimals
+    return parts if other is not None and _rounds_to(value, other, decimals) else []
+
+
+def _rounds_to(value: float, rounded: float, decimals: int) -> bool:
+    return abs(value - rounded) <= 0.5000001 * 10.0**-decimals
 
 
 def _matches(gold: str, answer: str) -> bool:
@@ -274,10 +237,9 @@ def _right_side(text: str) -> str | None:
     sides = split_top(text, "=")
     if len(sides) == 1 or not all(sides):
         return text
-    if any(len(split_top(text, sign)) > 1 for sign in ",;") or _OR.search(text):
+    if any(len(split_top(text, sign)) > 1 for sign in ",;") or " or " in text or " and " in text:
         return _list_of_values(text)
-    values = [number(split_unit(side).core) for side in sides]
-    known = [(value, side) for value, side in zip(values, sides) if value is not None]
+    known = [(value, side) for side in sides if (value := number(split_unit(side).core)) is not None]
     if any(not _agree(*pair) for pair in zip(known, known[1:])):
         return None
     if is_name(sides[0]) or len(known) == len(sides) or r"\begin" in sides[0]:
@@ -286,9 +248,9 @@ def _right_side(text: str) -> str | None:
 
 
 def _agree(one: tuple[float, str], other: tuple[float, str]) -> bool:
-    value, rounded = one[0], other[0]
-    if "." in other[1] and _PLAIN.fullmatch(other[1]):
-        return abs(value - rounded) <= 0.5000001 * 10.0 ** -len(other[1].partition(".")[2])
+    value, (rounded, text) = one[0], other
+    if "." in text and _PLAIN.fullmatch(text):
+        return _rounds_to(value, rounded, len(text.partition(".")[2]))
     return math.isclose(value, rounded, rel_tol=1e-9)
 
 
@@ -331,11 +293,9 @@ def _same_percent(left: str, left_percent: bool, right: str, right_percent: bool
     small = all(value is not None and abs(value) < 1 for value in values)
     if not small and _equal(left, right):
         return True
-    if values[0 if left_percent else 1] is None:
-        return False
     if left_percent:
-        return _equal(rf"\frac{{{left}}}{{100}}", right)
-    return _equal(left, rf"\frac{{{right}}}{{100}}")
+        return values[0] is not None and _equal(rf"\frac{{{left}}}{{100}}", right)
+    return values[1] is not None and _equal(left, rf"\frac{{{right}}}{{100}}")
 
 
 # --- mathematics ---------------------------------------------------------------------------------------------------
@@ -345,11 +305,8 @@ def number(text: str) -> float | None:
     r"""
     Returns the value of an expression in numbers alone, or `None` for any other.
 
-    Example:
-    ```python
     >>> number(r"\frac{1}{4}"), number("2x")
     (0.25, None)
-    ```
     """
     if _PLAIN.fullmatch(text):
         return float(text)
@@ -377,25 +334,21 @@ def _equal(gold: str, answer: str) -> bool:
 
 def _same_number(gold: str, answer: str) -> bool:
     """What [`_equal_items`] says of two plain numbers, without math-verify."""
-    if "." not in gold + answer:
-        return int(gold) == int(answer)
     one, other = Fraction(gold), Fraction(answer)
-    if one == other:
-        return True
+    if one == other or "." not in gold + answer:
+        return one == other
     if abs(one) < TINY:
-        return one != 0 and abs(one - other) <= abs(one) * Fraction(1, 10**6)
+        return abs(one - other) <= abs(one) / 10**6
     return round(one, 6) == round(other, 6)
 
 
 def _same_case(gold: str, answer: str) -> bool:
     """math-verify reads `N` and `n` as one symbol. A letter that each side has in one case only must have the same."""
-    sides = []
-    for text in (gold, answer):
-        sides.append({letter for match in _LETTERS.finditer(text) for letter in match[1] or ""} - {"e", "E"})
-    one, other = sides
-    return not any(
-        letter.swapcase() in other and letter not in other for letter in one if letter.swapcase() not in one
+    one, other = (
+        {letter for match in _LETTERS.finditer(text) for letter in match[1] or "" if letter not in "eE"}
+        for text in (gold, answer)
     )
+    return all(letter in other or letter.swapcase() not in other - one for letter in one)
 
 
 def _equal_items(gold: tuple, answer: tuple, gold_text: str, answer_text: str) -> bool:

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-DEFAULT_TIMEOUT = 5.0
-DEFAULT_MEMORY_LIMIT = 1024**3
 MAX_DEFAULT_WORKERS = 4
 START_TIMEOUT = 120.0
 MAX_FAILED_STARTS = 3
@@ -37,14 +35,8 @@ Task = tuple[str, str, bool]  # gold answer, answer, whether the rules apply
 @dataclass(frozen=True)
 class Verdict:
     """
-    What became of one answer.
-
-    Args:
-        correct (`bool`, *optional*):
-            Whether the answer equals the gold answer. `None` when the gold answer cannot be parsed.
-        failure (`str`, *optional*):
-            `"timeout"` or `"crash"` when the verifier gave no verdict; `correct` is then `False`, or `None` when the
-            verifier did not get past the gold answer.
+    Whether an answer is correct; `None` when its gold answer cannot be parsed. Where the verifier gave no verdict,
+    `failure` is `"timeout"` or `"crash"`, and `correct` is `False`, or `None` if it did not get past the gold answer.
     """
 
     correct: bool | None
@@ -121,31 +113,16 @@ class Grader:
     `n` answers that hang add at most `ceil(n / num_workers)` rounds to a call. A round takes `timeout` seconds, and
     what the start of a worker takes beyond `timeout / 2`, which is when the replacement of one that hangs starts.
 
-    Args:
-        timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds that parsing one gold answer may take, and again grading one answer. Starting a worker does not
-            count.
-        num_workers (`int`, *optional*):
-            Number of worker processes. Defaults to the number of CPU cores, 4 at most.
-        memory_limit (`int`, *optional*, defaults to `1073741824`):
-            Bytes of address space of one worker, where the system can limit it. `0` for no limit.
-
-    Example:
-    ```python
-    >>> from mentor_trl.rewards.grading import Grader
+    `timeout` is for parsing one gold answer, and again for grading one answer; starting a worker does not count. There
+    are as many workers as CPU cores, 4 at most, unless `num_workers` says otherwise. `memory_limit` bounds the address
+    space of a worker in bytes, where the system can limit it; 0 is no limit.
 
     >>> with Grader() as grader:
     ...     grader.grade([(r"\frac{1}{2}", "0.5"), ("72", "9^{9^{9^{9}}}")])
     [Verdict(correct=True, failure=None), Verdict(correct=False, failure='timeout')]
-    ```
     """
 
-    def __init__(
-        self,
-        timeout: float = DEFAULT_TIMEOUT,
-        num_workers: int | None = None,
-        memory_limit: int = DEFAULT_MEMORY_LIMIT,
-    ):
+    def __init__(self, timeout: float = 5.0, num_workers: int | None = None, memory_limit: int = 1024**3):
         if timeout <= 0:
             raise ValueError(f"timeout must be positive, got {timeout}. Pass the seconds one answer may take.")
         if num_workers is not None and num_workers < 1:
@@ -178,17 +155,8 @@ class Grader:
 
     def grade(self, pairs: Iterable[Pair], rules: bool = True) -> list[Verdict]:
         r"""
-        Compares answers with their gold answers.
-
-        Args:
-            pairs (`Iterable[tuple[str, str]]`):
-                Pairs of gold answer and answer, both without `\boxed{}`.
-            rules (`bool`, *optional*, defaults to `True`):
-                Whether the rules of [`~rules.RULES`] apply, or math-verify alone decides.
-
-        Returns:
-            `list[Verdict]`:
-                One verdict a pair, in the order of the pairs.
+        Compares gold answers with answers, both without `\boxed{}`, by the rules of docs/grading.md or by math-verify
+        alone; one verdict a pair, in their order.
         """
         tasks = [(gold, answer, rules) for gold, answer in pairs]
         with self._lock:
@@ -262,10 +230,9 @@ class Grader:
                     f"run `{' '.join(self.command)} < /dev/null` to see it again."
                 )
         elif task is not None:
-            verdict = Verdict(False if worker.gold_parsed else None, failure)
-            batch.verdicts[task] = verdict
+            batch.verdicts[task] = Verdict(False if worker.gold_parsed else None, failure)
             if not worker.gold_parsed:
-                batch.fatal_golds[task[0]] = verdict
+                batch.fatal_golds[task[0]] = batch.verdicts[task]
 
     def _remember(self, verdicts: dict[Task, Verdict]) -> None:
         # A failure may be the machine's fault, so that the same answer is tried again next time.
@@ -301,13 +268,7 @@ _default: Grader | None = None
 
 
 def get_grader() -> Grader:
-    """
-    Returns the grader of this process that the reward functions use, made at the first call.
-
-    Returns:
-        `Grader`:
-            The grader given to [`set_grader`], or one with the default arguments.
-    """
+    """The grader of this process that the reward functions use: that of [`set_grader`], or one with the defaults."""
     global _default
     if _default is None:
         _default = Grader()
@@ -316,22 +277,10 @@ def get_grader() -> Grader:
 
 def set_grader(grader: Grader | None) -> Grader | None:
     """
-    Makes the reward functions use another grader, for another timeout, number of workers or memory limit.
-
-    Args:
-        grader (`Grader`, *optional*):
-            The grader to use from now on. `None` for one with the default arguments.
-
-    Returns:
-        `Grader`, *optional*:
-            The grader used so far. It is not closed.
-
-    Example:
-    ```python
-    >>> from mentor_trl.rewards.grading import Grader, set_grader
+    Makes the reward functions use another grader, or for `None` one with the defaults. The grader used so far is
+    returned, and not closed.
 
     >>> previous = set_grader(Grader(timeout=10.0, num_workers=8))
-    ```
     """
     global _default
     previous, _default = _default, grader
