@@ -36,23 +36,21 @@ class PanelCurves:
 
 LINE_STYLES = ("-", "--")
 TRAINING = ("accuracy", "entropy", "length")
-GUIDANCE = (
-    Panel("weight of the mixed advantages", "alpha", {"": ("mentor/alpha",)}),
-    Panel("entropy threshold", "gamma (nats)", {"": ("mentor/gamma",)}),
-    Panel(
+_GUIDANCE = (
+    ("weight of the mixed advantages", "alpha", {"": "alpha"}),
+    ("entropy threshold", "gamma (nats)", {"": "gamma"}),
+    (
         "where the expert speaks",
         "share of the tokens",
-        {"branch points": ("mentor/branch_rate",), "replaced tokens": ("mentor/replaced_rate",)},
+        {"branch points": "branch_rate", "replaced tokens": "replaced_rate"},
     ),
-    Panel("drafted tokens that stand", "acceptance", {"": ("mentor/acceptance",)}),
-    *(
-        Panel(
-            f"{name} by source",
-            f"mean {name}",
-            {"on-policy": (f"mentor/on_policy/{name}",), "mixed": (f"mentor/mixed/{name}",)},
-        )
-        for name in ("reward", "advantage")
-    ),
+    ("drafted tokens that stand", "acceptance", {"": "acceptance"}),
+    ("reward by source", "mean reward", {"on-policy": "on_policy/reward", "mixed": "mixed/reward"}),
+    ("advantage by source", "mean advantage", {"on-policy": "on_policy/advantage", "mixed": "mixed/advantage"}),
+)
+GUIDANCE = tuple(
+    Panel(title, unit, {line: (f"mentor/{metric}",) for line, metric in lines.items()})
+    for title, unit, lines in _GUIDANCE
 )
 
 

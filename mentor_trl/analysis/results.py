@@ -16,7 +16,6 @@ from ..evaluation.summary import to_table
 from .runs import group_by_label, resolve_labels
 
 
-AVERAGE = "average"
 Value = tuple[float, float | None]  # and its standard error
 
 
@@ -117,7 +116,7 @@ def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsT
             per_task.append(None if None in per_task else [_mean(of_one) for of_one in zip(*per_task)])
         rows[label], seeds[label] = [values and _cell(values) for values in per_task], len(group)
     names = [_column(task, results) for task in tasks] if metric is None else tasks
-    return ResultsTable(metric or "accuracy", names + [AVERAGE] * (len(tasks) > 1), _mark_best(rows), seeds)
+    return ResultsTable(metric or "accuracy", names + ["average"] * (len(tasks) > 1), _mark_best(rows), seeds)
 
 
 def _column(task: str, results: Sequence[Result]) -> str:

@@ -55,10 +55,8 @@ class Run:
 
     def evaluations(self, dataset: str | None = None) -> "Run":
         """The same run with the entries of its evaluations only, of one of several datasets if that is named."""
-        prefix = "eval" if dataset is None else f"eval_{dataset}"
-        history = [entry for entry in self.history if f"{prefix}_runtime" in entry]
-        if dataset is None:
-            history = [entry for entry in self.history if any(name.startswith("eval_") for name in entry)]
+        ours = lambda name: name.startswith("eval_") if dataset is None else name == f"eval_{dataset}_runtime"
+        history = [entry for entry in self.history if any(map(ours, entry))]
         if not history:
             found = {name[5:-8] for entry in self.history for name in entry if re.fullmatch("eval_.+_runtime", name)}
             known = f"it has {_quoted(sorted(found))}" if found else "set `eval_strategy` when you train"

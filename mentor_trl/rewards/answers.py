@@ -97,3 +97,18 @@ def gold_answer(solution: Any) -> str | None:
     if boxed is not None or "\\boxed" in text:
         return boxed
     return text.rpartition("####")[2].strip() or None
+
+
+def is_gradable(gold: str) -> bool:
+    r"""
+    Whether anything could equal a gold answer: it says something, and its braces close.
+
+    >>> is_gradable("No solution"), is_gradable("???"), is_gradable(r"\frac{1}{")
+    (True, False, False)
+    """
+    depth = 0
+    for brace in re.findall(r"\\[{}]|[{}]", gold):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return False
+    return depth == 0 and any(one.isalnum() or one in "∅\\" for one in gold)

@@ -1,7 +1,7 @@
 """
 Whether an answer equals a gold answer: the rules of docs/grading.md around math-verify.
 
-It imports neither `mentor_trl` nor torch, so that a grading worker is ready in about a second.
+Only grading workers import it. It imports neither `mentor_trl` nor torch, so that they are ready in about a second.
 """
 
 import math
@@ -9,12 +9,16 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, verify
+from math_verify import parse as parse_answer
+from sympy import Basic, Equality, Expr, FiniteSet, I, Interval, Product, Rational, Sum, Symbol, Tuple
+from sympy.logic.boolalg import BooleanAtom
+
+from .answers import is_gradable
 from .rules import is_name, ratio, same_unit, split_base, split_percent, split_top, split_unit, statements
 from .spelling import clean, flat, same_text, strip_delimiters
 
-
-# Changes whenever a verdict may.
-GRADER_VERSION = "2"
 
 # math-verify rounds to six decimals, to which all numbers well below this one are the same.
 TINY = 1e-3
@@ -36,6 +40,13 @@ _PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _ARITHMETIC = re.compile(
     r"(?:[\d\s.+\-*/^!(){}|]|\[\d\]|\\(?:frac|sqrt|cdot|times|div|pi|binom|ln|log|sin|cos|tan|%)(?![a-z])|_|(?<![A-Za-z])e)+"
 )
+_EXTRACTION = LatexExtractionConfig(
+    boxed_match_priority=0,
+    try_extract_without_anchor=False,
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    ),
+)
 
 
 def is_prose(gold: str) -> bool:
@@ -50,52 +61,22 @@ def is_prose(gold: str) -> bool:
     return len(_QUANTITY.findall(gold)) == 1 or _ANSWER_IS.search(gold) is not None
 
 
-def is_gradable(gold: str) -> bool:
-    r"""
-    Tells whether anything could equal a gold answer: it says something, and its braces close.
-
-    >>> is_gradable("No solution"), is_gradable("???"), is_gradable(r"\frac{1}{")
-    (True, False, False)
-    """
-    depth = 0
-    for brace in re.findall(r"\\[{}]|[{}]", gold):
-        depth += {"{": 1, "}": -1}.get(brace, 0)
-        if depth < 0:
-            return False
-    return depth == 0 and any(one.isalnum() or one in "∅\\" for one in gold)
-
-
 @lru_cache(maxsize=4096)
 def parse(text: str) -> tuple:
     """Returns what math-verify makes of a clean answer without unit: expressions, or the text where it reads none."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_answer
-
-    normalization = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
-    )
-    config = LatexExtractionConfig(
-        boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
-    )
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", text)  # `4.5e33`: to math-verify, Euler's number
     text = _BARE_POINT.sub("", text)  # `5.` and `1./3` are numbers, but not to math-verify
     # The answer goes back into a box because math-verify reads a bare `1,2` as the number 1.2 and no bare `\frac43`.
-    found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
+    found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[_EXTRACTION], parsing_timeout=None)
     return tuple(item for item in map(_with_imaginary_unit, found) if not _is_truth_value(item))
 
 
 def _is_truth_value(item) -> bool:
     """sympy reads a chain of equations as whether it holds, so that any two that do not would be equal."""
-    from sympy import FiniteSet, Tuple
-    from sympy.logic.boolalg import BooleanAtom
-
     return any(isinstance(one, BooleanAtom) for one in (item.args if isinstance(item, (FiniteSet, Tuple)) else [item]))
 
 
 def _with_imaginary_unit(item):
-    from sympy import Basic, I, Product, Sum, Symbol
-
     if not isinstance(item, Basic) or not item.has(Symbol) or item.has(Sum, Product):
         return item
     # math-verify's symbols are real in an answer without `i` and not real in one with it.
@@ -109,8 +90,6 @@ def _with_imaginary_unit(item):
 @lru_cache(maxsize=1024)
 def parse_gold(gold: str) -> tuple:
     """What math-verify makes of a gold answer, bare or in a sentence; its text, where that is nothing."""
-    from math_verify import parse as parse_answer
-
     if not is_gradable(gold):
         return ()
     if is_prose(gold):
@@ -140,9 +119,6 @@ def is_correct(gold: str, answer: str) -> bool:
 
 def is_correct_to_math_verify(gold: str, answer: str) -> bool:
     """What math-verify says without our rules, when both stand in a box."""
-    from math_verify import parse as parse_answer
-    from math_verify import verify
-
     both = (parse_answer(rf"\boxed{{{strip_delimiters(text)}}}", parsing_timeout=None) for text in (gold, answer))
     return verify(*both, timeout_seconds=None)
 
@@ -181,9 +157,6 @@ def _matches(gold: str, answer: str) -> bool:
     return sides is not None and _same_quantity(*sides)
 
 
-# --- bases, ratios -------------------------------------------------------------------------------------------------
-
-
 def _same_numeral(gold: str, answer: str, one: tuple[str, int] | None, other: tuple[str, int] | None) -> bool:
     if one and other and one[1] != other[1]:
         return False
@@ -208,9 +181,6 @@ def _same_ratio(one: list[str] | None, other: list[str] | None) -> bool:
     if len(one) > 2 or _is_time(one) or _is_time(other):
         return False
     return Fraction(one[0]) * Fraction(other[1]) == Fraction(one[1]) * Fraction(other[0])
-
-
-# --- equations -----------------------------------------------------------------------------------------------------
 
 
 def _sides_that_count(gold: str, answer: str) -> tuple[str, str] | None:
@@ -263,9 +233,6 @@ def _list_of_values(text: str) -> str:
     return text.replace(f"{name}=", "").replace(f"{name} =", "")
 
 
-# --- units and percent signs ---------------------------------------------------------------------------------------
-
-
 def _same_quantity(gold: str, answer: str) -> bool:
     items, others = _LIST.split(gold), _LIST.split(answer)
     if len(items) == len(others) > 1:
@@ -296,9 +263,6 @@ def _same_percent(left: str, left_percent: bool, right: str, right_percent: bool
     if left_percent:
         return values[0] is not None and _equal(rf"\frac{{{left}}}{{100}}", right)
     return values[1] is not None and _equal(left, rf"\frac{{{right}}}{{100}}")
-
-
-# --- mathematics ---------------------------------------------------------------------------------------------------
 
 
 def number(text: str) -> float | None:
@@ -352,8 +316,6 @@ def _same_case(gold: str, answer: str) -> bool:
 
 
 def _equal_items(gold: tuple, answer: tuple, gold_text: str, answer_text: str) -> bool:
-    from math_verify import verify
-
     if not verify(list(gold), list(answer), timeout_seconds=None):
         return False
     if "." not in gold_text + answer_text:
@@ -369,8 +331,6 @@ def _differ(one, other) -> bool:
     Tells whether two expressions that math-verify takes for equal differ beyond its 15 digits, as `1/2004!` and
     `1/2006!` do. Expressions that cannot be evaluated are left to math-verify.
     """
-    from sympy import Basic, Equality, Expr, FiniteSet, Interval, Rational, Tuple
-
     if isinstance(one, Equality) and isinstance(other, Expr):
         one = one.rhs
     if isinstance(other, Equality) and isinstance(one, Expr):

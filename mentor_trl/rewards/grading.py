@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,6 @@ START_TIMEOUT = 120.0
 MAX_FAILED_STARTS = 3
 CACHE_SIZE = 65536
 
-Pair = tuple[str, str]
 Task = tuple[str, str, bool]  # gold answer, answer, whether the rules apply
 
 
@@ -130,7 +129,7 @@ class Grader:
         self.timeout = timeout
         self.num_workers = num_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
         self.command = [sys.executable, str(Path(__file__).with_name("grading_worker.py")), str(memory_limit)]
-        self._cache: OrderedDict[Task, Verdict] = OrderedDict()
+        self._cache: dict[Task, Verdict] = {}
         self._workers: list[_Worker] = []
         self._reset()
         _graders.add(self)
@@ -153,7 +152,7 @@ class Grader:
         with self._lock:
             _stop_workers(self._workers)
 
-    def grade(self, pairs: Iterable[Pair], rules: bool = True) -> list[Verdict]:
+    def grade(self, pairs: Iterable[tuple[str, str]], rules: bool = True) -> list[Verdict]:
         r"""
         Compares gold answers with answers, both without `\boxed{}`, by the rules of docs/grading.md or by math-verify
         alone; one verdict a pair, in their order.
@@ -170,7 +169,10 @@ class Grader:
             finally:
                 for worker in [worker for worker in self._workers if worker.task]:
                     self._drop(worker)
-            self._remember(batch.verdicts)
+            # A failure may be the machine's fault, so that the same answer is tried again next time.
+            self._cache |= {task: verdict for task, verdict in batch.verdicts.items() if verdict.failure is None}
+            while len(self._cache) > CACHE_SIZE:
+                del self._cache[next(iter(self._cache))]
             return [batch.verdicts[task] for task in tasks]
 
     def _dispatch(self, batch: _Batch) -> None:
@@ -233,15 +235,6 @@ class Grader:
             batch.verdicts[task] = Verdict(False if worker.gold_parsed else None, failure)
             if not worker.gold_parsed:
                 batch.fatal_golds[task[0]] = batch.verdicts[task]
-
-    def _remember(self, verdicts: dict[Task, Verdict]) -> None:
-        # A failure may be the machine's fault, so that the same answer is tried again next time.
-        for task, verdict in verdicts.items():
-            if verdict.failure is None:
-                self._cache[task] = verdict
-                self._cache.move_to_end(task)
-        while len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
 
     def _start(self) -> None:
         if importlib.util.find_spec("math_verify") is None:

@@ -8,6 +8,9 @@ import re
 from typing import NamedTuple
 
 
+# Changes whenever a verdict may
+GRADER_VERSION = "2"
+
 # --- units ---------------------------------------------------------------------------------------------------------
 
 _SYNONYMS = """

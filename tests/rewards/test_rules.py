@@ -583,7 +583,8 @@ def test_no_text_keeps_the_rules_busy():
     # In a process of its own, because a regular expression that backtracks without end cannot be interrupted.
     source = f"""
 from mentor_trl.rewards import rules, spelling
-from mentor_trl.rewards.comparison import is_gradable, is_prose, number
+from mentor_trl.rewards.answers import is_gradable
+from mentor_trl.rewards.comparison import is_prose, number
 for piece in {HOSTILE!r}:
     for text in (piece * (100_000 // len(piece)), "12 " + piece * 20_000 + " cm", piece * 12, "x" + piece * 15 + "=5"):
         cleaned = spelling.clean(text)
