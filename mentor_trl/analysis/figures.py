@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import SetupError
 from .runs import Curve, Run, group_by_label, make_curve
 from .style import color_of, new_figure, quiet, shared_legend
 
@@ -20,17 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    """
-    A panel of lines over the steps.
-
-    Args:
-        title (`str`):
-            Title.
-        unit (`str`):
-            Label of the vertical axis.
-        lines (`dict[str, tuple[str, ...]]`):
-            Name of each line and its metrics, the preferred one first. A single line has no name.
-    """
+    """Lines over the steps: the metrics of each by its name, the preferred one first. A single line has no name."""
 
     title: str
     unit: str
@@ -42,30 +31,26 @@ class PanelCurves:
     """The curves of a panel: for each label, for each line."""
 
     panel: Panel
-    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    curves: dict[str, dict[str, Curve]]
 
 
 LINE_STYLES = ("-", "--")
 TRAINING = ("accuracy", "entropy", "length")
-GUIDANCE = (
-    Panel("weight of the mixed advantages", "alpha", {"": ("mentor/alpha",)}),
-    Panel("entropy threshold", "gamma (nats)", {"": ("mentor/gamma",)}),
-    Panel(
+_GUIDANCE = (
+    ("weight of the mixed advantages", "alpha", {"": "alpha"}),
+    ("entropy threshold", "gamma (nats)", {"": "gamma"}),
+    (
         "where the expert speaks",
         "share of the tokens",
-        {"branch points": ("mentor/branch_rate",), "replaced tokens": ("mentor/replaced_rate",)},
+        {"branch points": "branch_rate", "replaced tokens": "replaced_rate"},
     ),
-    Panel("drafted tokens that stand", "acceptance", {"": ("mentor/acceptance",)}),
-    Panel(
-        "reward by source",
-        "mean reward",
-        {"on-policy": ("mentor/on_policy/reward",), "mixed": ("mentor/mixed/reward",)},
-    ),
-    Panel(
-        "advantage by source",
-        "mean advantage",
-        {"on-policy": ("mentor/on_policy/advantage",), "mixed": ("mentor/mixed/advantage",)},
-    ),
+    ("drafted tokens that stand", "acceptance", {"": "acceptance"}),
+    ("reward by source", "mean reward", {"on-policy": "on_policy/reward", "mixed": "mixed/reward"}),
+    ("advantage by source", "mean advantage", {"on-policy": "on_policy/advantage", "mixed": "mixed/advantage"}),
+)
+GUIDANCE = tuple(
+    Panel(title, unit, {line: (f"mentor/{metric}",) for line, metric in lines.items()})
+    for title, unit, lines in _GUIDANCE
 )
 
 
@@ -81,8 +66,6 @@ def training_panel(name: str, accuracy: str = "accuracy_reward", evaluation: boo
         "entropy": ("entropy", "nats", "entropy", "entropy"),
         "length": ("response length", "tokens", "length", "completions/mean_length"),
     }
-    if name not in titles:
-        raise SetupError(f"There is no panel {name!r}; choose from {', '.join(titles)}.")
     title, unit, ours, trl = titles[name]
     metrics = (f"eval_{trl}",) if evaluation else (f"mentor/on_policy/{ours}", trl)
     return Panel(title, unit, {"": metrics})
@@ -180,10 +163,10 @@ def _draw_panels(figure: "Figure", axes: Iterable["Axes"], shown: list[PanelCurv
     for axis, panel in zip(axes, shown):
         for label, lines in panel.curves.items():
             for style, curve in zip(LINE_STYLES, lines.values()):
-                name = _run_name(label, curve) if style == "-" else None
-                _draw_curve(axis, curve, colors[label], style, name)
+                name = f"{label} ({curve.runs} runs)" if curve.runs > 1 else label
+                _draw_curve(axis, curve, colors[label], style, name if style == "-" else None)
         if len(panel.panel.lines) > 1:
-            _line_legend(axis, list(panel.panel.lines))
+            _line_legend(axis, panel.panel.lines)
         axis.set_title(panel.panel.title, fontsize=11)
         axis.set_ylabel(panel.panel.unit)
         quiet(axis)
@@ -206,12 +189,8 @@ def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str, name: str | 
     axis.plot(curve.mean.index, curve.mean, style, color=color, linewidth=1.7, marker=marker, label=name)
 
 
-def _line_legend(axis: "Axes", names: list[str]) -> None:
+def _line_legend(axis: "Axes", names: Iterable[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color="0.3", linestyle=style, label=name) for style, name in zip(LINE_STYLES, names)]
     axis.legend(handles=handles, frameon=True, framealpha=0.8, edgecolor="none", fontsize=8.5)
-
-
-def _run_name(label: str, curve: Curve) -> str:
-    return label if curve.error is None else f"{label} ({curve.runs} runs)"

@@ -25,12 +25,7 @@ def word_rates(
     all_completions: bool = False,
     source: str | None = None,
 ) -> pd.DataFrame:
-    """
-    Share of the responses that contain each word, for each label.
-
-    Raises:
-        [`SetupError`]: if there is no row of the source.
-    """
+    """Share of the responses that contain each word, for each label."""
     rows = []
     for label, group in group_by_label(sets).items():
         samples = [sample for one in group for sample in one.samples if source in (None, sample.source)]
@@ -47,12 +42,7 @@ def word_rates(
 
 
 def pass_at_k_curves(sets: Sequence[SampleSet], ks: Sequence[int] | None = None) -> pd.DataFrame:
-    """
-    pass@k of each task and label: the mean over the prompts of the unbiased estimates.
-
-    Raises:
-        [`SetupError`]: if a row has no `correct`, or a k exceeds the samples of a prompt.
-    """
+    """pass@k of each task and label: the mean over the prompts of the unbiased estimates."""
     rows = []
     for label, group in group_by_label(sets).items():
         for task in dict.fromkeys(sample.task for one in group for sample in one.samples):

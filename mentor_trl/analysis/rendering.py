@@ -8,7 +8,7 @@ from importlib import resources
 from string import Template
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -38,11 +38,8 @@ def visible(text: str) -> str:
     """
     Text whose control characters are shown rather than obeyed; line breaks and tabs stay.
 
-    ```python
     >>> visible("a\\x1b[31mb")
     'a␛[31mb'
-
-    ```
     """
     return "".join(map(_visible_character, text))
 
@@ -61,26 +58,6 @@ def summary(record: RolloutRecord) -> list[str]:
     return [" · ".join(facts), " · ".join(counts)]
 
 
-def to_terminal(record: RolloutRecord, plain: bool = False) -> RenderableType:
-    """Render for a terminal; `plain` marks by brackets rather than by style, for where there is no colour."""
-    legend = Text()
-    for kind, meaning in LEGEND.items():
-        legend.append_text(_marked("token", kind, plain)).append(f"  {meaning}\n")
-    legend.rstrip()
-    header = Text("\n".join(summary(record)))
-    return Group(
-        header if plain else Panel(header),
-        Text(),
-        Text("Prompt", style="bold"),
-        Text(visible(record.prompt)),
-        Text(),
-        Text("Completion", style="bold"),
-        completion_text(record, plain),
-        Text(),
-        legend,
-    )
-
-
 def to_list(records: Sequence[RolloutRecord]) -> Table:
     """A line a rollout, to choose from."""
     table = Table(title=f"Rollouts of step {records[0].step}", title_justify="left", box=box.SIMPLE)
@@ -88,30 +65,26 @@ def to_list(records: Sequence[RolloutRecord]) -> Table:
         table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
     table.add_column("completion", min_width=12)  # gives way where there is no room
     for record in records:
-        numbers = [len(record.tokens), sum(record.branch), sum(record.replaced)]
-        table.add_row(
-            str(record.row),
-            record.source,
-            _reward(record),
-            f"{record.advantage:+.3f}",
-            *map(str, numbers),
-            Text(visible("".join(record.tokens)[:200].replace("\n", " ")), no_wrap=True, overflow="ellipsis"),
-        )
+        facts = [str(record.row), record.source, _reward(record), f"{record.advantage:+.3f}"]
+        counts = [str(len(record.tokens)), str(sum(record.branch)), str(sum(record.replaced))]
+        start = visible("".join(record.tokens)[:200].replace("\n", " "))
+        table.add_row(*facts, *counts, Text(start, no_wrap=True, overflow="ellipsis"))
     return table
 
 
-def completion_text(record: RolloutRecord, plain: bool = False) -> Text:
-    """Completion with its marks, as styles or as brackets."""
-    text = Text()
+def print_rollout(record: RolloutRecord, console: Console) -> None:
+    """Print with styles, or with brackets on a console without colours."""
+    plain = console.color_system is None
+    header, completion, legend = Text("\n".join(summary(record))), Text(), Text()
     for position, token in enumerate(record.tokens):
         kind = mark(record, position)
-        text.append_text(_marked(_shown(token, record.token_ids[position], kind), kind, plain))
-    return text
-
-
-def print_rollout(record: RolloutRecord, console: Console) -> None:
-    """Print to a console: with styles, or with brackets where it has no colours."""
-    console.print(to_terminal(record, plain=console.color_system is None), soft_wrap=console.color_system is None)
+        completion.append_text(_marked(_shown(token, record.token_ids[position], kind), kind, plain))
+    for kind, meaning in LEGEND.items():
+        legend.append("\n").append_text(_marked("token", kind, plain)).append(f"  {meaning}")
+    heading = lambda name: Text(f"\n{name}", style="bold")
+    prompt = [heading("Prompt"), Text(visible(record.prompt))]
+    parts = [header if plain else Panel(header), *prompt, heading("Completion"), completion, legend]
+    console.print(Group(*parts), soft_wrap=plain)
 
 
 def to_html(records: Sequence[RolloutRecord], title: str = "Rollouts") -> str:
@@ -146,15 +119,13 @@ def _token(record: RolloutRecord, position: int) -> str:
 
 def _numbers(record: RolloutRecord, position: int) -> str:
     """Lines of numbers of a token, those which it has."""
-    values = {
-        "H": (record.entropies[position], "nats"),
-        "w": (record.weights[position], ""),
-        "p": (_exp(record.logps[position]), ""),
-        "s": (_exp(record.expert_logps[position]), ""),
-        "rho": (record.rho[position], ""),
-    }
+    logs = {"p": record.logps, "s": record.expert_logps}
+    numbers = {"H": record.entropies, "w": record.weights, **logs, "rho": record.rho}
     lines = [f"token {position}, id {record.token_ids[position]}"]
-    lines += [f"{name} = {value:.4g} {unit}".rstrip() for name, (value, unit) in values.items() if value is not None]
+    for name, values in numbers.items():
+        if (value := values[position]) is not None:
+            shown = math.exp(value) if name in logs else value
+            lines.append(f"{name} = {shown:.4g}{' nats' if name == 'H' else ''}")
     kind = mark(record, position)
     return "\n".join([*lines, LEGEND[kind]] if kind else lines)
 
@@ -194,7 +165,3 @@ def _reward(record: RolloutRecord) -> str:
 
 def _share(count: int, total: int) -> str:
     return f" ({count / total:.1%})" if total else ""
-
-
-def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value)

@@ -16,27 +16,16 @@ from ..evaluation.summary import to_table
 from .runs import group_by_label, resolve_labels
 
 
-AVERAGE = "average"
 Value = tuple[float, float | None]  # and its standard error
 
 
 @dataclass(frozen=True)
 class Result:
     """
-    What one evaluation found.
-
-    Args:
-        path (`Path`):
-            Its file, for messages.
-        label (`str`):
-            Its row in the table. Evaluations of one label are seeds of one setting.
-        tasks (`dict[str, dict[str, tuple[float, float | None]]]`):
-            For each task, its metrics (the headline's name is `None`): value and standard error.
-        headlines (`dict[str, str]`):
-            For each task, what its headline is: `"pass@1"`, or `"avg@n"` of n samples a prompt.
+    What one evaluation found: for each task its metrics, with its headline under `None`, and what that headline is,
+    `"pass@1"` or `"avg@n"` of n samples a prompt.
     """
 
-    path: Path
     label: str
     tasks: dict[str, dict[str | None, Value]]
     headlines: dict[str, str]
@@ -59,17 +48,8 @@ class Cell:
 @dataclass(frozen=True)
 class ResultsTable:
     """
-    Rows of cells.
-
-    Args:
-        metric (`str`):
-            What the cells are, where that is the same in all columns; else `"accuracy"`.
-        columns (`list[str]`):
-            Tasks, and their average if there are several.
-        rows (`dict[str, list[Cell | None]]`):
-            For each label a cell a column; `None` where a task was not evaluated.
-        seeds (`dict[str, int]`):
-            Number of evaluations of each label.
+    For each label a cell a column, `None` where a task was not evaluated, and the number of its evaluations. `metric`
+    is what the cells are, where that is the same in all columns; else `"accuracy"`.
     """
 
     metric: str
@@ -114,25 +94,14 @@ class ResultsTable:
 
 
 def read_results(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Result]:
-    """
-    Read results of evaluations.
-
-    Raises:
-        [`SetupError`]: if a file is missing or not of this form.
-    """
+    """Read results of evaluations; those of one label are seeds of one setting."""
     files = [_result_file(Path(path)) for path in paths]
     named = [file.resolve().parent if file.name == "results.json" else file.with_suffix("") for file in files]
-    return [Result(file, label, *_tasks(file)) for file, label in zip(files, resolve_labels(named, labels))]
+    return [Result(label, *_tasks(file)) for file, label in zip(files, resolve_labels(named, labels))]
 
 
 def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsTable:
-    """
-    Put results together: a row a label, a column a task, and the average of the tasks.
-
-    Raises:
-        [`SetupError`]: if no evaluation has the metric, evaluations of one label have different tasks, or a task's
-            headlines differ.
-    """
+    """Put results together: a row a label, a column a task, and the average of the tasks."""
     tasks = list(dict.fromkeys(task for one in results for task, values in one.tasks.items() if metric in values))
     if not tasks:
         known = sorted({name for one in results for values in one.tasks.values() for name in values if name})
@@ -147,7 +116,7 @@ def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsT
             per_task.append(None if None in per_task else [_mean(of_one) for of_one in zip(*per_task)])
         rows[label], seeds[label] = [values and _cell(values) for values in per_task], len(group)
     names = [_column(task, results) for task in tasks] if metric is None else tasks
-    return ResultsTable(metric or "accuracy", names + [AVERAGE] * (len(tasks) > 1), _mark_best(rows), seeds)
+    return ResultsTable(metric or "accuracy", names + ["average"] * (len(tasks) > 1), _mark_best(rows), seeds)
 
 
 def _column(task: str, results: Sequence[Result]) -> str:

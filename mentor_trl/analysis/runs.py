@@ -20,17 +20,7 @@ _SEED = re.compile(r"[-_.]?seed[-_.]?\d+$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Run:
-    """
-    A training run.
-
-    Args:
-        path (`Path`):
-            Where it lies, for messages.
-        label (`str`):
-            Its name in a figure. Runs of one label are seeds of one setting.
-        history (`list[dict[str, Any]]`):
-            Entries of TRL's log, each with its `step`.
-    """
+    """The entries of TRL's log of a run. Runs of one label are seeds of one setting."""
 
     path: Path
     label: str
@@ -42,12 +32,7 @@ class Run:
         return sorted({name for entry in self.history for name in entry if _number(entry.get(name)) is not None})
 
     def series(self, name: str) -> pd.Series:
-        """
-        Values of a metric by step; empty where it was never logged.
-
-        Raises:
-            [`SetupError`]: if a step has two values, as evaluations on several datasets make it.
-        """
+        """Values of a metric by step; empty where it was never logged."""
         points = [(entry["step"], _number(entry.get(name))) for entry in self.history if "step" in entry]
         points = [(step, value) for step, value in points if value is not None]
         repeated = [step for step, count in Counter(step for step, _ in points).items() if count > 1]
@@ -59,12 +44,7 @@ class Run:
         return pd.Series(dict(points), name=name, dtype=float).sort_index()
 
     def first_series(self, names: Sequence[str], what: str) -> pd.Series:
-        """
-        Values of the first of several metrics that was logged.
-
-        Raises:
-            [`SetupError`]: if none was logged; it names those that were.
-        """
+        """Values of the first of several metrics that was logged."""
         for name in names:
             series = self.series(name)
             if len(series):
@@ -75,10 +55,8 @@ class Run:
 
     def evaluations(self, dataset: str | None = None) -> "Run":
         """The same run with the entries of its evaluations only, of one of several datasets if that is named."""
-        prefix = "eval" if dataset is None else f"eval_{dataset}"
-        history = [entry for entry in self.history if f"{prefix}_runtime" in entry]
-        if dataset is None:
-            history = [entry for entry in self.history if any(name.startswith("eval_") for name in entry)]
+        ours = lambda name: name.startswith("eval_") if dataset is None else name == f"eval_{dataset}_runtime"
+        history = [entry for entry in self.history if any(map(ours, entry))]
         if not history:
             found = {name[5:-8] for entry in self.history for name in entry if re.fullmatch("eval_.+_runtime", name)}
             known = f"it has {_quoted(sorted(found))}" if found else "set `eval_strategy` when you train"
@@ -101,12 +79,7 @@ class Curve:
 
 
 def read_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Run]:
-    """
-    Read training runs.
-
-    Raises:
-        [`SetupError`]: if a run cannot be read, has logged nothing, or the labels do not fit in number.
-    """
+    """Read training runs: of several states in a folder, that of the highest step."""
     paths = [Path(path) for path in paths]
     labels = resolve_labels([_run_folder(path) for path in paths], labels)
     return [Run(path, label, _history(path)) for path, label in zip(paths, labels)]
@@ -117,13 +90,10 @@ def resolve_labels(paths: Sequence[Path], labels: Sequence[str] | None = None) -
     Return the labels given, or make them: the last part of each path, less its seed; more parts where two different
     paths end alike.
 
-    ```python
     >>> resolve_labels([Path("runs/grpo"), Path("runs/mentor-seed1"), Path("runs/mentor_seed2")])
     ['grpo', 'mentor', 'mentor']
     >>> resolve_labels([Path("a/mentor"), Path("b/mentor")])
     ['a/mentor', 'b/mentor']
-
-    ```
     """
     if labels is not None:
         if len(labels) != len(paths):
@@ -155,15 +125,9 @@ def make_curve(series: Sequence[pd.Series], smooth: int = 1) -> Curve:
     """
     Curve of the runs of a label.
 
-    Raises:
-        [`SetupError`]: if the runs have no step in common.
-
-    ```python
     >>> curve = make_curve([pd.Series({1: 0.0, 2: 1.0}), pd.Series({1: 1.0, 2: 1.0, 3: 1.0})])
     >>> curve.mean.tolist(), curve.error.tolist(), curve.dropped
     ([0.5, 1.0], [0.5, 0.0], 1)
-
-    ```
     """
     if smooth < 1:
         raise SetupError(f"The smoothing window is {smooth}; it must be 1 (no smoothing) or more.")

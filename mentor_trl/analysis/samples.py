@@ -38,7 +38,7 @@ class SampleSet:
 
 def read_samples(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[SampleSet]:
     """
-    Read samples.
+    Read samples from `.jsonl` and `.parquet` files, or folders of them.
 
     Raises:
         [`SetupError`]: if a file is missing, empty, or not of this form.
@@ -49,12 +49,7 @@ def read_samples(paths: Sequence[str | Path], labels: Sequence[str] | None = Non
 
 
 def keep_tasks(sets: Sequence[SampleSet], tasks: Sequence[str] | None) -> list[SampleSet]:
-    """
-    The samples of some tasks; all of them where no task is named.
-
-    Raises:
-        [`SetupError`]: if a set has none of a task; it names the tasks that it has.
-    """
+    """The samples of some tasks, of which each set must have one; all of them where no task is named."""
     if tasks is None:
         return list(sets)
     for one in sets:
@@ -111,7 +106,7 @@ def _sample(file: Path, index: int, row: dict[str, Any]) -> Sample:
             f"{where} has neither `completions` (a list of texts) nor `completion`; it has "
             f"{', '.join(f'`{name}`' for name in row)}."
         )
-    if len(completions) == 0:
+    if not completions:
         raise SetupError(f"{where} has an empty list of completions.")
     correct = None if row.get("correct") is None else [int(one) for one in row["correct"]]
     if correct is not None and len(correct) != len(completions):

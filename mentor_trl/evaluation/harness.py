@@ -8,7 +8,8 @@ that no prompt is cut, and samples in one form for all back-ends.
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -82,13 +83,7 @@ def require_lm_eval() -> None:
 
 
 def load_tasks(names: Sequence[str], data_dir: str | None = None) -> "dict[str, Task]":
-    """
-    Load lm-eval's task of each set, whose problems come from a folder of local files or, if none is given, from the
-    Hub.
-
-    Raises:
-        [`SetupError`]: if a set is not known, or lm-eval not installed.
-    """
+    """Load lm-eval's task of each set, with problems from a folder of local files or, if none is given, the Hub."""
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise SetupError(f"There is no set '{unknown[0]}' (`tasks`); choose from {', '.join(TASKS)}")
@@ -116,12 +111,7 @@ def make_model(
     apply_chat_template: bool = True,
     seed: int = 0,
 ) -> "LM":
-    """
-    Make lm-eval's model; the arguments are the options of `mentor-trl eval`.
-
-    Raises:
-        [`SetupError`]: if the model cannot be loaded, or the back-end is not known, not installed or not reached.
-    """
+    """Make lm-eval's model; the arguments are the options of `mentor-trl eval`."""
     require_lm_eval()
     if backend == "server":
         from .server_client import make_server_model
@@ -133,9 +123,8 @@ def make_model(
         _require_vllm()
     from lm_eval.api.registry import get_model
 
-    args = {**_weights(backend, model), "dtype": "auto", **(model_args or {})}
-    if backend == "vllm":
-        args = {"seed": seed, **args}
+    seeded = {"seed": seed} if backend == "vllm" else {}
+    args = {**seeded, **_weights(backend, model), "dtype": "auto", **(model_args or {})}
     batch_size = batch_size or {"hf": 16, "vllm": "auto"}[backend]
     if backend == "hf" and device is None and not torch.cuda.is_available():
         device = "cpu"
@@ -184,7 +173,7 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
     task.set_config("generation_kwargs", generation_kwargs(backend, settings, temperature))
     task.set_config("description", "")  # the system prompt of the task file, which `system_instruction` replaces
     set_seed(settings.seed)
-    with _PromptsFit(lm, settings.max_new_tokens):
+    with _uncut_prompts(lm, settings.max_new_tokens):
         results = evaluate(
             lm,
             {"tasks": {task.config.task: task}},
@@ -236,27 +225,24 @@ def _add_math_verify(samples: list[dict[str, Any]]) -> None:
         sample["math_verify"] = [next(graded) for _ in sample["completions"]]
 
 
-class _PromptsFit:
-    """Refuses prompts that the local back-ends would cut from the left to make room for the completion."""
+@contextmanager
+def _uncut_prompts(lm: "LM", max_new_tokens: int) -> Iterator[None]:
+    """Refuse prompts that the local back-ends would cut from the left to make room for the completion."""
+    generate = lm.generate_until
 
-    def __init__(self, lm: "LM", max_new_tokens: int):
-        self.lm, self.max_new_tokens = lm, max_new_tokens
-
-    def __enter__(self) -> None:
-        if hasattr(self.lm, "tok_encode") and getattr(self.lm, "base_url", None) is None:
-            self.generate = self.lm.generate_until
-            self.lm.generate_until = self._check_and_generate
-
-    def __exit__(self, *exc_info) -> None:
-        self.lm.__dict__.pop("generate_until", None)
-
-    def _check_and_generate(self, requests: list, **kwargs: Any) -> list[str]:
-        prompts = {request.args[0] for request in requests}
-        longest = max(len(self.lm.tok_encode(prompt)) for prompt in prompts)
-        if longest + self.max_new_tokens > self.lm.max_length:
+    def check_and_generate(requests: list, **kwargs: Any) -> list[str]:
+        longest = max(len(lm.tok_encode(prompt)) for prompt in {request.args[0] for request in requests})
+        if longest + max_new_tokens > lm.max_length:
             raise SetupError(
-                f"The longest prompt has {longest} tokens, which with `max_new_tokens` {self.max_new_tokens} exceeds "
-                f"the model's {self.lm.max_length} positions; set `max_new_tokens` to "
-                f"{max(self.lm.max_length - longest, 1)} or less"
+                f"The longest prompt has {longest} tokens, which with `max_new_tokens` {max_new_tokens} exceeds "
+                f"the model's {lm.max_length} positions; set `max_new_tokens` to "
+                f"{max(lm.max_length - longest, 1)} or less"
             )
-        return self.generate(requests, **kwargs)
+        return generate(requests, **kwargs)
+
+    if hasattr(lm, "tok_encode") and getattr(lm, "base_url", None) is None:
+        lm.generate_until = check_and_generate
+    try:
+        yield
+    finally:
+        vars(lm).pop("generate_until", None)

@@ -17,15 +17,8 @@ PRIOR = 0.25
 @dataclass(frozen=True)
 class Estimate:
     """
-    A mean over problems.
-
-    Args:
-        value (`float`):
-            Estimate, between 0 and 1.
-        low, high (`float`):
-            Ends of the confidence interval.
-        stderr (`float`):
-            Standard error of the mean over problems; 0 for a single problem, whose interval still has a width.
+    A mean over problems, between 0 and 1, with the ends of its interval and its standard error. The latter is 0 for a
+    single problem, whose interval still has a width.
     """
 
     value: float
@@ -39,17 +32,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     Unbiased estimate of the probability that one of `k` samples is correct, from `num_samples` of which `num_correct`
     are: `1 - C(n - c, k) / C(n, k)` ([Chen et al., 2021](https://huggingface.co/papers/2107.03374), Eq. 1).
 
-    Args:
-        num_samples (`int`):
-            Samples drawn, `n`.
-        num_correct (`int`):
-            Correct ones among them, `c`.
-        k (`int`):
-            Samples allowed, 1 to `num_samples`.
-
-    Raises:
-        `ValueError`: if `k` or `num_correct` is out of range.
-
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2)
     (0.25, 0.5)
     """
@@ -62,22 +44,12 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 def estimate(correct: Sequence[Sequence[int]], k: int = 1, confidence: float = 0.95) -> Estimate:
     """
-    Estimate pass@k over the problems of a set; with `k=1` this is the average accuracy of all samples, avg@n.
+    Estimate pass@k over the problems of a set, of which `correct` holds 0 or 1 for each sample; with `k=1` this is the
+    average accuracy of all samples, avg@n.
 
     The interval is Wilson's with the effective sample size of a clustered sample (Korn and Graubard, 1998; Franco et
     al., 2019), see [`effective_sample_size`]. With one sample a problem it is Wilson's interval; it keeps its width
     where every problem fails or every problem is solved.
-
-    Args:
-        correct (`Sequence[Sequence[int]]`):
-            For each problem, 0 or 1 for each of its samples.
-        k (`int`, *optional*, defaults to `1`):
-            Samples allowed.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Coverage of the interval.
-
-    Returns:
-        [`Estimate`]: mean over problems and its interval.
     """
     if not correct:
         raise ValueError("No problem is given; pass the grades of one problem at least")
@@ -86,17 +58,7 @@ def estimate(correct: Sequence[Sequence[int]], k: int = 1, confidence: float = 0
 
 
 def estimate_mean(values: Sequence[float], num_samples: int, confidence: float = 0.95) -> Estimate:
-    """
-    Estimate the mean over problems, with the interval of [`estimate`].
-
-    Args:
-        values (`Sequence[float]`):
-            One value in [0, 1] a problem.
-        num_samples (`int`):
-            Samples of all problems.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Coverage of the interval.
-    """
+    """Mean over problems of one value in [0, 1] each, with the interval of [`estimate`]."""
     mean = fmean(values)
     z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
     size = effective_sample_size(values, num_samples, z)

@@ -62,9 +62,6 @@ def make_server_model(
     """
     Make the client of a server, whose address may lack `/v1`, after a look at what it serves. The seed is that of the
     first sample of each prompt; the next ones get the next numbers.
-
-    Raises:
-        [`SetupError`]: if no such server answers, or it does not serve the model.
     """
     if not base_url:
         raise SetupError(
@@ -72,8 +69,9 @@ def make_server_model(
         )
     root = _root(base_url)
     _check_served(root, model)
-    client = ServerChatCompletions if apply_chat_template else ServerCompletions
-    route = "chat/completions" if apply_chat_template else "completions"
+    client, route = ServerCompletions, "completions"
+    if apply_chat_template:
+        client, route = ServerChatCompletions, "chat/completions"
     return client(**{**DEFAULTS, **model_args, "model": model, "base_url": f"{root}/{route}", "seed": seed})
 
 

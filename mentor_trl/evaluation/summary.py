@@ -25,19 +25,8 @@ PAPER_PASS_AT_32: dict[str, dict[str, float]] = {"Qwen2.5-7B": {"aime24": 36.7, 
 @dataclass(frozen=True)
 class TaskRun:
     """
-    What one set gave.
-
-    Args:
-        task (`str`):
-            Name of the set.
-        num_samples (`int`):
-            Completions a problem.
-        temperature (`float`):
-            Sampling temperature.
-        dataset (`dict`):
-            `path`, `split` and, where there is one, `config` of the set on the Hub.
-        samples (`list[dict]`):
-            For each problem `doc_id`, `task`, `prompt`, `completions`, `correct`, `answer` and `verdicts`.
+    What one set gave: the rows of `samples_<task>.jsonl`, each with `num_samples` completions. `dataset` is `path`,
+    `split` and, where there is one, `config` of the set on the Hub.
     """
 
     task: str
@@ -49,13 +38,8 @@ class TaskRun:
 
 def summarize(run: TaskRun) -> dict[str, Any]:
     """
-    Summarise the samples of one set.
-
-    Returns:
-        `dict`: `metric` (`"pass@1"` for one sample a problem, else `"avg@n"`) with `value`, `low`, `high` and
-        `stderr`; `pass_at_k`, the same for each `k`; `num_problems`, `num_samples`, `temperature`, `dataset`, and
-        `verdicts`, the number of completions by verdict; and, where math-verify alone graded the set as well,
-        `math_verify`, what the metric is then. Shares are between 0 and 1.
+    What `results.json` says of one set, in shares between 0 and 1. The metric is `"pass@1"` for one sample a problem,
+    else `"avg@n"`.
     """
     correct = [row["correct"] for row in run.samples]
     verdicts = Counter(verdict for row in run.samples for verdict in row["verdicts"])
@@ -91,7 +75,8 @@ def to_markdown(results: dict[str, Any], paper_model: str = "Qwen2.5-7B") -> str
     sampled = {name: summary for name, summary in tasks.items() if summary["num_samples"] > 1}
     if sampled:
         parts += ["## pass@k", _pass_at_k_table(sampled, paper_model)]
-    parts += ["## Verdicts", _verdict_table(tasks), "## Settings", _settings_list(results["settings"])]
+    parts += ["## Verdicts", _verdict_table(tasks), "## Settings"]
+    parts.append("\n".join(f"- {name}: `{value}`" for name, value in results["settings"].items()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,10 +86,8 @@ def _accuracy_table(results: dict[str, Any], paper_model: str) -> str:
     own = [results["model"], *map(_percent, tasks.values()), _percent(results["average"])]
     alone = ["graded by math-verify alone", *(_percent(one.get("math_verify")) for one in tasks.values()), ""]
     blank = [""] * len(tasks)
-    paper = [
-        [f"paper, {paper_model}, {method}", *blank, f"{value:.1f}"]
-        for method, value in PAPER_AVERAGES[paper_model].items()
-    ]
+    stated = PAPER_AVERAGES[paper_model].items()
+    paper = [[f"paper, {paper_model}, {method}", *blank, f"{value:.1f}"] for method, value in stated]
     return to_table([header, own, *([alone] if any(alone[1:]) else []), *paper])
 
 
@@ -129,10 +112,6 @@ def _verdict_table(tasks: dict[str, dict[str, Any]]) -> str:
     return to_table(rows)
 
 
-def _settings_list(settings: dict[str, Any]) -> str:
-    return "\n".join(f"- {name}: `{value}`" for name, value in settings.items())
-
-
 def _percent(estimate: dict[str, Any] | None) -> str:
     if estimate is None:
         return ""
@@ -151,7 +130,5 @@ def to_table(rows: Sequence[Sequence[str]]) -> str:
 def write_samples(run: TaskRun, folder: Path) -> Path:
     """Write the samples of a set, one problem a line, to `samples_<task>.jsonl` of a folder."""
     path = folder / f"samples_{run.task}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for row in run.samples:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.samples), encoding="utf-8")
     return path

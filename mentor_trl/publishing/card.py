@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,6 @@ from .recipe import PUBLISHED
 # Our sections stand before this heading of TRL's card
 HEADING = "### Framework versions"
 _NO_BASE = "[None](https://huggingface.co/None)"
-_CURVES = {
-    "training": "Training dynamics of the on-policy rollouts",
-    "guidance": "What the expert did",
-}
 # Options that the card shows where they are set
 SETTINGS = (
     *("num_generations", "num_mixed_generations", "generation_batch_size"),
@@ -56,27 +51,9 @@ def complete_card(
     Complete the `README.md` that TRL has just written. That of a run without mixed rollouts stays TRL's, but for the
     results.
 
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration of the run.
-        state ([`~transformers.TrainerState`]):
-            State of the run.
-        base, expert (`str`, *optional*):
-            Names of the models.
-        rewards (`Sequence[tuple[str, float]]`):
-            Names of the reward functions and their weights.
-        recipe (`dict[str, Any]`, *optional*):
-            The options that the run was started with.
-        dataset_name (`str`, *optional*):
-            Dataset that the model was trained on. If not given, that of the recipe.
-        results (`str` or `Path` or `dict`, *optional*):
-            Results of `mentor-trl eval`, their file `results.json`, or its folder. They become a table and the card's
-            `model-index`.
-        training (`bool`, *optional*, defaults to `False`):
-            Whether training goes on. The curves, which take seconds, are then drawn only for a card that is pushed.
-
-    Raises:
-        [`SetupError`]: if there are no such results.
+    `recipe` holds the options that the run was started with, and the dataset, where `dataset_name` does not say it.
+    `results` are those of `mentor-trl eval`, their file `results.json`, or its folder: they become a table and the
+    card's `model-index`. While `training` goes on, the curves, which take seconds, are drawn only for a push.
     """
     path = Path(args.output_dir, "README.md")
     card = ModelCard.load(path)
@@ -130,34 +107,25 @@ def settings_table(
 
 def curve_section(folder: Path, log_history: list[dict[str, Any]], first: str) -> list[str]:
     """
-    Draw what was logged so far to `assets/training.png` and `assets/guidance.png` of a folder.
-
-    Args:
-        folder (`Path`):
-            Folder of the run.
-        log_history (`list[dict[str, Any]]`):
-            Entries of the Trainer's log.
-        first (`str`):
-            Metric of the first panel.
-
-    Returns:
-        `list[str]`: paragraphs of the card; none without matplotlib, and before anything is logged. A picture that
-        cannot be drawn gives a warning, never an error: the card is written while the model is saved.
+    Draw what was logged so far to `assets/training.png`, whose first panel is the metric `first`, and
+    `assets/guidance.png` of a folder. The paragraphs of the card are none without matplotlib, and before anything is
+    logged; a picture that cannot be drawn gives a warning, for the card is written while the model is saved.
     """
     history = [entry for entry in log_history if "reward" in entry]
     if not history or importlib.util.find_spec("matplotlib") is None:
         return []
     runs = [Run(folder, folder.resolve().name, history)]
     smooth = 5 if len(history) >= 50 else 1
-    plots = {
-        "training": lambda: plot_training(runs, (first, "entropy", "length"), smooth=smooth),
-        "guidance": lambda: plot_guidance(runs, smooth),
-    }
+    training = lambda: plot_training(runs, (first, "entropy", "length"), smooth=smooth)
+    guidance = lambda: plot_guidance(runs, smooth)
     pictures = []
-    for name, plot in plots.items():
+    for name, plot, title in (
+        ("training", training, "Training dynamics of the on-policy rollouts"),
+        ("guidance", guidance, "What the expert did"),
+    ):
         try:
             save_figure(plot()[0], folder / "assets" / f"{name}.png")
-            pictures.append(f"![{_CURVES[name]}](assets/{name}.png)")
+            pictures.append(f"![{title}](assets/{name}.png)")
         except Exception as error:  # noqa: BLE001
             warnings.warn(f"The curves {name}.png of the model card could not be drawn: {error!r}", stacklevel=2)
     return ["### Training curves", *pictures] if pictures else []
@@ -167,6 +135,6 @@ def link(name: str | None) -> str:
     """A model as the card names it; of a local folder only the name, not where it lies."""
     if not name:
         return "a model that names no origin"
-    if name.count("/") == 1 and not name.startswith(".") and not os.path.exists(name):
+    if "/" in name and is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
     return f"`{Path(name).name}`, a local model"

@@ -19,15 +19,8 @@ _START, _END = "<!-- mentor-trl eval: results -->", "<!-- end of results -->"
 
 def model_index(results: dict[str, Any]) -> list[EvalResult]:
     """
-    Turn results into the entries of a model card's `model-index`.
-
-    Args:
-        results (`dict`):
-            What [`~mentor_trl.evaluation.summary.collect`] returned.
-
-    Returns:
-        `list[EvalResult]`: for each set its metric and, where several samples were drawn, pass@k for the largest k, in
-        percent.
+    Turn results of [`~mentor_trl.evaluation.summary.collect`] into the entries of a model card's `model-index`: for
+    each set its metric and, where several samples were drawn, pass@k for the largest k, in percent.
 
     Raises:
         [`SetupError`]: if only the first problems of the sets were evaluated.
@@ -69,14 +62,6 @@ def update_card(card: ModelCard, entries: list[EvalResult], model_name: str) -> 
     """
     Put results into a card: its `model-index`, and a table below the text. An entry of the same set and metric is
     replaced, others stay.
-
-    Args:
-        card ([`~huggingface_hub.ModelCard`]):
-            Card, which is changed.
-        entries (`list[EvalResult]`):
-            Results, of [`model_index`].
-        model_name (`str`):
-            Name of the model, where the card gives none.
     """
     kept = [old for old in card.data.eval_results or [] if _place(old) not in map(_place, entries)]
     card.data.eval_results = kept + entries
@@ -111,12 +96,7 @@ def _place(entry: EvalResult) -> tuple:
 
 
 def write_card(folder: str | Path, entries: list[EvalResult], model_name: str) -> Path:
-    """
-    Write results into the `README.md` of a folder, which is made if there is none.
-
-    Raises:
-        [`SetupError`]: if there is no such folder.
-    """
+    """Write results into the `README.md` of a folder, which is made if there is none."""
     path = Path(folder).expanduser() / "README.md"
     if not path.parent.is_dir():
         raise SetupError(f"The folder {path.parent} (`model_card`) does not exist")
@@ -131,23 +111,7 @@ def _new_card(model_name: str) -> ModelCard:
 
 
 def push_card(repo_id: str, entries: list[EvalResult], **kwargs: Any) -> str:
-    """
-    Write results into the card of a model on the Hub.
-
-    Args:
-        repo_id (`str`):
-            Model on the Hub, which must exist.
-        entries (`list[EvalResult]`):
-            Results.
-        **kwargs:
-            Passed to [`~huggingface_hub.ModelCard.push_to_hub`], such as `token` or `create_pr`.
-
-    Returns:
-        `str`: address of the commit.
-
-    Raises:
-        [`SetupError`]: if the Hub cannot be reached or refuses.
-    """
+    """Write results into the card of a model on the Hub; returns the address of the commit."""
     name = repo_id.rpartition("/")[2]
     kwargs = {"commit_message": "Results of mentor-trl eval", **kwargs}
     try:

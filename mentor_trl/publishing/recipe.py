@@ -20,24 +20,12 @@ _SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|://[^/
 
 def without_secrets(options: dict[str, Any], publish: bool = False) -> tuple[dict[str, Any], list[str]]:
     """
-    Take out of options what must not be written down.
+    Take out of options what must not be written down: tokens, keys, passwords, and texts that look like one or hold an
+    address with a password. To `publish` them, the machine is hidden as well: absolute paths are cut to their last
+    part, `env` and the addresses of servers are left out. Returns what is kept, and the names of the rest.
 
-    Args:
-        options (`dict[str, Any]`):
-            Options by name, as a config file holds them.
-        publish (`bool`, *optional*, defaults to `False`):
-            Whether to hide the machine as well: absolute paths are cut to their last part, `env` and the addresses of
-            servers are left out.
-
-    Returns:
-        `tuple[dict[str, Any], list[str]]`: the options, and the names of those that were left out: tokens, keys,
-        passwords, and texts that look like one or hold an address with a password.
-
-    ```python
     >>> without_secrets({"model_name_or_path": "/home/ada/qwen", "hub_token": "hf_x", "seed": 1}, publish=True)
     ({'model_name_or_path': 'qwen', 'seed': 1}, ['hub_token'])
-
-    ```
     """
     kept, left_out = {}, []
     for name, value in options.items():

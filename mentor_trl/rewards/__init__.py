@@ -2,7 +2,7 @@
 
 from .accuracy import accuracy_reward, format_reward, ungradable, ungradable_warning
 from .answers import THINK_END, THINK_START, extract_boxed
-from .comparison import GRADER_VERSION
+from .rules import GRADER_VERSION
 
 
 __all__ = [

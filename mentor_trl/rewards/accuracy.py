@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .answers import THINK_END, THINK_START, completion_text, final_answer, gold_answer
-from .comparison import is_gradable
+from .answers import THINK_END, THINK_START, completion_text, final_answer, gold_answer, is_gradable
 from .grading import Verdict, get_grader
 
 
@@ -99,15 +98,7 @@ def accuracy_reward(
 def ungradable(solutions: Iterable[Any]) -> list[int]:
     r"""
     Finds the solutions that [`accuracy_reward`] skips, because they hold no answer, no readable one, or one that keeps
-    the verifier busy for longer than its timeout.
-
-    Args:
-        solutions (`Iterable`):
-            The cells of a solution column.
-
-    Returns:
-        `list[int]`:
-            Their indices.
+    the verifier busy for longer than its timeout. Given the cells of a solution column, it returns their indices.
 
     Example:
     ```python
@@ -126,17 +117,7 @@ def ungradable(solutions: Iterable[Any]) -> list[int]:
 
 
 def ungradable_warning(solutions: Iterable[Any]) -> str | None:
-    """
-    Says how many solutions [`accuracy_reward`] will skip, which they are, and what to do.
-
-    Args:
-        solutions (`Iterable`):
-            The cells of a solution column.
-
-    Returns:
-        `str`, *optional*:
-            The warning, or `None` where every solution can be graded.
-    """
+    """Says which cells of a solution column [`accuracy_reward`] will skip, and what to do; `None` if it skips none."""
     solutions = list(solutions)
     indices = ungradable(solutions)
     if not indices:

@@ -55,13 +55,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """
-    Returns the whole response as one string, with reasoning that TRL has parsed out of it put back.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            A text, or messages, of which those of the assistant count.
-    """
+    """Returns what the assistant says as one string, with reasoning that TRL has parsed out of it put back."""
     if isinstance(completion, str):
         return completion
     parts = []
@@ -85,24 +79,11 @@ def final_answer(text: str) -> str | None:
 
 def gold_answer(solution: Any) -> str | None:
     r"""
-    Returns the bare answer that a cell of a solution column holds.
-
-    Args:
-        solution (`Any`):
-            An answer as text or number, a list of answers, a worked solution that ends in `\boxed{}`, or one in
-            GSM8K's notation, which ends in `#### 72`.
-
-    Returns:
-        `str`, *optional*:
-            The answer, or `None` where the cell holds none.
-
-    Example:
-    ```python
-    >>> from mentor_trl.rewards.answers import gold_answer
+    Returns the bare answer of a cell of a solution column: an answer as text or number, a list of answers, a worked
+    solution that ends in `\boxed{}`, or one in GSM8K's notation, which ends in `#### 72`.
 
     >>> gold_answer(27.0), gold_answer(r"So it is $\boxed{\frac{1}{2}}$."), gold_answer(["3", "5"]), gold_answer(" ")
     ('27', '\\frac{1}{2}', '3, 5', None)
-    ```
     """
     if isinstance(solution, (list, tuple)):
         parts = [gold_answer(part) for part in solution]
@@ -116,3 +97,18 @@ def gold_answer(solution: Any) -> str | None:
     if boxed is not None or "\\boxed" in text:
         return boxed
     return text.rpartition("####")[2].strip() or None
+
+
+def is_gradable(gold: str) -> bool:
+    r"""
+    Whether anything could equal a gold answer: it says something, and its braces close.
+
+    >>> is_gradable("No solution"), is_gradable("???"), is_gradable(r"\frac{1}{")
+    (True, False, False)
+    """
+    depth = 0
+    for brace in re.findall(r"\\[{}]|[{}]", gold):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return False
+    return depth == 0 and any(one.isalnum() or one in "∅\\" for one in gold)

@@ -1,7 +1,7 @@
 """
-Whether an answer equals a gold answer: the rules of [`~rules.RULES`] around math-verify.
+Whether an answer equals a gold answer: the rules of docs/grading.md around math-verify.
 
-It imports neither `mentor_trl` nor torch, so that a grading worker is ready in about a second.
+Only grading workers import it. It imports neither `mentor_trl` nor torch, so that they are ready in about a second.
 """
 
 import math
@@ -9,21 +9,16 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from .rules import (
-    is_name,
-    ratio,
-    same_unit,
-    split_base,
-    split_percent,
-    split_top,
-    split_unit,
-    statements,
-)
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, verify
+from math_verify import parse as parse_answer
+from sympy import Basic, Equality, Expr, FiniteSet, I, Interval, Product, Rational, Sum, Symbol, Tuple
+from sympy.logic.boolalg import BooleanAtom
+
+from .answers import is_gradable
+from .rules import is_name, ratio, same_unit, split_base, split_percent, split_top, split_unit, statements
 from .spelling import clean, flat, same_text, strip_delimiters
 
-
-# Changes whenever a verdict may.
-GRADER_VERSION = "2"
 
 # math-verify rounds to six decimals, to which all numbers well below this one are the same.
 TINY = 1e-3
@@ -40,11 +35,17 @@ _LETTERS = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|([A-Za-z]{1,2}))(?![A-Za-
 _CONSTANT = re.compile(r"[+-]\s*[Cc]$")
 _MEMBER = re.compile(r"[A-Za-z]\s*\\in(?![a-z])\s*")
 _NAME_IN_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_OR = re.compile(r" or | and ")
-_LIST = re.compile(rf"[,;]|{_OR.pattern}")
+_LIST = re.compile(r"[,;]| or | and ")
 _PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _ARITHMETIC = re.compile(
     r"(?:[\d\s.+\-*/^!(){}|]|\[\d\]|\\(?:frac|sqrt|cdot|times|div|pi|binom|ln|log|sin|cos|tan|%)(?![a-z])|_|(?<![A-Za-z])e)+"
+)
+_EXTRACTION = LatexExtractionConfig(
+    boxed_match_priority=0,
+    try_extract_without_anchor=False,
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    ),
 )
 
 
@@ -52,66 +53,30 @@ def is_prose(gold: str) -> bool:
     r"""
     Tells a sentence, in which math-verify has to look for the answer, from a bare answer.
 
-    Example:
-    ```python
     >>> is_prose("So the answer is 72"), is_prose("concave up or down"), is_prose("72 dollars")
     (True, False, False)
-    ```
     """
     if not _PROSE.search(gold) or _COMPARISON.search(gold) or split_unit(clean(gold)).unit is not None:
         return False
     return len(_QUANTITY.findall(gold)) == 1 or _ANSWER_IS.search(gold) is not None
 
 
-def is_gradable(gold: str) -> bool:
-    r"""
-    Tells whether anything could equal a gold answer: it says something, and its braces close.
-
-    Example:
-    ```python
-    >>> is_gradable("No solution"), is_gradable("???"), is_gradable(r"\frac{1}{")
-    (True, False, False)
-    ```
-    """
-    depth = 0
-    for brace in re.findall(r"\\[{}]|[{}]", gold):
-        depth += {"{": 1, "}": -1}.get(brace, 0)
-        if depth < 0:
-            return False
-    return depth == 0 and any(one.isalnum() or one in "∅\\" for one in gold)
-
-
 @lru_cache(maxsize=4096)
 def parse(text: str) -> tuple:
     """Returns what math-verify makes of a clean answer without unit: expressions, or the text where it reads none."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_answer
-
-    normalization = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
-    )
-    config = LatexExtractionConfig(
-        boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
-    )
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", text)  # `4.5e33`: to math-verify, Euler's number
     text = _BARE_POINT.sub("", text)  # `5.` and `1./3` are numbers, but not to math-verify
     # The answer goes back into a box because math-verify reads a bare `1,2` as the number 1.2 and no bare `\frac43`.
-    found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
+    found = parse_answer(rf"\boxed{{{text}}}", extraction_config=[_EXTRACTION], parsing_timeout=None)
     return tuple(item for item in map(_with_imaginary_unit, found) if not _is_truth_value(item))
 
 
 def _is_truth_value(item) -> bool:
     """sympy reads a chain of equations as whether it holds, so that any two that do not would be equal."""
-    from sympy import FiniteSet, Tuple
-    from sympy.logic.boolalg import BooleanAtom
-
     return any(isinstance(one, BooleanAtom) for one in (item.args if isinstance(item, (FiniteSet, Tuple)) else [item]))
 
 
 def _with_imaginary_unit(item):
-    from sympy import Basic, I, Product, Sum, Symbol
-
     if not isinstance(item, Basic) or not item.has(Symbol) or item.has(Sum, Product):
         return item
     # math-verify's symbols are real in an answer without `i` and not real in one with it.
@@ -124,19 +89,7 @@ def _with_imaginary_unit(item):
 
 @lru_cache(maxsize=1024)
 def parse_gold(gold: str) -> tuple:
-    r"""
-    Parses a gold answer, given bare or inside a sentence.
-
-    Args:
-        gold (`str`):
-            Gold answer, without its `\boxed{}`.
-
-    Returns:
-        `tuple`:
-            What math-verify made of it; where it made nothing of a gold answer that [`is_gradable`], its text.
-    """
-    from math_verify import parse as parse_answer
-
+    """What math-verify makes of a gold answer, bare or in a sentence; its text, where that is nothing."""
     if not is_gradable(gold):
         return ()
     if is_prose(gold):
@@ -151,19 +104,7 @@ def _mathematics(text: str) -> str:
 
 
 def is_correct(gold: str, answer: str) -> bool:
-    r"""
-    Compares an answer with a gold answer that [`parse_gold`] can parse.
-
-    Args:
-        gold (`str`):
-            Gold answer.
-        answer (`str`):
-            Content of the completion's last `\boxed{}`.
-
-    Returns:
-        `bool`:
-            Whether they are the same text, or equal by the rules.
-    """
+    """Whether an answer is the text of a gold answer that [`parse_gold`] can parse, or equal by the rules."""
     clean_gold, clean_answer = clean(gold), clean(answer)
     if not clean_answer:
         return False
@@ -177,10 +118,7 @@ def is_correct(gold: str, answer: str) -> bool:
 
 
 def is_correct_to_math_verify(gold: str, answer: str) -> bool:
-    """Compares an answer with a gold answer as math-verify does without our rules, both in a box."""
-    from math_verify import parse as parse_answer
-    from math_verify import verify
-
+    """What math-verify says without our rules, when both stand in a box."""
     both = (parse_answer(rf"\boxed{{{strip_delimiters(text)}}}", parsing_timeout=None) for text in (gold, answer))
     return verify(*both, timeout_seconds=None)
 
@@ -188,17 +126,18 @@ def is_correct_to_math_verify(gold: str, answer: str) -> bool:
 def _consistent_statements(answer: str) -> list[str]:
     """An answer may state its value exactly and rounded; two different values are a guess at both."""
     parts = statements(answer)
-    if len(parts) == 2 and not _is_rounded(*map(_mathematics, parts)):
-        return parts[1:] if number(_mathematics(parts[0])) is None else []
-    return parts
-
-
-def _is_rounded(exact: str, rounded: str) -> bool:
+    if len(parts) == 1:
+        return parts
+    exact, rounded = map(_mathematics, parts)
     value, other = number(exact), number(rounded)
-    if value is None or other is None:
-        return False
+    if value is None:
+        return parts[1:]
     decimals = len(rounded.partition(".")[2]) if _PLAIN.fullmatch(rounded) else 6
-    return abs(value - other) <= 0.5000001 * 10.0**-decimals
+    return parts if other is not None and _rounds_to(value, other, decimals) else []
+
+
+def _rounds_to(value: float, rounded: float, decimals: int) -> bool:
+    return abs(value - rounded) <= 0.5000001 * 10.0**-decimals
 
 
 def _matches(gold: str, answer: str) -> bool:
@@ -216,9 +155,6 @@ def _matches(gold: str, answer: str) -> bool:
         return _same_ratio(*terms) and (one.unit is None or other.unit is None or same_unit(one.unit, other.unit))
     sides = _sides_that_count(gold, answer)
     return sides is not None and _same_quantity(*sides)
-
-
-# --- bases, ratios -------------------------------------------------------------------------------------------------
 
 
 def _same_numeral(gold: str, answer: str, one: tuple[str, int] | None, other: tuple[str, int] | None) -> bool:
@@ -247,9 +183,6 @@ def _same_ratio(one: list[str] | None, other: list[str] | None) -> bool:
     return Fraction(one[0]) * Fraction(other[1]) == Fraction(one[1]) * Fraction(other[0])
 
 
-# --- equations -----------------------------------------------------------------------------------------------------
-
-
 def _sides_that_count(gold: str, answer: str) -> tuple[str, str] | None:
     """The right sides of equations, or the texts where there are none; `None` where an equation counts for nothing."""
     lefts = [split_top(text, "=")[0] for text in (gold, answer)]
@@ -274,10 +207,9 @@ def _right_side(text: str) -> str | None:
     sides = split_top(text, "=")
     if len(sides) == 1 or not all(sides):
         return text
-    if any(len(split_top(text, sign)) > 1 for sign in ",;") or _OR.search(text):
+    if any(len(split_top(text, sign)) > 1 for sign in ",;") or " or " in text or " and " in text:
         return _list_of_values(text)
-    values = [number(split_unit(side).core) for side in sides]
-    known = [(value, side) for value, side in zip(values, sides) if value is not None]
+    known = [(value, side) for side in sides if (value := number(split_unit(side).core)) is not None]
     if any(not _agree(*pair) for pair in zip(known, known[1:])):
         return None
     if is_name(sides[0]) or len(known) == len(sides) or r"\begin" in sides[0]:
@@ -286,9 +218,9 @@ def _right_side(text: str) -> str | None:
 
 
 def _agree(one: tuple[float, str], other: tuple[float, str]) -> bool:
-    value, rounded = one[0], other[0]
-    if "." in other[1] and _PLAIN.fullmatch(other[1]):
-        return abs(value - rounded) <= 0.5000001 * 10.0 ** -len(other[1].partition(".")[2])
+    value, (rounded, text) = one[0], other
+    if "." in text and _PLAIN.fullmatch(text):
+        return _rounds_to(value, rounded, len(text.partition(".")[2]))
     return math.isclose(value, rounded, rel_tol=1e-9)
 
 
@@ -299,9 +231,6 @@ def _list_of_values(text: str) -> str:
     if len(names) != 1 or not is_name(name := names.pop()) or any(item.count("=") > 1 for item in items):
         return text
     return text.replace(f"{name}=", "").replace(f"{name} =", "")
-
-
-# --- units and percent signs ---------------------------------------------------------------------------------------
 
 
 def _same_quantity(gold: str, answer: str) -> bool:
@@ -331,25 +260,17 @@ def _same_percent(left: str, left_percent: bool, right: str, right_percent: bool
     small = all(value is not None and abs(value) < 1 for value in values)
     if not small and _equal(left, right):
         return True
-    if values[0 if left_percent else 1] is None:
-        return False
     if left_percent:
-        return _equal(rf"\frac{{{left}}}{{100}}", right)
-    return _equal(left, rf"\frac{{{right}}}{{100}}")
-
-
-# --- mathematics ---------------------------------------------------------------------------------------------------
+        return values[0] is not None and _equal(rf"\frac{{{left}}}{{100}}", right)
+    return values[1] is not None and _equal(left, rf"\frac{{{right}}}{{100}}")
 
 
 def number(text: str) -> float | None:
     r"""
     Returns the value of an expression in numbers alone, or `None` for any other.
 
-    Example:
-    ```python
     >>> number(r"\frac{1}{4}"), number("2x")
     (0.25, None)
-    ```
     """
     if _PLAIN.fullmatch(text):
         return float(text)
@@ -377,30 +298,24 @@ def _equal(gold: str, answer: str) -> bool:
 
 def _same_number(gold: str, answer: str) -> bool:
     """What [`_equal_items`] says of two plain numbers, without math-verify."""
-    if "." not in gold + answer:
-        return int(gold) == int(answer)
     one, other = Fraction(gold), Fraction(answer)
-    if one == other:
-        return True
+    if one == other or "." not in gold + answer:
+        return one == other
     if abs(one) < TINY:
-        return one != 0 and abs(one - other) <= abs(one) * Fraction(1, 10**6)
+        return abs(one - other) <= abs(one) / 10**6
     return round(one, 6) == round(other, 6)
 
 
 def _same_case(gold: str, answer: str) -> bool:
     """math-verify reads `N` and `n` as one symbol. A letter that each side has in one case only must have the same."""
-    sides = []
-    for text in (gold, answer):
-        sides.append({letter for match in _LETTERS.finditer(text) for letter in match[1] or ""} - {"e", "E"})
-    one, other = sides
-    return not any(
-        letter.swapcase() in other and letter not in other for letter in one if letter.swapcase() not in one
+    one, other = (
+        {letter for match in _LETTERS.finditer(text) for letter in match[1] or "" if letter not in "eE"}
+        for text in (gold, answer)
     )
+    return all(letter in other or letter.swapcase() not in other - one for letter in one)
 
 
 def _equal_items(gold: tuple, answer: tuple, gold_text: str, answer_text: str) -> bool:
-    from math_verify import verify
-
     if not verify(list(gold), list(answer), timeout_seconds=None):
         return False
     if "." not in gold_text + answer_text:
@@ -416,8 +331,6 @@ def _differ(one, other) -> bool:
     Tells whether two expressions that math-verify takes for equal differ beyond its 15 digits, as `1/2004!` and
     `1/2006!` do. Expressions that cannot be evaluated are left to math-verify.
     """
-    from sympy import Basic, Equality, Expr, FiniteSet, Interval, Rational, Tuple
-
     if isinstance(one, Equality) and isinstance(other, Expr):
         one = one.rhs
     if isinstance(other, Equality) and isinstance(one, Expr):

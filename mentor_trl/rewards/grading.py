@@ -17,34 +17,25 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
-DEFAULT_TIMEOUT = 5.0
-DEFAULT_MEMORY_LIMIT = 1024**3
 MAX_DEFAULT_WORKERS = 4
 START_TIMEOUT = 120.0
 MAX_FAILED_STARTS = 3
 CACHE_SIZE = 65536
 
-Pair = tuple[str, str]
 Task = tuple[str, str, bool]  # gold answer, answer, whether the rules apply
 
 
 @dataclass(frozen=True)
 class Verdict:
     """
-    What became of one answer.
-
-    Args:
-        correct (`bool`, *optional*):
-            Whether the answer equals the gold answer. `None` when the gold answer cannot be parsed.
-        failure (`str`, *optional*):
-            `"timeout"` or `"crash"` when the verifier gave no verdict; `correct` is then `False`, or `None` when the
-            verifier did not get past the gold answer.
+    Whether an answer is correct; `None` when its gold answer cannot be parsed. Where the verifier gave no verdict,
+    `failure` is `"timeout"` or `"crash"`, and `correct` is `False`, or `None` if it did not get past the gold answer.
     """
 
     correct: bool | None
@@ -121,31 +112,16 @@ class Grader:
     `n` answers that hang add at most `ceil(n / num_workers)` rounds to a call. A round takes `timeout` seconds, and
     what the start of a worker takes beyond `timeout / 2`, which is when the replacement of one that hangs starts.
 
-    Args:
-        timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds that parsing one gold answer may take, and again grading one answer. Starting a worker does not
-            count.
-        num_workers (`int`, *optional*):
-            Number of worker processes. Defaults to the number of CPU cores, 4 at most.
-        memory_limit (`int`, *optional*, defaults to `1073741824`):
-            Bytes of address space of one worker, where the system can limit it. `0` for no limit.
-
-    Example:
-    ```python
-    >>> from mentor_trl.rewards.grading import Grader
+    `timeout` is for parsing one gold answer, and again for grading one answer; starting a worker does not count. There
+    are as many workers as CPU cores, 4 at most, unless `num_workers` says otherwise. `memory_limit` bounds the address
+    space of a worker in bytes, where the system can limit it; 0 is no limit.
 
     >>> with Grader() as grader:
     ...     grader.grade([(r"\frac{1}{2}", "0.5"), ("72", "9^{9^{9^{9}}}")])
     [Verdict(correct=True, failure=None), Verdict(correct=False, failure='timeout')]
-    ```
     """
 
-    def __init__(
-        self,
-        timeout: float = DEFAULT_TIMEOUT,
-        num_workers: int | None = None,
-        memory_limit: int = DEFAULT_MEMORY_LIMIT,
-    ):
+    def __init__(self, timeout: float = 5.0, num_workers: int | None = None, memory_limit: int = 1024**3):
         if timeout <= 0:
             raise ValueError(f"timeout must be positive, got {timeout}. Pass the seconds one answer may take.")
         if num_workers is not None and num_workers < 1:
@@ -153,7 +129,7 @@ class Grader:
         self.timeout = timeout
         self.num_workers = num_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
         self.command = [sys.executable, str(Path(__file__).with_name("grading_worker.py")), str(memory_limit)]
-        self._cache: OrderedDict[Task, Verdict] = OrderedDict()
+        self._cache: dict[Task, Verdict] = {}
         self._workers: list[_Worker] = []
         self._reset()
         _graders.add(self)
@@ -176,19 +152,10 @@ class Grader:
         with self._lock:
             _stop_workers(self._workers)
 
-    def grade(self, pairs: Iterable[Pair], rules: bool = True) -> list[Verdict]:
+    def grade(self, pairs: Iterable[tuple[str, str]], rules: bool = True) -> list[Verdict]:
         r"""
-        Compares answers with their gold answers.
-
-        Args:
-            pairs (`Iterable[tuple[str, str]]`):
-                Pairs of gold answer and answer, both without `\boxed{}`.
-            rules (`bool`, *optional*, defaults to `True`):
-                Whether the rules of [`~rules.RULES`] apply, or math-verify alone decides.
-
-        Returns:
-            `list[Verdict]`:
-                One verdict a pair, in the order of the pairs.
+        Compares gold answers with answers, both without `\boxed{}`, by the rules of docs/grading.md or by math-verify
+        alone; one verdict a pair, in their order.
         """
         tasks = [(gold, answer, rules) for gold, answer in pairs]
         with self._lock:
@@ -202,7 +169,10 @@ class Grader:
             finally:
                 for worker in [worker for worker in self._workers if worker.task]:
                     self._drop(worker)
-            self._remember(batch.verdicts)
+            # A failure may be the machine's fault, so that the same answer is tried again next time.
+            self._cache |= {task: verdict for task, verdict in batch.verdicts.items() if verdict.failure is None}
+            while len(self._cache) > CACHE_SIZE:
+                del self._cache[next(iter(self._cache))]
             return [batch.verdicts[task] for task in tasks]
 
     def _dispatch(self, batch: _Batch) -> None:
@@ -262,19 +232,9 @@ class Grader:
                     f"run `{' '.join(self.command)} < /dev/null` to see it again."
                 )
         elif task is not None:
-            verdict = Verdict(False if worker.gold_parsed else None, failure)
-            batch.verdicts[task] = verdict
+            batch.verdicts[task] = Verdict(False if worker.gold_parsed else None, failure)
             if not worker.gold_parsed:
-                batch.fatal_golds[task[0]] = verdict
-
-    def _remember(self, verdicts: dict[Task, Verdict]) -> None:
-        # A failure may be the machine's fault, so that the same answer is tried again next time.
-        for task, verdict in verdicts.items():
-            if verdict.failure is None:
-                self._cache[task] = verdict
-                self._cache.move_to_end(task)
-        while len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
+                batch.fatal_golds[task[0]] = batch.verdicts[task]
 
     def _start(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
@@ -301,13 +261,7 @@ _default: Grader | None = None
 
 
 def get_grader() -> Grader:
-    """
-    Returns the grader of this process that the reward functions use, made at the first call.
-
-    Returns:
-        `Grader`:
-            The grader given to [`set_grader`], or one with the default arguments.
-    """
+    """The grader of this process that the reward functions use: that of [`set_grader`], or one with the defaults."""
     global _default
     if _default is None:
         _default = Grader()
@@ -316,22 +270,10 @@ def get_grader() -> Grader:
 
 def set_grader(grader: Grader | None) -> Grader | None:
     """
-    Makes the reward functions use another grader, for another timeout, number of workers or memory limit.
-
-    Args:
-        grader (`Grader`, *optional*):
-            The grader to use from now on. `None` for one with the default arguments.
-
-    Returns:
-        `Grader`, *optional*:
-            The grader used so far. It is not closed.
-
-    Example:
-    ```python
-    >>> from mentor_trl.rewards.grading import Grader, set_grader
+    Makes the reward functions use another grader, or for `None` one with the defaults. The grader used so far is
+    returned, and not closed.
 
     >>> previous = set_grader(Grader(timeout=10.0, num_workers=8))
-    ```
     """
     global _default
     previous, _default = _default, grader

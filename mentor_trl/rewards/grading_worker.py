@@ -21,9 +21,6 @@ if not __package__:  # started by path: a package of its own, without the module
     sys.modules[__package__] = types.ModuleType(__package__)
     sys.modules[__package__].__path__ = [os.path.dirname(os.path.abspath(__file__))]
 
-from .comparison import is_correct, is_correct_to_math_verify, parse, parse_gold
-
-
 # Seconds beyond a task's own timeout after which a worker whose parent is gone ends itself.
 ORPHAN_GRACE = 5.0
 
@@ -63,7 +60,7 @@ def _serve(memory_limit: int) -> None:
     os.dup2(2, 1)
     _limit_resources(memory_limit)
 
-    import math_verify  # noqa: F401  # imported before the first task, so that no task pays for it
+    from .comparison import is_correct, is_correct_to_math_verify, parse, parse_gold
 
     logging.disable(logging.CRITICAL)
     parse("1")

@@ -1,94 +1,15 @@
-r"""
-The rules of grading: which spellings of an answer are the same answer, and which are not.
+"""
+How the rules of grading (the table in docs/grading.md) take an answer apart: units, percent signs, bases, equations.
 
-math-verify decides whether two expressions are equal. The rules come before it: they rewrite an answer so that it
-reads it ([`~spelling.clean`]), take it apart (units, percent signs, bases, equations), and say where its verdict does
-not count. Nothing here imports it: `comparison.py` does.
+Nothing here imports math-verify: `comparison.py` does.
 """
 
 import re
 from typing import NamedTuple
 
 
-class Rule(NamedTuple):
-    """A rule, with one pair of gold answer and answer that it makes equal, and one that it keeps apart."""
-
-    kind: str
-    statement: str
-    equal: tuple[str, str]
-    unequal: tuple[str, str]
-
-
-RULES = (
-    Rule(
-        "exact",
-        "Numbers without a decimal point are compared exactly; with one, to six decimals.",
-        (r"\frac{1}{3}", "0.3333333"),
-        (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
-    ),
-    Rule(
-        "complex",
-        "`i` is the imaginary unit, however it is spaced or set.",
-        ("6+9i", r"9\,\mathrm{i}+6"),
-        ("6+9i", "6-9 i"),
-    ),
-    Rule(
-        "unit",
-        "A unit counts only where both sides have one. Number words and hedges are no units.",
-        ("18", r"18\text{ dollars}"),
-        ("5 cm", "5 m"),
-    ),
-    Rule(
-        "percent",
-        "A one-sided percent sign is dropped, unless both sides lie below 1, or divides by 100.",
-        ("0.25", r"25\%"),
-        ("0.5", r"0.5\%"),
-    ),
-    Rule(
-        "grouping",
-        "Digits grouped by a comma or a thin space are one number; a comma and a space make a list.",
-        ("10000", r"10\,000"),
-        ("58500", "58, 500"),
-    ),
-    Rule(
-        "symbol",
-        "Spellings of one symbol are equal.",
-        (r"\emptyset", r"\varnothing"),
-        (r"\emptyset", r"\{0\}"),
-    ),
-    Rule(
-        "unicode",
-        "Unicode digits, signs, roots, fractions and exponents are read; invisible characters are not.",
-        (r"-\sqrt{2}", "−√2"),
-        (r"-\sqrt{2}", "√2"),
-    ),
-    Rule(
-        "equation",
-        "The right side counts where the left is a name, or where the equation is true in numbers.",
-        ("36", r"12\times 3=36"),
-        ("42", "41=42"),
-    ),
-    Rule(
-        "base",
-        "Two different bases are unequal; one that is missing passes.",
-        ("11_{3}", "11"),
-        ("11_{3}", "11_{4}"),
-    ),
-    Rule(
-        "case",
-        "The case of symbols counts; that of words and of choice letters does not.",
-        ("B", "b"),
-        ("2N", "2n"),
-    ),
-    Rule(
-        "gold",
-        "A gold answer that states one thing twice is read either way; ratios, times and words stay whole.",
-        (r"x>3:(3,\infty)", r"(3,\infty)"),
-        ("3:4", "4"),
-    ),
-)
-"""All rules but the one of boxes, which [`~answers.extract_boxed`] follows."""
-
+# Changes whenever a verdict may
+GRADER_VERSION = "2"
 
 # --- units ---------------------------------------------------------------------------------------------------------
 
@@ -108,9 +29,10 @@ _CANONICAL = {name: names.split()[0] for names in re.split(r"[|\n]", _SYNONYMS) 
 _MEASURES = frozenset(_CANONICAL.values())
 _SPEEDS = {"mph": ["mi", "per", "h"], **{name: ["km", "per", "h"] for name in ("kph", "kmph", "kmh")}}
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_COUNTS = frozenset("dozen dozens hundreds thousands millions billions lakh crore mil mill grand gross".split())
-_NUMBER_WORDS = _COUNTS | frozenset(
+_LEADING_COUNTS = frozenset("dozen dozens hundreds thousands lakh crore".split())
+_NUMBER_WORDS = _LEADING_COUNTS | frozenset(
     """
+    millions billions mil mill grand gross
     half halves third thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths
     ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial hundred thousand
     million billion trillion one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
@@ -155,11 +77,8 @@ def split_unit(text: str) -> Quantity:
     r"""
     Takes the unit off a clean answer.
 
-    Example:
-    ```python
     >>> split_unit("18 dollars").core, sorted(split_unit(r"3 cm ^2").unit), split_unit("3 or more").unit
     ('18', ['cm', 'square'], None)
-    ```
     """
     if match := _MONEY.match(text):
         rest = split_unit(match[1] + match[4])
@@ -175,9 +94,7 @@ def split_unit(text: str) -> Quantity:
     if not match or match.start() == 0 and len(tail) < len(text):
         return Quantity(text, None)
     core = text[: len(text) - len(tail) + match.start()].rstrip()
-    if not re.search(r"\d|\\", core) or core[-1] in "+-*/^_=<>,;:([{|" or _BARE_WORD.search(core):
-        return Quantity(text, None)
-    if core.endswith("\\"):
+    if not re.search(r"\d|\\", core) or core[-1] in "+-*/^_=<>,;:([{|\\" or _BARE_WORD.search(core):
         return Quantity(text, None)
     spaced = match.start() > 0 and tail[match.start() - 1].isspace()
     return _read_phrase(text, core, match["phrase"], bool(match["bracket"]), spaced)
@@ -203,14 +120,7 @@ def _read_phrase(text: str, core: str, phrase: str, bracket: bool, spaced: bool)
             return Quantity(text, None)
         if any(not there and not _is_noun(word) for word, there in zip(words, known)):
             return Quantity(text, None)
-    number_word = words[-1] in _NUMBER_WORDS or words[0] in (
-        "dozen",
-        "dozens",
-        "hundreds",
-        "thousands",
-        "lakh",
-        "crore",
-    )
+    number_word = words[-1] in _NUMBER_WORDS or words[0] in _LEADING_COUNTS
     symbol = not spaced and not bracket and phrase in ("m", "g", "s", "h", "l")
     return Quantity(core, _canonical(phrase, words), number_word, bracket, symbol)
 
@@ -256,11 +166,8 @@ def split_percent(text: str) -> tuple[str, bool]:
     r"""
     Takes the percent sign off a clean answer.
 
-    Example:
-    ```python
     >>> split_percent(r"25 \%"), split_percent("5 percent"), split_percent("5")
     (('25', True), ('5', True), ('5', False))
-    ```
     """
     match = _PERCENT.search(text[-12:])
     return (text[: len(text) - len(match[0])], True) if match else (text, False)
@@ -270,11 +177,8 @@ def split_base(text: str) -> tuple[str, int] | None:
     r"""
     Takes a clean numeral apart into digits and base, or returns `None` where it names no base.
 
-    Example:
-    ```python
     >>> split_base("11_{3}"), split_base("1A _{16}"), split_base("101 (base two)"), split_base("x_{3}")
     (('11', 3), ('1A', 16), ('101', 2), None)
-    ```
     """
     match = _BASE.fullmatch(re.sub(r"\s", "", text)) if len(text) < 100 else None
     if match is None:
@@ -286,11 +190,8 @@ def ratio(text: str) -> list[str] | None:
     r"""
     Returns the terms of a ratio or of a time of day, or `None`.
 
-    Example:
-    ```python
     >>> ratio("3 : 4"), ratio("12:30"), ratio("3/4")
     (['3', '4'], ['12', '30'], None)
-    ```
     """
     match = _RATIO.fullmatch(text.replace(" ", ""))
     return match[0].split(":") if match else None
@@ -329,11 +230,8 @@ def split_top(text: str, sign: str) -> list[str]:
     r"""
     Splits a clean answer at a sign that stands outside of brackets.
 
-    Example:
-    ```python
     >>> split_top("P(X=2)=3", "="), split_top("5!=120", "="), split_top(r"x \leq 3", "=")
     (['P(X=2)', '3'], ['5!', '120'], ['x \\leq 3'])
-    ```
     """
     parts, depth, start = [], 0, 0
     for match in _BRACKETS.finditer(text):
@@ -352,11 +250,8 @@ def is_name(text: str) -> bool:
     r"""
     Tells the left side of a definition from an expression: a symbol, f(x), P(A), an angle, a length, words.
 
-    Example:
-    ```python
     >>> [is_name(text) for text in ("x", "f(x)", r"\angle ABC", "AB", "Total", "a+b", "2x", "xy", "x^{2}")]
     [True, True, True, True, True, False, False, False, False]
-    ```
     """
     return len(text) <= _TAIL_LENGTH and any(pattern.fullmatch(text.strip()) for pattern in _NAMED)
 
@@ -365,11 +260,8 @@ def statements(gold: str) -> list[str]:
     r"""
     Returns what a clean gold answer states: itself, or each of the two forms in which it states one thing.
 
-    Example:
-    ```python
     >>> statements(r"-2 \leq n \leq 4:[-2,4]"), statements("3:4"), statements(r"\frac{40}{3} \approx 13.33")
     (['-2 \\leq n \\leq 4', '[-2,4]'], ['3:4'], ['\\frac{40}{3}', '13.33'])
-    ```
     """
     for sign in (":", r"\approx"):
         parts = split_top(gold, sign)

@@ -4,51 +4,25 @@ import re
 import unicodedata
 
 
+_COMMANDS = """
+×✕✖times ·⋅∙cdot ÷div ≤⩽leq ≥⩾geq ≠neq ≈≃≅approx ±pm ∓mp ∞infty ∪cup ∩cap ∈in ∅⌀Øemptyset ∠angle ⟨langle ⟩rangle
+αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta ιiota κkappa λlambda μµmu νnu ξxi πpi ρrho σsigma τtau
+υupsilon φϕphi χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi ΣSigma ΦPhi ΨPsi ΩOmega
+"""
 _CHARACTERS = {
+    **{chars: rf"\{name} " for chars, name in re.findall(r"([^\x00-\x7f]+)([a-zA-Z]+)", _COMMANDS)},
+    **dict(zip("ℝℤℚℕℂ", (rf"\mathbb{{{letter}}}" for letter in "RZQNC"))),
+    **dict(zip("％，；：（）。", "%,;:().")),
     "−–—﹣－‐‑‒―": "-",
-    "×✕✖": r"\times ",
-    "·⋅∙": r"\cdot ",
-    "÷": r"\div ",
-    "≤⩽": r"\leq ",
-    "≥⩾": r"\geq ",
-    "≠": r"\neq ",
-    "≈≃≅": r"\approx ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "∅⌀Ø": r"\emptyset ",
-    "∠": r"\angle ",
     "°º˚": r"^{\circ}",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}",
-    "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
     "’‘′": "'",
     "“”": '"',
-    "％": "%",
-    "，": ",",
     "、": ", ",
-    "；": ";",
-    "：": ":",
-    "（": "(",
-    "）": ")",
-    "。": ".",
     "⁄∕": "/",
     "\u2009\u202f\u00a0\u2007\u200a": r"\,",
+    "\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u00ad\ufeff\u202a\u202c": None,
 }
-_GREEK = (
-    "αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta ιiota κkappa λlambda μmu µmu νnu ξxi πpi ρrho σsigma τtau "
-    "υupsilon φphi ϕphi χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi ΣSigma ΦPhi ΨPsi ΩOmega"
-)
 _TABLE = {ord(one): new for chars, new in _CHARACTERS.items() for one in chars}
-_TABLE |= {ord(item[0]): rf"\{item[1:]} " for item in _GREEK.split()}
-_TABLE |= {ord(one): None for one in "\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u00ad\ufeff\u202a\u202c"}
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni"))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()"))
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -89,13 +63,8 @@ def strip_delimiters(text: str) -> str:
     r"""
     Removes the math delimiters that enclose a whole answer.
 
-    Example:
-    ```python
-    >>> strip_delimiters(r"$\frac43$")
-    '\\frac43'
-    >>> strip_delimiters("$a$ and $b$")
-    '$a$ and $b$'
-    ```
+    >>> strip_delimiters(r"$\frac43$"), strip_delimiters("$a$ and $b$")
+    ('\\frac43', '$a$ and $b$')
     """
     text = text.strip()
     for start, end in _DELIMITERS:
@@ -126,11 +95,8 @@ def clean(text: str) -> str:
     r"""
     Rewrites an answer in one spelling: delimiters, spaces, characters, symbols, styles and grouped digits.
 
-    Example:
-    ```python
     >>> clean(r"$\left(10\,000,\; −\dfrac{1}{2}\right]$."), clean(r"\text{Evelyn}"), clean("x² ≤ √2")
     ('(10000, -\\frac{1}{2}]', 'Evelyn', 'x^{2} \\leq \\sqrt{2}')
-    ```
     """
     if not text.isascii():
         text = _plain_characters(text)
@@ -150,10 +116,8 @@ def clean(text: str) -> str:
 
 
 def _unstyled(match: re.Match) -> str:
-    inner, before = match[1], match.string[max(0, match.start() - 1) : match.start()]
-    if len(inner) == 1 and not (before.isdigit() and inner not in "ei"):
-        return inner
-    return f" {inner} "
+    inner, behind_digit = match[1], match.string[: match.start()][-1:].isdigit()
+    return inner if len(inner) == 1 and (inner in "ei" or not behind_digit) else f" {inner} "
 
 
 def _ungroup(text: str) -> str:
@@ -161,9 +125,7 @@ def _ungroup(text: str) -> str:
 
     def replace(match: re.Match) -> str:
         nonlocal depth
-        if match["open"] or match["close"]:
-            depth += 1 if match["open"] else -1
-            return match[0]
+        depth += bool(match["open"]) - bool(match["close"])
         return match[0] if depth > 0 else match[0].replace(",", "")  # `(1,234)` may be a pair
 
     return _GROUPS.sub(replace, text)
@@ -181,11 +143,8 @@ def flat(text: str) -> str:
     r"""
     Reduces a clean answer to what two spellings of the same text have in common.
 
-    Example:
-    ```python
     >>> flat("No  Solution"), flat(r"x^{2} + \frac12"), flat(r"( A )")
     ('nosolution', 'x^2+\\frac{1}{2}', '(A)')
-    ```
     """
     text = _WORD.sub(lambda m: m[0].lower(), text)
     text = _SHORT_FRACTION.sub(lambda m: _fraction(*filter(None, m.groups())), text)
@@ -198,11 +157,8 @@ def same_text(gold: str, answer: str) -> bool:
     r"""
     Tells whether two clean answers are the same text, or the same choice letter.
 
-    Example:
-    ```python
     >>> same_text("No solution", "no solution"), same_text("(B)", "b"), same_text("x", "X")
     (True, True, False)
-    ```
     """
     one, other = _CHOICE.fullmatch(gold), _CHOICE.fullmatch(answer)
     if one and other:

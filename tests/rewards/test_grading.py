@@ -297,8 +297,9 @@ def test_the_worker_imports_neither_torch_nor_this_package():
     done = run_python(
         f"""
         import runpy, sys
-        worker = runpy.run_path({grading_worker.__file__!r})
-        assert worker["is_correct"]("72", "72.0")
+        runpy.run_path({grading_worker.__file__!r})
+        from mentor_grading.comparison import is_correct
+        assert is_correct("72", "72.0")
         loaded = {{name.partition(".")[0] for name in sys.modules}}
         print(sorted(loaded & {{"torch", "transformers", "trl", "mentor_trl"}}))
         """
