@@ -210,12 +210,6 @@ def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False)
     """
     Number of token ids of a policy and its expert.
 
-    Args:
-        policy, expert (`str`):
-            Model ids or folders.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that the repositories ship.
-
     Raises:
         [`SetupError`]: if their tokenizers differ.
     """

@@ -58,9 +58,6 @@ class IncompatibleVLLM(RuntimeError):
 
 def check_version() -> str:
     """
-    Returns:
-        `str`: the version of vLLM.
-
     Raises:
         [`IncompatibleVLLM`]: if it is outside the range that was tested.
     """

@@ -30,9 +30,6 @@ def store_key(key: str, port: int) -> Path:
     """
     Keep the key of the server at a port, in the place of the one before it.
 
-    Returns:
-        `Path` of the file, which only this user can read.
-
     Raises:
         [`SetupError`]: if it cannot be kept so.
     """
@@ -85,12 +82,6 @@ def key_of(url: str, file: str | None = None) -> str | None:
     """
     The key for a server, if there is one: from the file, from `MENTOR_TRL_API_KEY` or `MENTOR_TRL_API_KEY_FILE`, or,
     for a server on this machine, from where `mentor-trl serve` has put it.
-
-    Args:
-        url (`str`):
-            Address of the server.
-        file (`str`, *optional*):
-            File with the key.
     """
     if file is not None:
         return read_key(file)

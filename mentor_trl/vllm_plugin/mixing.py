@@ -51,52 +51,17 @@ class RowTensors:
 
 
 def exponential_race(weights: torch.Tensor) -> torch.Tensor:
-    """
-    Draw an index in proportion to each row of unnormalized weights, without a synchronisation of the device.
-
-    Args:
-        weights (`torch.Tensor` of shape `(..., V)`):
-            Non-negative, with a positive sum.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, `int64`.
-    """
+    """Draw an index in proportion to each row of unnormalized weights, without a synchronisation of the device."""
     return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)
 
 
 def policy_probs(logits: torch.Tensor, temperature: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """
-    The policy's distribution over the ids that both models know.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, V_policy)`):
-            Logits of the policy.
-        temperature (`torch.Tensor` of shape `(N,)`):
-            Temperatures.
-        num_tokens (`int`):
-            V.
-
-    Returns:
-        `torch.Tensor` of shape `(N, V)` in float32.
-    """
+    """The policy's distribution over the ids that both models know."""
     return (logits[:, :num_tokens].float() / temperature.unsqueeze(-1)).softmax(dim=-1)
 
 
 def row_weights(entropy: torch.Tensor, row: torch.Tensor, options: RowTensors) -> torch.Tensor:
-    """
-    Weight w of each draft under its row's rule.
-
-    Args:
-        entropy (`torch.Tensor` of shape `(N,)`):
-            Policy entropies.
-        row (`torch.Tensor` of shape `(N,)`):
-            Row of each draft.
-        options ([`RowTensors`]):
-            Options of the rows.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`.
-    """
+    """Weight w of each draft under its row's rule."""
     gamma, share = options.gamma[row], options.share[row]
     weight = torch.zeros_like(entropy)
     for rule, mask in options.rules.items():
@@ -117,27 +82,6 @@ def sample_round(
 ) -> Round:
     """
     Flip the coins, couple the drafts at branch points with the expert, and cut each row behind its first replacement.
-
-    Args:
-        drafts (`torch.Tensor` of shape `(N,)`):
-            Ids drawn from `probs`.
-        probs (`torch.Tensor` of shape `(N, V)`):
-            The policy's distributions.
-        expert_logits (`torch.Tensor` of shape `(L, V_expert)`):
-            The expert's logits.
-        logit_index (`torch.Tensor` of shape `(N,)`):
-            Which of them belong to each draft.
-        row, step (`torch.Tensor` of shape `(N,)`):
-            Row and position in its row of each draft.
-        temperature (`torch.Tensor` of shape `(N,)`):
-            Temperatures.
-        options ([`RowTensors`]):
-            Options of the rows.
-        shape (`tuple[int, int]`):
-            B and S.
-
-    Returns:
-        [`Round`].
     """
     V = probs.size(-1)
     drafts = drafts.long()

@@ -37,19 +37,7 @@ class RecordStore:
         self.rows: OrderedDict[str, list[tuple[int, int, _Block]]] = OrderedDict()
 
     def append(self, keys: list[str | None], starts: list[int], tokens: torch.Tensor, values: torch.Tensor) -> None:
-        """
-        Store a round.
-
-        Args:
-            keys (`list[str | None]`):
-                Key of each row; `None` for rows that are not recorded.
-            starts (`list[int]`):
-                Position in its row, prompt included, of each row's first new token.
-            tokens (`torch.Tensor` of shape `(B, S)`):
-                Committed tokens, -1 behind the last.
-            values (`torch.Tensor` of shape `(B, S, 6)`):
-                [`VALUES`] of each.
-        """
+        """Store a round."""
         block = _Block(tokens, values)
         for index, (key, start) in enumerate(zip(keys, starts)):
             if key is not None:
@@ -60,17 +48,7 @@ class RecordStore:
             self._forget(next(iter(self.rows)))
 
     def take(self, keys: list[str]) -> list[dict | None]:
-        """
-        Hand over the records of rows and forget them.
-
-        Args:
-            keys (`list[str]`):
-                Keys.
-
-        Returns:
-            `list[dict]`, one a key: `start` (position of the first token) and base64 of `tokens` (int32) and of
-            `values` (float32, 6 a token), or `None` where the key is unknown.
-        """
+        """Hand over the records of rows and forget them."""
         blocks = {id(block): block for key in keys for _, _, block in self.rows.get(key, ())}
         on_host = {name: (block.tokens.to("cpu"), block.values.to("cpu")) for name, block in blocks.items()}
         return [self._pack(key, on_host) if key in self.rows else None for key in keys]
@@ -104,12 +82,7 @@ class RecordStore:
 
 
 def unpack(record: dict) -> tuple[int, list[int], torch.Tensor]:
-    """
-    Read what [`RecordStore.take`] packed.
-
-    Returns:
-        `tuple` of the position of the first token, the token ids and the `(T, 6)` values.
-    """
+    """Read what [`RecordStore.take`] packed."""
     ids = torch.frombuffer(bytearray(base64.b64decode(record["tokens"])), dtype=torch.int32)
     values = torch.frombuffer(bytearray(base64.b64decode(record["values"])), dtype=torch.float32)
     return record["start"], ids.tolist(), values.view(-1, len(VALUES))

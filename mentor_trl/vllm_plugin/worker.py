@@ -90,15 +90,7 @@ class MentorWorkerExtension:
         return {"weights_version": version}
 
     def mentor_load_policy(self, folder: str, version: str) -> dict:
-        """
-        Load the policy's weights from the safetensors files of a folder that all workers see.
-
-        Args:
-            folder (`str`):
-                Folder, complete when this is called.
-            version (`str`):
-                What `mentor_info` calls these weights from now on.
-        """
+        """Load the policy's weights from the safetensors files of a folder that all workers see."""
         from safetensors import safe_open
 
         # Told rather than raised, since an error that a worker raises loses its text on the way

@@ -18,7 +18,7 @@ from mentor_trl.cli import train
 from mentor_trl.errors import SetupError
 from mentor_trl.publishing import hub
 from mentor_trl.publishing.hub import make_repository, withheld
-from mentor_trl.rollout.vllm.backend import EngineSettings
+from mentor_trl.rollout.vllm.backend import weights_root
 from trainer_helpers import make_trainer
 
 
@@ -146,7 +146,7 @@ def test_weights_on_their_way_to_a_server_stay_behind(tmp_path):
     assert withheld(trainer.args, tmp_path.parent) == []
     trainer.args.vllm_weight_sync_dir = None
     # The Trainer leaves out what begins so
-    assert Path(EngineSettings.of(trainer.args, None).weight_sync_dir).relative_to(tmp_path).name.startswith("_")
+    assert weights_root(trainer.args).relative_to(tmp_path).name.startswith("_")
 
 
 @pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline\nmode"), httpx.ConnectError("no route")])

@@ -9,8 +9,8 @@ import torch
 
 from ...errors import EngineError
 from ...version import __version__
+from ...vllm_plugin.records import VALUES
 from ..types import MixedRequest
-from .wire import policy_values
 
 
 class ServerError(EngineError):
@@ -29,9 +29,15 @@ class WeightsLost(ServerError):
     """The server does not have the policy's current weights, and only the trainer can send them again."""
 
 
+class Exhausted(ServerError):
+    """A call failed in every attempt, by what may be otherwise the next time."""
+
+
 class Failed(Exception):
     """The server answered 5xx."""
 
+
+TRANSIENT = (httpx.TransportError, Failed)
 
 ADVICE = "Start one with `mentor-trl serve --policy ... --expert ...`"
 FIELDS: dict[str, type] = {
@@ -62,11 +68,8 @@ IDENTITY = {
 
 def content(response: httpx.Response) -> Any:
     """
-    The JSON of an answer; `None` where it is empty.
-
-    Raises:
-        [`Failed`]: for 5xx.
-        [`ServerError`]: for a refusal, [`WrongServer`] where no server of ours would refuse or answer so.
+    The JSON of an answer; `None` where it is empty. Raises [`Failed`] for 5xx, [`ServerError`] for a refusal, and
+    [`WrongServer`] where no server of ours would refuse or answer so.
     """
     url, status, text = response.request.url, response.status_code, _excerpt(response)
     if status >= 500:
@@ -102,12 +105,12 @@ def reading(url: str, path: str, error: type[ServerError] = ServerError) -> Iter
         raise error(f"{url} answered {path} with something that cannot be used: {what}.") from wrong
 
 
-def completion(answer: Any, info: dict[str, Any], request: MixedRequest, row: int) -> list[int] | None:
+def completion(
+    answer: Any, info: dict[str, Any], request: MixedRequest, row: int
+) -> tuple[list[int], torch.Tensor | None] | None:
     """
-    Token ids of the one completion of an answer of the server that is `info`; `None` where it gave the row up.
-
-    Raises:
-        `ValueError`: if they are no whole row of the request.
+    Token ids of the one completion of an answer of the server that is `info`, and their records if it serves the
+    policy alone; `None` where it gave the row up. A `ValueError` if they are no whole row of the request.
     """
     choice = answer["choices"][0]
     if choice.get("finish_reason") == "abort":
@@ -121,30 +124,25 @@ def completion(answer: Any, info: dict[str, Any], request: MixedRequest, row: in
         raise ValueError(
             f"row {row} has {len(ids)} tokens where {request.max_new_tokens} or a stop id were due: {str(ids[-8:])}"
         )
-    return ids
+    return ids, None if info["kind"] == "mixed" else _policy_values(choice["logprobs"]["token_logprobs"], ids, row)
 
 
-def completion_values(answer: Any, ids: list[int], row: int) -> torch.Tensor:
-    """
-    Records of a completion of the plain policy.
-
-    Raises:
-        `ValueError`: if there is not one finite log-probability a token.
-    """
-    logps = answer["choices"][0]["logprobs"]["token_logprobs"]
+def _policy_values(logps: list[float], ids: list[int], row: int) -> torch.Tensor:
+    """Records `(T, 6)` of a completion of the plain policy, of which only the log-probabilities are known."""
     if len(logps) != len(ids):
         raise ValueError(f"row {row} has {len(ids)} tokens and {len(logps)} log-probabilities")
-    values = policy_values(logps)
-    if not torch.tensor(logps).isfinite().all():
+    column = torch.tensor(logps)
+    if not column.isfinite().all():
         raise ValueError(f"the log-probabilities of row {row} are not all finite: {str(logps)[:80]}")
+    known = {"logps": column, "entropies": torch.nan, "expert_logps": torch.nan}
+    values = torch.zeros(len(ids), len(VALUES))
+    for name, value in known.items():
+        values[:, VALUES.index(name)] = value
     return values
 
 
 def check_fields(info: Any, url: str) -> dict[str, Any]:
-    """
-    Raises:
-        [`WrongServer`]: if what a server says of itself is incomplete, or of other types.
-    """
+    """What a server says of itself; a [`WrongServer`] if it is incomplete, or of other types."""
     if isinstance(info, dict):
         wrong = [name for name in ALWAYS if name not in info]
         wrong += [name for name, kind in FIELDS.items() if name in info and type(info[name]) is not kind]
@@ -154,10 +152,7 @@ def check_fields(info: Any, url: str) -> dict[str, Any]:
 
 
 def check_info(info: dict[str, Any], url: str, kind: str | None, num_tokens: int | None) -> None:
-    """
-    Raises:
-        [`WrongServer`]: if a server is not the one that is needed.
-    """
+    """Raise [`WrongServer`] if a server is not the one that is needed."""
     if kind is not None and info["kind"] != kind:
         serves = {"mixed": "a policy and its expert", "policy": "a policy alone"}
         option = {"mixed": "with", "policy": "without"}[kind]
@@ -178,10 +173,7 @@ def check_info(info: dict[str, Any], url: str, kind: str | None, num_tokens: int
 
 
 def check_same(first: dict[str, Any], info: dict[str, Any], url: str) -> None:
-    """
-    Raises:
-        [`WrongServer`]: if a server that was restarted is not the one that it was.
-    """
+    """Raise [`WrongServer`] if a server that was restarted is not the one that it was."""
     for name, what in IDENTITY.items():
         if first.get(name) != info.get(name):
             models = " and ".join(f"{model} {first[model]!r}" for model in ("policy", "expert") if model in first)

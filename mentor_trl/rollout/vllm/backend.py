@@ -5,9 +5,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,55 +35,16 @@ from .weights import new_run_id, remove_dead_weights, remove_weights, write_weig
 WEIGHTS_FOLDER = "_vllm_weights"
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """
-    What TRL's backend is not told by [`~trl.GRPOTrainer`].
-
-    Args:
-        expert (`str`, *optional*):
-            Model id or folder of the expert, for the colocated engine.
-        draft_length (`int`, *optional*, defaults to `8`):
-            Tokens that the policy drafts between two passes of the expert, in the colocated engine.
-        weight_sync (`str`, *optional*, defaults to `"auto"`):
-            How weights reach the server: `"nccl"`, `"folder"`, or `"auto"`, NCCL from a CUDA device and else a folder.
-        weight_sync_dir (`str`, *optional*):
-            Folder, shared with the server, for `"folder"`.
-        read_timeout (`float`, *optional*, defaults to `1200.0`):
-            Seconds to wait for the server's answer to one request.
-        policy_server_base_url (`str`, *optional*):
-            Address of a server of the policy alone, for the rows that the expert has no part in.
-        api_key_file (`str`, *optional*):
-            File with the key of the servers.
-    """
-
-    expert: str | None = None
-    draft_length: int = 8
-    weight_sync: str = "auto"
-    weight_sync_dir: str | None = None
-    read_timeout: float = 1200.0
-    policy_server_base_url: str | None = None
-    api_key_file: str | None = None
-
-    @classmethod
-    def of(cls, args: MentorGRPOConfig, expert: str | None) -> "EngineSettings":
-        """Settings of a configuration."""
-        return cls(
-            expert=expert,
-            draft_length=args.draft_length,
-            weight_sync=args.vllm_weight_sync,
-            weight_sync_dir=args.vllm_weight_sync_dir or os.path.join(args.output_dir, WEIGHTS_FOLDER),
-            read_timeout=args.vllm_read_timeout,
-            policy_server_base_url=args.vllm_policy_server_base_url,
-            api_key_file=args.vllm_server_api_key_file,
-        )
+def weights_root(args: MentorGRPOConfig) -> Path:
+    """Folder in which weights wait for a server."""
+    return Path(args.vllm_weight_sync_dir or os.path.join(args.output_dir, WEIGHTS_FOLDER)).absolute()
 
 
 @contextmanager
-def mixed_generation(settings: EngineSettings) -> Iterator[None]:
+def mixed_generation(args: MentorGRPOConfig, expert: str | None) -> Iterator[None]:
     """Inside, [`~trl.GRPOTrainer`] builds its vLLM backend as a [`MixedVLLMGeneration`]."""
     original = grpo_trainer.VLLMGeneration
-    grpo_trainer.VLLMGeneration = partial(MixedVLLMGeneration, settings=settings)
+    grpo_trainer.VLLMGeneration = partial(MixedVLLMGeneration, config=args, expert=expert)
     try:
         yield
     finally:
@@ -98,16 +59,10 @@ class MixedVLLMGeneration(VLLMGeneration):
     `generate` samples the plain policy, as TRL asks for evaluation and once guidance is over; `sample` samples
     what a [`MixedRequest`] asks for. In server mode both are collective: the rows of all processes go to the server
     together, and each process gets its own back.
-
-    Args:
-        *args, **kwargs:
-            See [`~trl.generation.vllm_generation.VLLMGeneration`].
-        settings ([`EngineSettings`]):
-            The rest.
     """
 
-    def __init__(self, *args: Any, settings: EngineSettings, **kwargs: Any):
-        self.settings = settings
+    def __init__(self, *args: Any, config: MentorGRPOConfig, expert: str | None, **kwargs: Any):
+        self.config, self.expert = config, expert
         self.sampler: ColocateSampler | ServerSampler | None = None
         self.policy_sampler: ServerSampler | None = None
         self._nccl: dict[ServerSampler, DraftWeightClient | PolicyWeightClient] = {}
@@ -122,7 +77,9 @@ class MixedVLLMGeneration(VLLMGeneration):
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.mode == "server":
             self.info = on_main(self.accelerator, self._connect)
-            self.vllm_client = _Described()
+            # Log-probabilities come from the plugin's records, which are those of the tempered distribution
+            described = {"model_config": {"logprobs_mode": "processed_logprobs"}}
+            self.vllm_client = SimpleNamespace(get_server_info=lambda: described)
         else:
             self.sampler = self._build()
             self.info = self.sampler.info
@@ -130,11 +87,11 @@ class MixedVLLMGeneration(VLLMGeneration):
 
     def _connect(self) -> dict[str, Any]:
         url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
-        patience = Patience(read=self.settings.read_timeout, recovery=self.server_timeout)
-        access = {"patience": patience, "api_key_file": self.settings.api_key_file}
+        patience = Patience(read=self.config.vllm_read_timeout, recovery=self.server_timeout)
+        access = {"patience": patience, "api_key_file": self.config.vllm_server_api_key_file}
         self.sampler = ServerSampler(url, num_tokens=self.num_tokens, **access)
-        if self.settings.policy_server_base_url is not None:
-            self.policy_sampler = PolicyServerSampler(self.settings.policy_server_base_url, **access)
+        if self.config.vllm_policy_server_base_url is not None:
+            self.policy_sampler = PolicyServerSampler(self.config.vllm_policy_server_base_url, **access)
         if self.weight_sync == "nccl":
             if self.accelerator.device.type != "cuda":
                 raise SetupError(
@@ -147,11 +104,10 @@ class MixedVLLMGeneration(VLLMGeneration):
                 for port, (sampler, kind) in enumerate(zip(self._servers, kinds))
             }
         else:
-            root = Path(self.settings.weight_sync_dir).absolute()
+            root = weights_root(self.config)
             remove_dead_weights(root)
             atexit.register(remove_weights, root, self._run_id)
-        policy_info = self.policy_sampler.info if self.policy_sampler is not None else None
-        return {**self.sampler.info, "policy_server": policy_info}
+        return {**self.sampler.info, "policy_server": getattr(self.policy_sampler, "info", None)}
 
     @property
     def _servers(self) -> list[ServerSampler]:
@@ -161,8 +117,8 @@ class MixedVLLMGeneration(VLLMGeneration):
     @property
     def weight_sync(self) -> str:
         """`"nccl"` or `"folder"`."""
-        if self.settings.weight_sync != "auto":
-            return self.settings.weight_sync
+        if self.config.vllm_weight_sync != "auto":
+            return self.config.vllm_weight_sync
         return "nccl" if self.accelerator.device.type == "cuda" else "folder"
 
     def _build(self) -> ColocateSampler:
@@ -172,9 +128,9 @@ class MixedVLLMGeneration(VLLMGeneration):
         ensure_master_addr_port()
         return ColocateSampler(
             self.model.name_or_path,
-            self.settings.expert,
+            self.expert,
             num_tokens=self.num_tokens,
-            draft_length=self.settings.draft_length,
+            draft_length=self.config.draft_length,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_length,
             max_num_seqs=self.max_num_seqs,
@@ -188,28 +144,10 @@ class MixedVLLMGeneration(VLLMGeneration):
         )
 
     def check(
-        self,
-        policy: PreTrainedModel,
-        expert: str | None,
-        expert_tokenizer: PreTrainedTokenizerBase | None,
-        longest_prompt: int,
+        self, policy: PreTrainedModel, expert_tokenizer: PreTrainedTokenizerBase | None, longest_prompt: int
     ) -> None:
-        """
-        Check that the engine speaks for this policy and this expert.
-
-        Args:
-            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                Policy.
-            expert (`str`, *optional*):
-                Expert that the configuration names.
-            expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-                Its tokenizer. A server has checked its own when it was started.
-            longest_prompt (`int`):
-                Tokens of the longest prompt.
-
-        Raises:
-            `SetupError`: naming what differs.
-        """
+        """Raise [`SetupError`] if the engine, which is running by now, does not fit this policy and expert."""
+        expert = self.expert
         info, where = self.info, "The server" if self.mode == "server" else "The engine"
         ours = model_shape(text_model(policy).config.get_text_config())
         for name, served in ((where, info), ("The policy's server", info.get("policy_server"))):
@@ -234,12 +172,7 @@ class MixedVLLMGeneration(VLLMGeneration):
     # Weights
 
     def sync_weights(self) -> None:
-        """
-        Give the engine the policy's current weights. Collective.
-
-        Raises:
-            [`ServerError`]: on every process, if the server cannot be given them.
-        """
+        """Give the engine the policy's current weights. Collective; where it fails, it does so on every process."""
         self._updates += 1
         version = f"{self._run_id}-{self._updates}"
         if self.mode == "colocate":
@@ -250,7 +183,7 @@ class MixedVLLMGeneration(VLLMGeneration):
             self._sync_by_nccl(version)
 
     def _sync_by_folder(self, version: str) -> None:
-        root = Path(self.settings.weight_sync_dir).absolute()
+        root = weights_root(self.config)
 
         def push(params: Iterator[tuple[str, torch.Tensor]]) -> None:
             write_weights(params, root / version, getattr(torch, self.info["dtype"]))
@@ -266,7 +199,7 @@ class MixedVLLMGeneration(VLLMGeneration):
                 (name, str(param.dtype).removeprefix("torch."), list(param.shape))
                 for name, param in self._iter_named_params()
             ]
-        for index in range(1 if self.settings.policy_server_base_url is None else 2):
+        for index in range(1 if self.config.vllm_policy_server_base_url is None else 2):
             self._send(
                 lambda params, server=index: self._nccl[self._servers[server]].push(
                     self._weight_metadata, params, version
@@ -298,13 +231,7 @@ class MixedVLLMGeneration(VLLMGeneration):
             yield self
 
     def generate(self, prompts, images, num_generations, profiler=None) -> tuple:
-        """
-        Sample the plain policy.
-
-        Returns:
-            `tuple` of prompts, completions, `(rows, tokens, 1)` log-probabilities and `None`, as
-            [`~trl.generation.vllm_generation.VLLMGeneration.generate`].
-        """
+        """Sample the plain policy, for [`~trl.GRPOTrainer`]."""
         request = MixedRequest(
             prompt_ids=prompts,
             gamma=[float("inf")] * len(prompts),
@@ -319,17 +246,8 @@ class MixedVLLMGeneration(VLLMGeneration):
 
     def sample(self, request: MixedRequest) -> MixedRollout:
         """
-        Sample the rows of this process. In server mode all processes call this together, with any number of rows.
-
-        Args:
-            request ([`MixedRequest`]):
-                Rows of this process. What is not per row must be the same on all.
-
-        Returns:
-            [`MixedRollout`] of these rows.
-
-        Raises:
-            [`ServerError`]: on every process, if the server fails longer than it may.
+        Sample the rows of this process. In server mode all processes call this together, with any number of rows, and
+        what is not per row must be the same on all. A failing server is a [`ServerError`] on all.
         """
         if self.mode == "colocate":
             return self.sampler.sample(request)
@@ -349,14 +267,6 @@ class MixedVLLMGeneration(VLLMGeneration):
         plain = self.policy_sampler is not None and request.plain
         with (self.policy_sampler if plain else self.sampler).session() as session:
             return session.sample(request)
-
-
-class _Described:
-    """What TRL asks its client about the server."""
-
-    def get_server_info(self) -> dict[str, Any]:
-        # Log-probabilities come from the plugin's records, which are those of the tempered distribution
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
 
 def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -13,17 +13,7 @@ T = TypeVar("T")
 
 
 def on_main(accelerator: Accelerator, call: Callable[[], T], others: Callable[[], None] | None = None) -> T:
-    """
-    What a call returns on the main process, on every process. If it fails, it fails on every process.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator.
-        call (`Callable`):
-            Made on the main process.
-        others (`Callable`, *optional*):
-            Made on the others meanwhile.
-    """
+    """What a call returns on the main process, on every process. If it fails, it fails on every process."""
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
     if accelerator.is_main_process:

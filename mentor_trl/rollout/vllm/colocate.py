@@ -101,14 +101,8 @@ class ColocateSampler:
 
     def load_tensors(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
         """
-        [`load_policy`][ColocateSampler.load_policy] from memory. Only where the engine runs in this very process, as
-        with `distributed_executor_backend="external_launcher"`.
-
-        Args:
-            weights (`Iterable[tuple[str, torch.Tensor]]`):
-                Names, as in a transformers checkpoint, and tensors.
-            version (`str`):
-                Name of these weights.
+        [`load_policy`][ColocateSampler.load_policy] from tensors in memory. Only where the engine runs in this very
+        process, as with `distributed_executor_backend="external_launcher"`.
         """
         self._wake("weights")
         weights = iter(weights)
@@ -139,8 +133,11 @@ class ColocateSampler:
         check_engine_context(request, self.info["max_model_len"])
         started = time.perf_counter()
         keys = record_keys(len(request.prompt_ids))
-        params = [SamplingParams(**sampling_params(request, row, key), extra_args=extra_args(request, row, key))
-                  for row, key in enumerate(keys)]  # fmt: skip
+        common = sampling_params(request)
+        params = [
+            SamplingParams(**common, detokenize=False, extra_args=extra_args(request, row, key))
+            for row, key in enumerate(keys)
+        ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in request.prompt_ids]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         completions = [list(output.outputs[0].token_ids) for output in outputs]

@@ -11,17 +11,7 @@ from .server import ServerError, ServerSampler
 
 
 class PolicyWeightClient(VLLMClient):
-    """
-    Sends the policy's weights over NCCL to a server that holds it alone.
-
-    Args:
-        sampler ([`ServerSampler`]):
-            Server.
-        group_port (`int`):
-            Port of the rendezvous.
-        device (`torch.device`):
-            Device of the policy.
-    """
+    """Sends the policy's weights over NCCL to a server that holds it alone, meeting it at `group_port`."""
 
     def __init__(self, sampler: ServerSampler, group_port: int, device: torch.device):
         self.sampler = sampler
@@ -30,27 +20,21 @@ class PolicyWeightClient(VLLMClient):
         self._sent: str | None = None
 
     def _get(self, url: str, **kwargs: Any) -> dict:
-        return super()._get(url, headers=self.sampler.auth.headers(), timeout=self.sampler.patience.read, **kwargs)
+        return super()._get(url, **self._access, **kwargs)
 
     def _post(self, url: str, **kwargs: Any) -> dict:
-        return super()._post(url, headers=self.sampler.auth.headers(), timeout=self.sampler.patience.read, **kwargs)
+        return super()._post(url, **self._access, **kwargs)
+
+    @property
+    def _access(self) -> dict[str, Any]:
+        return {"headers": self.sampler.auth.headers(), "timeout": self.sampler.patience.read}
 
     def push(
         self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str
     ) -> None:
         """
-        Replace the policy's weights on the server.
-
-        Args:
-            metadata (`list[tuple[str, str, list[int]]]`):
-                Name, data type and shape of each tensor.
-            params (`Iterator[tuple[str, torch.Tensor]]`):
-                The tensors.
-            version (`str`):
-                Name of these weights.
-
-        Raises:
-            [`ServerError`]: if the transfer fails, or does not end within the read time-out.
+        Replace the policy's weights on the server; `metadata` are name, data type and shape of each of them. A
+        [`ServerError`] if the transfer fails, or does not end within the read time-out.
         """
         if self.sampler.wait()["weights_version"] != self._sent:
             self.close_communicator()  # the server was started anew, and nobody is at the other end
@@ -76,10 +60,8 @@ class DraftWeightClient(PolicyWeightClient):
 
 def bounded(call: Callable[[], None], seconds: float) -> None:
     """
-    Run a call that may never return, such as an NCCL transfer whose other end has died.
-
-    Raises:
-        [`ServerError`]: if it fails, or is not done after `seconds`.
+    Run a call that may never return, such as an NCCL transfer whose other end has died. A [`ServerError`] if it fails,
+    or is not done after `seconds`.
     """
     failures: list[Exception] = []
 

@@ -1,11 +1,13 @@
 """Client of a `mentor-trl serve` server: one vLLM engine that speaks for policy and expert."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -17,6 +19,8 @@ from ...vllm_plugin.options import INCOMPLETE
 from ..types import MixedRequest, MixedRollout
 from .answers import (
     ADVICE,
+    TRANSIENT,
+    Exhausted,
     Failed,
     KeyRefused,
     ServerError,
@@ -26,7 +30,6 @@ from .answers import (
     check_info,
     check_same,
     completion,
-    completion_values,
     content,
     reading,
 )
@@ -38,31 +41,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Patience:
-    """
-    How long a client keeps trying. A request that the server refuses (4xx) is never repeated.
+    """How long a client keeps trying. A request that the server refuses (4xx) is never repeated."""
 
-    Args:
-        connect (`float`, *optional*, defaults to `10.0`):
-            Seconds to connect, per attempt.
-        read (`float`, *optional*, defaults to `1800.0`):
-            Seconds to wait for an answer, per attempt. A completion is answered when it is finished.
-        attempts (`int`, *optional*, defaults to `5`):
-            Attempts at a call, and at bringing a batch of rows together.
-        back_off (`float`, *optional*, defaults to `1.0`):
-            Seconds before the second attempt; doubled before each further one.
-        recovery (`float`, *optional*, defaults to `300.0`):
-            Seconds that a server may take to come back after it stopped answering.
-    """
-
-    connect: float = 10.0
-    read: float = 1800.0
-    attempts: int = 5
-    back_off: float = 1.0
-    recovery: float = 300.0
-
-    @property
-    def timeout(self) -> httpx.Timeout:
-        return httpx.Timeout(self.read, connect=self.connect)
+    connect: float = 10.0  # seconds to connect, per attempt
+    read: float = 1800.0  # seconds to wait for an answer, per attempt: a completion is answered when it is finished
+    attempts: int = 5  # at a call, and at bringing a batch of rows together
+    back_off: float = 1.0  # seconds before the second attempt; doubled before each further one
+    recovery: float = 300.0  # seconds that a server may take to come back after it stopped answering
 
 
 class ServerSampler:
@@ -114,8 +99,7 @@ class ServerSampler:
         self._first: dict[str, Any] | None = None
         self.info = self._first = self.wait()
         with reading(self.url, "/v1/models", WrongServer):
-            models = self._run(lambda client: self._retried(lambda: _get(client, "/v1/models")))
-            self.served_name = models["data"][0]["id"]
+            self.served_name = self._run(self._retried, _ask, "/v1/models", "GET")["data"][0]["id"]
 
     @contextmanager
     def session(self) -> Iterator["ServerSampler"]:
@@ -127,12 +111,7 @@ class ServerSampler:
         yield self
 
     def check(self) -> dict[str, Any]:
-        """
-        Ask once what the server is.
-
-        Returns:
-            `dict[str, Any]`: models, versions, vocabulary, draft length, context and weights of the server.
-        """
+        """Ask once what the server is: models, versions, vocabulary, draft length, context and weights."""
         info = self._run(_server_info)
         check_info(info, self.url, self.kind, self.num_tokens)
         if self._first is not None:
@@ -173,24 +152,16 @@ class ServerSampler:
         self._pushed = str(folder), version
         for attempt in range(1, self.patience.attempts + 1):
             try:
-                return self._push()
-            except ServerError as error:
-                if attempt == self.patience.attempts or not isinstance(
-                    error.__cause__, (httpx.TransportError, Failed)
-                ):
+                return self._replace(lambda: self._call("mentor_load_policy", *self._pushed))
+            except Exhausted:
+                if attempt == self.patience.attempts:
                     raise
             self.info = self.wait()
 
     def receive_policy(self, send: Callable[[], None], version: str) -> None:
         """
-        Replace the policy's weights by a transfer that does not go through a folder. A server that is restarted
-        afterwards raises [`WeightsLost`] until this is called again.
-
-        Args:
-            send (`Callable`):
-                Makes the transfer, between the server's pause and its going on.
-            version (`str`):
-                Name of these weights, another one than before.
+        Replace the policy's weights by a transfer that does not go through a folder: `send` makes it while the server
+        is paused. One that is restarted afterwards raises [`WeightsLost`] until this is called again.
         """
         self._pushed = None, version
         self.info = self.wait()
@@ -202,12 +173,9 @@ class ServerSampler:
 
         self._replace(receive)
 
-    def _push(self) -> None:
-        self._replace(lambda: self._call("mentor_load_policy", *self._pushed))
-
     def _replace(self, load: Callable[[], None]) -> None:
         """Change weights while no request runs, and leave nothing of the old ones in the prefix cache."""
-        post = lambda path, **kwargs: self._run(lambda client: self._retried(lambda: _post(client, path, **kwargs)))
+        post = partial(self._run, self._retried, _ask)
         post("/pause", params={"mode": "wait"})
         try:
             load()
@@ -217,7 +185,7 @@ class ServerSampler:
         self.info = {**self.info, "weights_version": self._pushed[1]}
 
     def _call(self, method: str, *args: Any) -> Any:
-        return self._run(lambda client: self._retried(lambda: _rpc(client, method, *args)))
+        return self._run(self._retried, _rpc, method, *args)
 
     def sample(self, request: MixedRequest) -> MixedRollout:
         """
@@ -239,19 +207,18 @@ class ServerSampler:
         check_engine_context(request, self.info["max_model_len"])
         started = time.perf_counter()
         done: dict[int, tuple[list[int], torch.Tensor]] = {}
-        for attempt in range(self.patience.attempts):
+        for attempt in itertools.count():
             missing = [row for row in range(len(request.prompt_ids)) if row not in done]
             if not missing:
                 break
+            if attempt == self.patience.attempts:
+                raise ServerError(
+                    f"{len(missing)} of {len(request.prompt_ids)} rows could not be sampled in {attempt} attempts at "
+                    f"{self.url}. Look at the server's log."
+                )
             if attempt:
                 self._recover()
-            done |= self._run(lambda client, rows=missing: self._sample_rows(client, request, rows))
-        else:
-            if len(done) < len(request.prompt_ids):
-                raise ServerError(
-                    f"{len(request.prompt_ids) - len(done)} of {len(request.prompt_ids)} rows could not be sampled in "
-                    f"{self.patience.attempts} attempts at {self.url}. Look at the server's log."
-                )
+            done |= self._run(self._sample_rows, request, missing)
         completions, values = zip(*(done[row] for row in sorted(done))) if done else ((), ())
         with reading(self.url, "/v1/completions"):
             return assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
@@ -267,79 +234,71 @@ class ServerSampler:
                 )
             self.load_policy(*self._pushed)
         elif self.info["paused"]:
-            self._run(lambda client: self._retried(lambda: _post(client, "/resume")))
+            self._run(self._retried, _ask, "/resume")
 
-    async def _sample_rows(self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int]):
-        """Rows that came through, as completions and records."""
-        keys = dict(zip(rows, record_keys(len(rows))))
-        slots = asyncio.Semaphore(self.concurrency)
+    async def _sample_rows(
+        self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int]
+    ) -> dict[int, tuple[list[int], torch.Tensor]]:
+        """Rows that came through, as token ids and records `(T, 6)`."""
+        keys, slots = record_keys(len(rows)), asyncio.Semaphore(self.concurrency)
 
-        async def complete(row: int) -> list[int] | None:
+        async def complete(row: int, key: str) -> tuple[list[int], torch.Tensor | None] | None:
             async with slots:
                 try:
-                    answer = await _post(client, "/v1/completions", json=self._body(request, row, keys[row]))
-                except (httpx.TransportError, Failed):
+                    answer = await _ask(client, "/v1/completions", json=self._body(request, row, key))
+                except TRANSIENT:
                     return None
             with reading(self.url, "/v1/completions"):
                 return completion(answer, self.info, request, row)
 
-        completions = dict(zip(rows, await asyncio.gather(*(complete(row) for row in rows))))
+        completed = dict(zip(rows, await asyncio.gather(*map(complete, rows, keys))))
+        mixed = self.info["kind"] == "mixed"
+        method, args = ("mentor_take_records", [keys]) if mixed else ("mentor_info", [])
         try:
-            found = await self._retried(lambda: _rpc(client, "mentor_take_records", list(keys.values())))
-        except ServerError as error:
-            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, Failed)):
-                raise
+            found = await self._retried(client, _rpc, method, *args)
+        except Exhausted:
             return {}
-        with reading(self.url, "mentor_take_records"):
+        with reading(self.url, method):
+            # A server that was restarted in the middle has lost the name of the weights with the weights
             if self._pushed is not None and found["weights_version"] != self._pushed[1]:
                 return {}
-            if len(found["rows"]) != len(rows):
-                raise ValueError(f"{len(found['rows'])} records of {len(rows)} rows")
-            records = dict(zip(rows, found["rows"]))
-            whole = [row for row in rows if completions[row] is not None and records[row] is not None]
-            return {
-                row: (
-                    completions[row],
-                    match_record(records[row], completions[row], len(request.prompt_ids[row]), row),
-                )
-                for row in whole
-            }
+            if mixed:
+                return _recorded(completed, found["rows"], request)
+        return {row: values for row, values in completed.items() if values is not None}
 
     def _body(self, request: MixedRequest, row: int, key: str) -> dict[str, Any]:
-        params = sampling_params(request, row, key)
-        params.pop("detokenize")
+        mixed = self.info["kind"] == "mixed"
         return {
             "model": self.served_name,
             "prompt": list(request.prompt_ids[row]),
             "return_token_ids": True,
-            "vllm_xargs": extra_args(request, row, key),
-            **params,
+            **({"vllm_xargs": extra_args(request, row, key)} if mixed else {"logprobs": 0}),
+            **sampling_params(request),
         }
 
-    async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _retried(
+        self, client: httpx.AsyncClient, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any
+    ) -> T:
         """A call, repeated after transport errors and 5xx with doubled pauses."""
-        pause = self.patience.back_off
-        for attempt in range(1, self.patience.attempts + 1):
+        for attempt in itertools.count(1):
             try:
-                return await call()
-            except (httpx.TransportError, Failed) as error:
+                return await call(client, *args, **kwargs)
+            except TRANSIENT as error:
                 if attempt == self.patience.attempts:
-                    raise ServerError(
+                    raise Exhausted(
                         f"{self.url} failed {attempt} times in a row, last with {type(error).__name__}: {error}"
                     ) from error
-            await asyncio.sleep(pause)
-            pause *= 2
-        raise AssertionError("unreachable")
+            await asyncio.sleep(self.patience.back_off * 2 ** (attempt - 1))
 
-    def _run(self, call: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    def _run(self, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        """What `call(client, ...)` returns, run in a thread of its own, since the caller may have an event loop."""
+        timeout = httpx.Timeout(self.patience.read, connect=self.patience.connect)
+
         async def run() -> T:
             limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(
-                base_url=self.url, timeout=self.patience.timeout, limits=limits, auth=self.auth
-            ) as client:
-                return await call(client)
+            async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, auth=self.auth) as client:
+                return await call(client, *args, **kwargs)
 
-        # A thread of its own, since the caller may have an event loop
         with ThreadPoolExecutor(max_workers=1) as pool:
             return pool.submit(asyncio.run, run()).result()
 
@@ -348,43 +307,9 @@ class PolicyServerSampler(ServerSampler):
     """
     Samples the plain policy on a server that holds it alone (`mentor-trl serve` without `--expert`), at the speed of
     vLLM without drafts. Its rollouts have no entropies: a server does not return them.
-
-    Args:
-        url, num_tokens, patience, concurrency:
-            See [`ServerSampler`].
     """
 
     kind = "policy"
-
-    async def _sample_rows(self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int]):
-        slots = asyncio.Semaphore(self.concurrency)
-
-        async def complete(row: int) -> tuple[list[int], torch.Tensor] | None:
-            async with slots:
-                try:
-                    answer = await _post(client, "/v1/completions", json=self._body(request, row, ""))
-                except (httpx.TransportError, Failed):
-                    return None
-            with reading(self.url, "/v1/completions"):
-                ids = completion(answer, self.info, request, row)
-                return None if ids is None else (ids, completion_values(answer, ids, row))
-
-        found = dict(zip(rows, await asyncio.gather(*(complete(row) for row in rows))))
-        try:
-            info = await self._retried(lambda: _rpc(client, "mentor_info"))
-        except ServerError as error:
-            if isinstance(error, WrongServer) or not isinstance(error.__cause__, (httpx.TransportError, Failed)):
-                raise
-            return {}
-        # A server that was restarted in the middle has lost the name of the weights with the weights
-        if self._pushed is not None and check_fields(info, self.url)["weights_version"] != self._pushed[1]:
-            return {}
-        return {row: values for row, values in found.items() if values is not None}
-
-    def _body(self, request: MixedRequest, row: int, key: str) -> dict[str, Any]:
-        body = super()._body(request, row, key)
-        del body["vllm_xargs"]
-        return {**body, "logprobs": 0}
 
 
 class AnyServer(ServerSampler):
@@ -394,15 +319,7 @@ class AnyServer(ServerSampler):
 
 
 class KeyOf(httpx.Auth):
-    """
-    The key of a server, looked up for each request: one that was restarted has a new one.
-
-    Args:
-        url (`str`):
-            Address of the server.
-        file (`str`, *optional*):
-            File with the key.
-    """
+    """The key of a server, looked up for each request: one that was restarted has a new one."""
 
     def __init__(self, url: str, file: str | None = None):
         self.url, self.file = url, file
@@ -418,10 +335,7 @@ class KeyOf(httpx.Auth):
 
 
 def checked_address(url: str) -> str:
-    """
-    Raises:
-        [`SetupError`]: if it is no address of a server.
-    """
+    """An address without its last slash; a [`SetupError`] if it is none."""
     try:
         address = httpx.URL(url)
         if address.scheme in ("http", "https") and address.host:
@@ -431,15 +345,20 @@ def checked_address(url: str) -> str:
     raise SetupError(f"{url!r} is not the address of a server: give one as http://127.0.0.1:8000.")
 
 
-async def _post(client: httpx.AsyncClient, path: str, **kwargs: Any) -> Any:
-    return await _answer(client, "POST", path, **kwargs)
+def _recorded(
+    completed: dict[int, tuple[list[int], None] | None], records: list[dict | None], request: MixedRequest
+) -> dict[int, tuple[list[int], torch.Tensor]]:
+    """Token ids and records of those rows that came through and that the engine has records of."""
+    if len(records) != len(completed):
+        raise ValueError(f"{len(records)} records of {len(completed)} rows")
+    return {
+        row: (values[0], match_record(record, values[0], len(request.prompt_ids[row]), row))
+        for (row, values), record in zip(completed.items(), records)
+        if values is not None and record is not None
+    }
 
 
-async def _get(client: httpx.AsyncClient, path: str) -> Any:
-    return await _answer(client, "GET", path)
-
-
-async def _answer(client: httpx.AsyncClient, method: str, path: str, **kwargs: Any) -> Any:
+async def _ask(client: httpx.AsyncClient, path: str, method: str = "POST", **kwargs: Any) -> Any:
     try:
         return content(await client.request(method, path, **kwargs))
     except httpx.DecodingError as error:
@@ -448,7 +367,7 @@ async def _answer(client: httpx.AsyncClient, method: str, path: str, **kwargs: A
 
 async def _rpc(client: httpx.AsyncClient, method: str, *args: Any) -> Any:
     """What the first worker answers to a method of the worker extension."""
-    answer = await _post(client, "/collective_rpc", json={"method": method, "args": list(args)})
+    answer = await _ask(client, "/collective_rpc", json={"method": method, "args": list(args)})
     with reading(str(client.base_url), method):
         for result in answer["results"]:
             if isinstance(result, dict) and "error" in result:
@@ -463,7 +382,7 @@ async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
         raise ServerError(f"{url} is not healthy: {health.status_code} {health.text[:300]}")
     try:
         info = check_fields(await _rpc(client, "mentor_info"), url)
-        paused = await _get(client, "/is_paused")
+        paused = await _ask(client, "/is_paused", "GET")
         with reading(url, "/is_paused"):
             return {**info, "paused": bool(paused["is_paused"])}
     except KeyRefused:

@@ -10,7 +10,7 @@ from ...experts.compatibility import check_stop_ids
 from ...experts.load import check_expert_given, check_expert_source, is_adapter
 from ..host import Host, check_vllm
 from ..types import MixedSampler
-from .backend import EngineSettings, MixedVLLMGeneration, mixed_generation
+from .backend import MixedVLLMGeneration, mixed_generation
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
@@ -24,17 +24,7 @@ _LOADED_HERE = {
 
 
 class VLLMEngine:
-    """
-    [`~mentor_trl.rollout.types.Engine`] behind TRL's vLLM backend.
-
-    Args:
-        generation ([`MixedVLLMGeneration`]):
-            Backend, which holds the models.
-        sync_weights (`Callable[[], None]`):
-            Gives it the current weights if it does not have them.
-        stop_token_ids (`list[int]`):
-            Ids that end a completion.
-    """
+    """[`~mentor_trl.rollout.types.Engine`] behind TRL's vLLM backend; `sync_weights` gives it the current weights."""
 
     expert, remote, released = None, True, False
 
@@ -55,15 +45,7 @@ class VLLMEngine:
 
 
 class VLLMSetup:
-    """
-    [`~mentor_trl.rollout.host.EngineSetup`] of a [`VLLMEngine`].
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
-        expert, expert_tokenizer:
-            Arguments of the trainer.
-    """
+    """[`~mentor_trl.rollout.host.EngineSetup`] of a [`VLLMEngine`]."""
 
     def __init__(self, args: MentorGRPOConfig, expert, expert_tokenizer):
         self.args, self.given, self.tokenizer = args, expert, expert_tokenizer
@@ -137,12 +119,12 @@ class VLLMSetup:
 
     def building(self) -> AbstractContextManager:
         """Inside, TRL's backend is ours."""
-        return mixed_generation(EngineSettings.of(self.args, self.source))
+        return mixed_generation(self.args, self.source)
 
     def build(self, host: Host) -> VLLMEngine:
         """Check that the engine, which is running by now, fits the policy."""
         generation = host.vllm_generation
-        generation.check(host.policy, self.source, self.tokenizer, host.longest_prompt())
+        generation.check(host.policy, self.tokenizer, host.longest_prompt())
         stop = check_stop_ids(
             host.stop_token_ids, generation.info["expert_stop_ids"], host.tokenizer, host.args.extend_stop_tokens
         )

@@ -21,17 +21,7 @@ RUN_FOLDER = re.compile(r"[0-9a-f]{8}\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.(?P<
 def write_weights(
     weights: Iterable[tuple[str, torch.Tensor]], folder: str | Path, dtype: torch.dtype | None = None
 ) -> None:
-    """
-    Write weights as safetensors files. The folder appears under its name only when it is complete.
-
-    Args:
-        weights (`Iterable[tuple[str, torch.Tensor]]`):
-            Names, as in a transformers checkpoint, and tensors.
-        folder (`str` or `Path`):
-            Folder to make; replaced if it exists.
-        dtype (`torch.dtype`, *optional*):
-            Data type to write floating-point weights in.
-    """
+    """Write weights as safetensors files. The folder appears under its name only when it is complete."""
     from safetensors.torch import save_file
 
     folder = Path(folder)

@@ -13,33 +13,12 @@ from ...vllm_plugin.records import VALUES, unpack
 from ..types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
 
 
-def policy_values(logps: list[float]) -> torch.Tensor:
-    """Records `(T, 6)` of a completion of the plain policy, of which only the log-probabilities are known."""
-    values = torch.zeros(len(logps), len(VALUES))
-    values[:, VALUES.index("logps")] = torch.tensor(logps)
-    for name in ("entropies", "expert_logps"):
-        values[:, VALUES.index(name)] = torch.nan
-    return values
-
-
 def assemble(
     request: MixedRequest, completions: list[list[int]], values: list[torch.Tensor], stats: dict[str, float]
 ) -> MixedRollout:
     """
-    Build a rollout.
-
-    Args:
-        request ([`MixedRequest`]):
-            What was asked for.
-        completions (`list[list[int]]`):
-            Token ids of each completion.
-        values (`list[torch.Tensor]`):
-            For each row the `(T, 6)` records of its tokens.
-        stats (`dict[str, float]`):
-            Counts of the sampling.
-
-    Raises:
-        `ValueError`: if a model's logits were NaN.
+    A rollout of completions and, for each, the `(T, 6)` records of its tokens. A `ValueError` if a model's logits were
+    NaN.
     """
     longest = max(map(len, completions), default=0)
     stacked = torch.full((len(completions), longest, len(VALUES)), torch.nan)
@@ -70,14 +49,13 @@ def record_keys(rows: int) -> list[str]:
     return [f"{name}-{row}" for row in range(rows)]
 
 
-def sampling_params(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
-    """vLLM's sampling parameters of a row. Stop ids are explicit: the expert's own never decide where a row ends."""
+def sampling_params(request: MixedRequest) -> dict[str, Any]:
+    """vLLM's sampling parameters. Stop ids are explicit: the expert's own never decide where a row ends."""
     return {
         "temperature": request.temperature,
         "max_tokens": request.max_new_tokens,
         "stop_token_ids": list(request.stop_token_ids),
         "ignore_eos": True,
-        "detokenize": False,
     }
 
 
@@ -93,12 +71,7 @@ def extra_args(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
 
 
 def match_record(record: dict | None, ids: list[int], start: int, row: int) -> torch.Tensor:
-    """
-    Records `(T, 6)` of a completion.
-
-    Raises:
-        `RuntimeError`: if the engine did not record exactly these tokens.
-    """
+    """Records `(T, 6)` of a completion; a `RuntimeError` if the engine did not record exactly these tokens."""
     if record is None:
         raise RuntimeError(f"The engine has no records of row {row}. Was it restarted while the row was sampled?")
     first, tokens, values = unpack(record)
@@ -113,9 +86,6 @@ def match_record(record: dict | None, ids: list[int], start: int, row: int) -> t
 
 
 def check_engine_context(request: MixedRequest, limit: int) -> None:
-    """
-    Raises:
-        [`SetupError`]: if a row may outgrow the engine's context.
-    """
+    """Raise [`SetupError`] if a row may outgrow the engine's context."""
     lengths = [len(ids) for ids in request.prompt_ids]
     check_context(lengths, request.max_new_tokens, limit, "the engine's", "serve with a larger `--max-model-len`")
