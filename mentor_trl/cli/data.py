@@ -101,19 +101,7 @@ def _notes(args: Any) -> list[str]:
 
 
 def main(name: str, args: Any, output: "OutputArguments", command: str) -> None:
-    """
-    Make a dataset, write it, and say what became of its rows.
-
-    Args:
-        name (`str`):
-            Name of the subcommand.
-        args ([`~mentor_trl.data.preparation.PromptArguments`] and others):
-            Options of the subcommand.
-        output ([`~mentor_trl.data.preparation.settings.OutputArguments`]):
-            Where the dataset goes.
-        command (`str`):
-            The command line, for the card.
-    """
+    """Make a dataset, write it, and say what became of its rows."""
     from mentor_trl.data.preparation.output import check_output, make_card, write_dataset
     from mentor_trl.data.preparation.sources import count_unverifiable
 

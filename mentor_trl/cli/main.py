@@ -72,17 +72,6 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     """
     Run a script of `mentor_trl.cli` with `accelerate launch`, on several processes also where there are only CPUs. A
     request to end (SIGTERM) goes to the processes that were launched.
-
-    Args:
-        name (`str`):
-            File name of the script.
-        launch_args (`list[str]`):
-            Options of `accelerate launch`.
-        script_args (`list[str]`):
-            Options of the script.
-
-    Returns:
-        `int`: exit code of the script. A failed process has already printed why.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -216,16 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run the command line.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments; those of the process if not given.
-
-    Returns:
-        `int`: exit code.
-    """
+    """Run the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     # Options before the command are ours, all after it are the command's.

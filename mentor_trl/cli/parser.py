@@ -54,14 +54,6 @@ class MentorArgumentParser(TrlParser):
         Part the options of `accelerate launch` from those of the script.
 
         Also sets the environment variables of the config file, which the launched processes inherit.
-
-        Args:
-            args (`list[str]`):
-                The command line, with or without `--config FILE`.
-
-        Returns:
-            `tuple[list[str], list[str]]`: launch options (of the config file, then of the command line), and the rest
-            of the command line.
         """
         args = _split_config_flag(args)
         self._check_mappings(args)
@@ -83,16 +75,7 @@ class MentorArgumentParser(TrlParser):
         return super().parse_args_and_config(args, **kwargs)
 
     def given_options(self, args: Iterable[str]) -> dict[str, Any]:
-        """
-        What a config file and the command line set; the latter wins. The file's `env` is left out.
-
-        Args:
-            args (`Iterable[str]`):
-                The command line, with or without `--config FILE`.
-
-        Returns:
-            `dict[str, Any]`: options by name, as a config file could hold them.
-        """
+        """What a config file and the command line set; the latter wins. The file's `env` is left out."""
         args, given = _split_config_flag(list(args)), {}
         actions = {action.dest: action for action in self._actions}
         if "--config" in args:
@@ -226,13 +209,7 @@ class MentorArgumentParser(TrlParser):
 
 
 def help_sections(groups: dict[str, tuple[type, type | None]]) -> dict[str, list[str]]:
-    """
-    Sections of the help: for each title, the fields that a dataclass adds to another one.
-
-    Args:
-        groups (`dict[str, tuple[type, type | None]]`):
-            Title to dataclass and base class (`None` for all of its fields).
-    """
+    """Sections of the help: for each title, the fields that a dataclass adds to another one."""
     return {
         title: [
             field.name

@@ -50,16 +50,7 @@ class UsageError(SetupError):
 
 
 def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgumentParser":
-    """
-    Build the parser of the script.
-
-    Args:
-        prog (`str`, *optional*):
-            Name of the program in help and error messages.
-        light (`bool`, *optional*, defaults to `False`):
-            Whether to read the options from sources, for the help and for what launches the script: see
-            [`~mentor_trl.cli.fields.light_class`].
-    """
+    """Build the parser of the script."""
     from mentor_trl.cli.fields import light_class
     from mentor_trl.cli.parser import MentorArgumentParser, help_sections
 
@@ -93,13 +84,7 @@ def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgument
 
 
 def resolve_reward_funcs(names: list[str]) -> list[Callable]:
-    """
-    Return the reward functions of these names.
-
-    Args:
-        names (`list[str]`):
-            Names of known reward functions, or dotted import paths (the working directory is searched too).
-    """
+    """Return the reward functions of these names."""
     from trl.rewards import get_soft_overlong_punishment, reasoning_accuracy_reward, think_format_reward
 
     from mentor_trl.rewards.accuracy import accuracy_reward, format_reward
@@ -164,16 +149,7 @@ def check_options(script_args: "MentorScriptArguments", training_args: "MentorGR
 
 
 def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
-    """
-    Return the checkpoint to resume from.
-
-    Args:
-        value (`str` or `bool`, *optional*):
-            Path of a checkpoint; `True` or `"true"` for the newest whole one in `output_dir`; `False`, `"false"` or
-            `None` for none.
-        output_dir (`str`):
-            Folder of the checkpoints.
-    """
+    """The checkpoint to resume from; `True` or `"true"` is the newest whole one in `output_dir`."""
     from mentor_trl.training.resume import usable_checkpoint
 
     if value is None or str(value).lower() in ("false", "none", ""):

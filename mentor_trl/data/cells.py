@@ -36,12 +36,6 @@ def answer_text(value: Any, where: str = "The answer") -> str | None:
     """
     Return what a cell says as text, or `None` where it says nothing. A list is all of its answers.
 
-    Args:
-        value (`Any`):
-            Text, number, or list of these.
-        where (`str`, *optional*, defaults to `"The answer"`):
-            What the error message calls the cell.
-
     Raises:
         [`DataError`]: if the cell is neither, or a number whose digits are lost.
 
@@ -80,18 +74,6 @@ def find_column(
 ) -> str:
     """
     Return the first of `names` that is a column.
-
-    Args:
-        columns (`list[str]`):
-            Columns that there are.
-        names (`tuple[str, ...]`):
-            Names that the column may have.
-        option (`str`):
-            Option that names the column, for the error message.
-        dataset (`str`):
-            What the error message calls the dataset.
-        near (`tuple[str, ...]`, *optional*):
-            Usual names, which the error message proposes.
 
     Raises:
         [`DataError`]: naming the columns that there are and the option to set.

@@ -101,18 +101,6 @@ def load_problems(test_set: str, data_dir: str | None = None, **_: Any) -> "dict
     """
     Load a test set for evaluation.
 
-    Args:
-        test_set (`str`):
-            Its name in [`TEST_SETS`]. A local file that holds a single split is taken as it is.
-        data_dir (`str`, *optional*):
-            Folder of local files. If set, nothing is asked of the Hub.
-        **_:
-            What else lm-eval passes on (the metadata of the task).
-
-    Returns:
-        `dict[str, Dataset]`: one split, `test`, with the columns `question`, `answer` and `choices`; the last is the
-        number of choices of a multiple-choice question and 0 elsewhere.
-
     Raises:
         [`~mentor_trl.data.DataError`]: if there is no such set, or if a row lacks its question or answer.
     """
@@ -193,14 +181,6 @@ def build_problem(form: str, row: Row, index: int, where: str) -> Row:
 def answer_of(value: Any, delimiter: str | None = None, where: str = "The answer") -> str | None:
     r"""
     Return the bare answer that a cell holds, or `None` where it holds none.
-
-    Args:
-        value (`Any`):
-            An answer as text or number, a list of answers, a worked solution that ends in `\boxed{}`, or GSM8K's.
-        delimiter (`str`, *optional*):
-            The answer is what follows the last occurrence of this text.
-        where (`str`, *optional*, defaults to `"The answer"`):
-            What the error message calls the cell.
 
     Raises:
         [`~mentor_trl.data.DataError`]: if the cell is no text, number or list of these.

@@ -72,19 +72,6 @@ def prepare_trajectories(
 
     Rows that have a trajectory already keep it; the others get one, or `None` where no response may be one.
 
-    Args:
-        args ([`TrajectoryArguments`]):
-            The dataset, the expert and how its responses are drawn.
-        output ([`~mentor_trl.data.preparation.settings.OutputArguments`]):
-            Where the dataset will go; the responses are kept beside it until then, in a folder with `.partial` at the
-            end of its name.
-        engine (`Callable`, *optional*):
-            What draws the responses, instead of the engine that `args` names.
-
-    Returns:
-        `tuple[DatasetDict, Report, ResponseStore]`: all splits, the one of `args.dataset_split` with the column
-        `trajectory` (and `trajectories`); the counts; and the store, to be removed once the dataset is written.
-
     Raises:
         [`~mentor_trl.data.DataError`]: naming the option or column that is wrong.
     """

@@ -20,14 +20,6 @@ def prepare_hints(args: HintArguments) -> "tuple[DatasetDict, Report]":
     """
     Put hints into the prompts of one split.
 
-    Args:
-        args ([`HintArguments`]):
-            The dataset and the hints.
-
-    Returns:
-        `tuple[DatasetDict, Report]`: all splits, the one of `args.dataset_split` with hints in `prompt` and the column
-        `hint` (`str` or `None`); and the counts.
-
     Raises:
         [`~mentor_trl.data.DataError`]: naming the option or column that is wrong.
     """

@@ -24,10 +24,6 @@ def normalize_problem(text: str) -> str:
     commands of LaTeX, `\dfrac` against `\frac`, braces around one character, commas that group thousands, and
     punctuation at the end. Everything else counts: a problem with other numbers is another problem.
 
-    Args:
-        text (`str`):
-            Text of a problem.
-
     Example:
     ```python
     >>> from mentor_trl.data.preparation import normalize_problem

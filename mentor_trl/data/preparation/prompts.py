@@ -31,15 +31,6 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     """
     Make a prompt dataset.
 
-    Args:
-        args ([`PromptArguments`]):
-            Where the problems are and which of them are kept.
-
-    Returns:
-        `tuple[DatasetDict, Report]`: the split `train`, and `test` where there is an evaluation set, with the columns
-        `prompt`, `solution`, `source` and, where known, `level`, `trajectory` and `trajectories`; and the account of
-        the rows.
-
     Raises:
         [`~mentor_trl.data.DataError`]: naming the option or row that is wrong.
     """
