@@ -19,60 +19,29 @@ from .requirements import check_dataset
 
 @dataclass(frozen=True)
 class Context:
-    """
-    What an algorithm may know of the run, once the trainer is built.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the policy.
-        stop_token_ids (`Sequence[int]`):
-            Ids that end a completion.
-        template (`dict[str, Any]`):
-            Keyword arguments of `apply_chat_template`.
-        processes ([`~mentor_trl.training.processes.Processes`]):
-            Processes of the run.
-        expert ([`~mentor_trl.experts.port.Expert`], *optional*):
-            Expert of an engine in process.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Training set.
-        multimodal (`bool`):
-            Whether prompts are processed as text and images.
-    """
+    """What an algorithm may know of the run, once the trainer is built."""
 
     args: MentorGRPOConfig
     tokenizer: Any
     stop_token_ids: Sequence[int]
-    template: dict[str, Any]
+    template: dict[str, Any]  # keyword arguments of `apply_chat_template`
     processes: Processes
-    expert: Expert | None
+    expert: Expert | None  # of an engine in process
     train_dataset: Any
-    multimodal: bool = False
+    multimodal: bool = False  # whether prompts are processed as text and images
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """
-    Ways to sample the rows of a batch.
+    """Ways to sample the rows of a batch."""
 
-    Args:
-        generate (`Callable`):
-            TRL's own generation of all rows, from the policy: completions, and their log-probabilities under the
-            engine or `None`.
-        session (`Callable`):
-            Session of the mixed-policy engine, which holds the current weights.
-        entropies (`Callable`):
-            Entropies of the policy, `(tokens,)` in nats, at the tokens of given prompts and completions, by a forward
-            pass of the training model. Collective.
-        profile (`Callable[[str], AbstractContextManager]`):
-            Times what happens inside under a name.
-    """
-
+    # TRL's own generation of all rows, from the policy: completions, and their log-probabilities or `None`
     generate: Callable[[], tuple[list[list[int]], list[list[float | None]] | None]]
-    session: Callable[[], AbstractContextManager[MixedSampler]]
+    session: Callable[[], AbstractContextManager[MixedSampler]]  # of the mixed-policy engine
+    # Entropies of the policy, (tokens,) in nats, by a forward pass of the training model over prompts and completions.
+    # Collective.
     entropies: Callable[[list[list[int]], list[list[int]]], torch.Tensor]
-    profile: Callable[[str], AbstractContextManager]
+    profile: Callable[[str], AbstractContextManager]  # times what happens inside under a name
 
 
 class Algorithm:

@@ -9,59 +9,27 @@ import torch
 
 @dataclass(frozen=True)
 class Points:
-    """
-    Positions of rows in progress at which an expert is asked. B rows with up to K drafted tokens each, N points.
+    """Positions of rows in progress at which an expert is asked. B rows with up to K drafted tokens each, N points."""
 
-    Args:
-        tokens (`torch.Tensor` of shape `(B, W)`):
-            Token ids of the rows, prompt and drafts included.
-        size (`torch.Tensor` of shape `(B,)`):
-            Tokens of each row that are committed; its drafts stand behind them.
-        length (`torch.Tensor` of shape `(B,)`):
-            Drafts of each row.
-        row, step (`torch.Tensor` of shape `(N,)`):
-            Row and draft of each point, ascending.
-        branch (`torch.Tensor` of shape `(N,)`, `bool`):
-            Where the expert chooses the token. Elsewhere only its log-probability of the draft is asked for.
-        draft (`torch.Tensor` of shape `(N,)`):
-            Tokens drawn from the policy.
-        policy_logps (`Callable`):
-            Gives the policy's log-probabilities `(n, V)` at the points of a slice.
-        temperature (`float`):
-            Divides the expert's logits.
-        generator (`torch.Generator`, *optional*):
-            Source of randomness.
-    """
-
-    tokens: torch.Tensor
-    size: torch.Tensor
-    length: torch.Tensor
-    row: torch.Tensor
-    step: torch.Tensor
-    branch: torch.Tensor
-    draft: torch.Tensor
-    policy_logps: Callable[[slice], torch.Tensor]
+    tokens: torch.Tensor  # (B, W): ids of the rows, prompt and drafts included
+    size: torch.Tensor  # (B,): tokens that are committed; the drafts stand behind them
+    length: torch.Tensor  # (B,): drafts of each row
+    row: torch.Tensor  # (N,): row of each point, ascending
+    step: torch.Tensor  # (N,): draft of each point in its row, ascending
+    branch: torch.Tensor  # (N,) bool: where the expert chooses the token; elsewhere it scores the draft
+    draft: torch.Tensor  # (N,): tokens drawn from the policy
+    policy_logps: Callable[[slice], torch.Tensor]  # log p (n, V) at the points of a slice
     temperature: float = 1.0
     generator: torch.Generator | None = None
 
 
 class Spoken(NamedTuple):
-    """
-    What an expert says at N points.
+    """What an expert says at N points."""
 
-    Args:
-        tokens (`torch.Tensor` of shape `(N,)`):
-            Committed tokens: exact samples of s at branch points, the drafts elsewhere.
-        logps, expert_logps (`torch.Tensor` of shape `(N,)`):
-            log p and log s of these tokens, in nats.
-        replaced (`torch.Tensor` of shape `(N,)`, `bool`):
-            Whether the token differs from its draft.
-    """
-
-    tokens: torch.Tensor
-    logps: torch.Tensor
-    expert_logps: torch.Tensor
-    replaced: torch.Tensor
+    tokens: torch.Tensor  # exact samples of s at branch points, the drafts elsewhere
+    logps: torch.Tensor  # log p of these tokens, in nats
+    expert_logps: torch.Tensor  # log s of these tokens, in nats
+    replaced: torch.Tensor  # bool: whether the token differs from its draft
 
 
 class Expert(Protocol):

@@ -15,42 +15,18 @@ from .types import Engine, MixedSampler
 
 @dataclass(frozen=True)
 class Host:
-    """
-    What a trainer lends its engine.
-
-    Args:
-        args ([`MentorGRPOConfig`]):
-            Configuration.
-        accelerator ([`~accelerate.Accelerator`]):
-            Its devices and mixed precision.
-        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Policy, not wrapped for distribution.
-        sharded (`bool`):
-            Whether the policy's weights are in shards, out of reach at construction.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the policy.
-        stop_token_ids (`list[int]`):
-            Ids that end the policy's completions.
-        longest_prompt (`Callable[[], int]`):
-            Tokens of the longest training prompt; 0 for a stream.
-        unwrapped (`Callable[[], AbstractContextManager]`):
-            The policy with its current weights, gathered inside.
-        sync_weights (`Callable[[], None]`):
-            Gives the current weights to a vLLM engine that does not have them.
-        vllm_generation (`Any`, *optional*):
-            TRL's vLLM backend.
-    """
+    """What a trainer lends its engine."""
 
     args: MentorGRPOConfig
     accelerator: Accelerator
-    policy: Any
-    sharded: bool
+    policy: Any  # not wrapped for distribution
+    sharded: bool  # whether the policy's weights are in shards, out of reach at construction
     tokenizer: Any
     stop_token_ids: list[int]
-    longest_prompt: Callable[[], int]
-    unwrapped: Callable[[], AbstractContextManager]
-    sync_weights: Callable[[], None]
-    vllm_generation: Any = None
+    longest_prompt: Callable[[], int]  # tokens of the longest training prompt; 0 for a stream
+    unwrapped: Callable[[], AbstractContextManager]  # the policy with its current weights, gathered inside
+    sync_weights: Callable[[], None]  # gives them to a vLLM engine that does not have them
+    vllm_generation: Any = None  # TRL's vLLM backend
 
 
 def longest_prompt(dataset, tokenize: Callable[[list], list[list[int]]], candidates: int = 256) -> int:

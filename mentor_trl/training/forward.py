@@ -10,20 +10,9 @@ from .processes import Processes
 
 
 class TokenPass(NamedTuple):
-    """
-    Forward passes of the training model.
+    """Forward passes of the training model."""
 
-    Args:
-        run (`Callable`):
-            TRL's `_get_per_token_logps_and_entropies` with the model bound: takes ids, mask, the number of completion
-            positions and a batch size; gives log-probabilities, entropies and the auxiliary loss.
-        pad_token_id (`int`):
-            Fills shorter rows.
-        batch_size (`int`):
-            Rows of a pass.
-    """
-
-    run: Callable
+    run: Callable  # TRL's `_get_per_token_logps_and_entropies` with the model bound
     pad_token_id: int
     batch_size: int
 

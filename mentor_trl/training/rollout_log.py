@@ -38,56 +38,25 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """
-    A rollout and its tokens; lists have one entry a token.
+    """A rollout and its tokens; lists have one entry a token, `None` where a value is unknown."""
 
-    Args:
-        step (`int`):
-            Optimizer step that was the first to use it.
-        row (`int`):
-            Its place in the rollout batch.
-        source (`str`):
-            `"on_policy"` or `"mixed"`.
-        prompt (`str`):
-            Prompt; messages of a conversation are put together with their roles.
-        reward (`float`, *optional*):
-            Weighted reward; `None` where undefined.
-        advantage (`float`):
-            Advantage before correction.
-        gamma (`float`, *optional*):
-            Entropy threshold in nats; `None` for an on-policy rollout.
-        alpha (`float`):
-            Weight of the mixed advantages.
-        token_ids (`list[int]`):
-            Completion, with the token that ended it.
-        tokens (`list[str]`):
-            Text that each token adds; together they are the completion. A character of several tokens is in the last.
-        entropies, weights, logps, expert_logps (`list[float | None]`):
-            Entropy H of the policy (nats), weight w of the expert, log p and log s of the token; `None` where the
-            expert was not asked.
-        rho (`list[float | None]`):
-            Weight of the token after correction.
-        branch, replaced (`list[bool]`):
-            Whether the expert chose the token, and whether it differs from the policy's draft.
-    """
-
-    step: int
-    row: int
+    step: int  # optimizer step that was the first to use it
+    row: int  # place in the rollout batch
     source: str
-    prompt: str
-    reward: float | None
-    advantage: float
-    gamma: float | None
-    alpha: float
-    token_ids: list[int]
-    tokens: list[str]
-    entropies: list[float | None]
-    weights: list[float | None]
+    prompt: str  # messages of a conversation are put together with their roles
+    reward: float | None  # weighted
+    advantage: float  # before correction
+    gamma: float | None  # entropy threshold in nats
+    alpha: float  # weight of the mixed advantages
+    token_ids: list[int]  # with the token that ended it
+    tokens: list[str]  # text that each token adds; a character of several tokens is in the last
+    entropies: list[float | None]  # of the policy, in nats
+    weights: list[float | None]  # w of the expert
     logps: list[float | None]
     expert_logps: list[float | None]
-    rho: list[float | None]
-    branch: list[bool]
-    replaced: list[bool]
+    rho: list[float | None]  # weight of the token after correction
+    branch: list[bool]  # whether the expert chose the token
+    replaced: list[bool]  # whether it differs from the policy's draft
 
 
 def collect_records(
