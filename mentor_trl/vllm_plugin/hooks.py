@@ -5,6 +5,7 @@ vLLM's where it does not.
 
 import functools
 from contextvars import ContextVar
+from pkgutil import resolve_name
 from typing import Any
 
 from . import compat
@@ -13,32 +14,23 @@ from .options import CONFIG_KEY, WORKER_EXTENSION, engine_options
 
 _vocabularies_may_differ: ContextVar[bool] = ContextVar("vocabularies_may_differ", default=False)
 _installed: set[str] = set()
+DRAFTS = {"method": "draft_model", "draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
 
 
 def asked_for(vllm_config) -> bool:
-    """Whether an engine is to sample from the mixed policy."""
+    """Whether an engine, by its configuration or arguments, is to sample from the mixed policy."""
     config = getattr(vllm_config, "additional_config", None)
     return isinstance(config, dict) and CONFIG_KEY in config
 
 
 def check_config(vllm_config) -> None:
     """
-    Check the whole configuration of a mixed-policy engine.
-
-    Raises:
-        `ValueError`: listing every setting under which it would not sample exactly, and the fix.
+    Check the whole configuration of a mixed-policy engine. A `ValueError` lists every setting under which it would not
+    sample exactly, and the fix.
     """
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     found: dict[str, tuple[Any, Any]] = {
-        "speculative_config.method": (getattr(speculative, "method", None), "draft_model"),
-        "speculative_config.draft_sample_method": (
-            getattr(speculative, "draft_sample_method", None),
-            "probabilistic",
-        ),
-        "speculative_config.rejection_sample_method": (
-            getattr(speculative, "rejection_sample_method", "standard"),
-            "standard",
-        ),
+        **{f"speculative_config.{name}": (getattr(speculative, name, None), right) for name, right in DRAFTS.items()},
         "async_scheduling": (bool(vllm_config.scheduler_config.async_scheduling), False),
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
         "data_parallel_size": (parallel.data_parallel_size, 1),
@@ -76,13 +68,9 @@ def install() -> None:
         _refuse_instead(error)
         return
     _installed.add("front")
-    from vllm.config.speculative import SpeculativeConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verify_vocabularies)
-    _wrap(InputProcessor, "_validate_params", _validate_params)
+    _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", _create_engine_config)
+    _wrap("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model", _verify_vocabularies)
+    _wrap("vllm.v1.engine.input_processor:InputProcessor._validate_params", _validate_params)
 
 
 def install_worker() -> None:
@@ -93,14 +81,13 @@ def install_worker() -> None:
     compat.check_version()
     compat.check_symbols(compat.WORKER_SYMBOLS)
     _installed.add("worker")
-    from vllm.v1.spec_decode.draft_model import DraftModelProposer
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    _wrap(GPUModelRunner, "__init__", _make_runner)
-    _wrap(DraftModelProposer, "_raise_if_vocab_size_mismatch", _raise_if_vocab_size_mismatch)
+    _wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__", _make_runner)
+    _wrap("vllm.v1.spec_decode.draft_model:DraftModelProposer._raise_if_vocab_size_mismatch", _raise_if_mismatch)
 
 
-def _wrap(owner: type, name: str, wrapper) -> None:
+def _wrap(method: str, wrapper) -> None:
+    owner, _, name = method.rpartition(".")
+    owner = resolve_name(owner)
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -111,18 +98,16 @@ def _wrap(owner: type, name: str, wrapper) -> None:
 
 
 def _refuse_instead(error: Exception) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     def create_engine_config(self, original, *args, **kwargs):
-        if CONFIG_KEY in (self.additional_config or {}):
+        if asked_for(self):
             raise error
         return original(self, *args, **kwargs)
 
-    _wrap(EngineArgs, "create_engine_config", create_engine_config)
+    _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", create_engine_config)
 
 
 def _create_engine_config(self, original, *args, **kwargs):
-    if CONFIG_KEY not in (self.additional_config or {}):
+    if not asked_for(self):
         return original(self, *args, **kwargs)
     token = _vocabularies_may_differ.set(True)
     try:
@@ -167,6 +152,6 @@ def _make_runner(self, original, vllm_config, *args, **kwargs):
     self.mentor = MixedRunner(self, **vllm_config.additional_config[CONFIG_KEY])
 
 
-def _raise_if_vocab_size_mismatch(self, original):
+def _raise_if_mismatch(self, original):
     if not asked_for(self.vllm_config):
         original(self)
