@@ -7,6 +7,7 @@ import shlex
 import socket
 import stat
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..errors import EngineError, SetupError
@@ -150,8 +151,7 @@ def origins(value: str) -> list[str]:
 
 def check_port(host: str, port: int) -> None:
     """
-    Raises:
-        [`SetupError`]: if nobody can listen there. vLLM would find that out after the running server's key is gone.
+    Raise [`SetupError`] if nobody can listen there, which vLLM would find out after the running server's key is gone.
     """
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
@@ -163,10 +163,8 @@ def check_port(host: str, port: int) -> None:
 
 def place_key(options: argparse.Namespace) -> Path:
     """
-    File with the key of a server that is about to start; a dry run writes none.
-
-    Raises:
-        [`SetupError`]: if there is no key in a file that is given, or if a key cannot be kept.
+    File with the key of a server that is about to start; a dry run writes none. A [`SetupError`] if there is no key in
+    a file that is given, or if a key cannot be kept.
     """
     if options.api_key_file is not None:
         if options.api_key is not None:
@@ -183,42 +181,28 @@ def place_key(options: argparse.Namespace) -> Path:
 
 def vllm_arguments(options: argparse.Namespace, num_tokens: int | None) -> list[str]:
     """Arguments of `vllm serve` for a mixed-policy server, or, without an expert, one of the policy alone."""
-    common = [
-        *("--served-model-name", options.policy),
-        *("--tokenizer", options.policy),
-        *("--host", options.host),
-        *("--port", str(options.port)),
-        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
-        *("--worker-extension-cls", WORKER_EXTENSION),
-        *("--generation-config", "vllm"),
-    ]
-    if not options.expert:
-        return [options.policy, *common, "--logprobs-mode", "processed_logprobs"]
-    engine = engine_options(
-        options.policy, options.expert, num_tokens, options.draft_length, options.tensor_parallel_size
-    )
-    return [
-        engine["model"],
-        *common,
-        *("--speculative-config", json.dumps(engine["speculative_config"])),
-        *("--additional-config", json.dumps(engine["additional_config"])),
-        "--no-async-scheduling",
-    ]
+    policy, expert, devices = options.policy, options.expert, options.tensor_parallel_size
+    if expert:
+        named = engine_options(policy, expert, num_tokens, options.draft_length, devices)
+    else:
+        named = {"model": policy, "worker_extension_cls": WORKER_EXTENSION, "tensor_parallel_size": devices}
+        named |= {"generation_config": "vllm", "logprobs_mode": "processed_logprobs"}
+    named |= {"served_model_name": policy, "tokenizer": policy, "host": options.host, "port": options.port}
+    words = [named.pop("model")]
+    for name, value in named.items():
+        option, text = name.replace("_", "-"), value if isinstance(value, str) else json.dumps(value)
+        words += [f"--no-{option}"] if value is False else [f"--{option}", text]
+    return words
 
 
 def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False) -> int:
-    """
-    Number of token ids of a policy and its expert.
-
-    Raises:
-        [`SetupError`]: if their tokenizers differ.
-    """
+    """Number of token ids of a policy and its expert; a [`SetupError`] if their tokenizers differ."""
     from transformers import AutoTokenizer
 
     from ..experts.compatibility import check_tokenizers
 
-    names = (policy, expert)
-    return check_tokenizers(*(AutoTokenizer.from_pretrained(n, trust_remote_code=trust_remote_code) for n in names))
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    return check_tokenizers(load(policy), load(expert))
 
 
 def health(args: list[str]) -> int:

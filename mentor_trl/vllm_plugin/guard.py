@@ -35,10 +35,6 @@ ENDPOINTS = {
 class Refused(Exception):
     """A request that is not let through, with the status and the reason that are answered."""
 
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
-
 
 class Guard:
     """
@@ -68,7 +64,7 @@ class Guard:
             if endpoint == RPC:
                 receive = _replayed(_checked_call(await _body(receive)))
         except Refused as refused:
-            return await _answer(send, refused.status, str(refused))
+            return await _answer(send, *refused.args)
         return await self.app(scope, receive, send)
 
     def _check(self, scope: dict) -> tuple[str, str]:

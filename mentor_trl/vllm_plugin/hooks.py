@@ -10,6 +10,7 @@ from typing import Any
 
 from . import compat
 from .options import CONFIG_KEY, WORKER_EXTENSION, engine_options
+from .requests import check_params
 
 
 _vocabularies_may_differ: ContextVar[bool] = ContextVar("vocabularies_may_differ", default=False)
@@ -65,7 +66,7 @@ def install() -> None:
         compat.check_symbols()
     except compat.IncompatibleVLLM as error:
         # Other engines on this vLLM are none of our business: only one that asks for mixed rollouts fails
-        _refuse_instead(error)
+        _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", functools.partial(_refuse, error))
         return
     _installed.add("front")
     _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", _create_engine_config)
@@ -97,13 +98,10 @@ def _wrap(method: str, wrapper) -> None:
     setattr(owner, name, replacement)
 
 
-def _refuse_instead(error: Exception) -> None:
-    def create_engine_config(self, original, *args, **kwargs):
-        if asked_for(self):
-            raise error
-        return original(self, *args, **kwargs)
-
-    _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", create_engine_config)
+def _refuse(error: Exception, self, original, *args, **kwargs):
+    if asked_for(self):
+        raise error
+    return original(self, *args, **kwargs)
 
 
 def _create_engine_config(self, original, *args, **kwargs):
@@ -132,8 +130,6 @@ def _validate_params(self, original, params, *args, **kwargs):
     if asked_for(self.vllm_config):
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
-
-        from .requests import check_params
 
         if isinstance(params, SamplingParams):
             try:

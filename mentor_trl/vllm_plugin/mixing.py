@@ -63,9 +63,9 @@ def sample_round(
     """
     Flip the coins, couple the drafts at branch points with the expert, and cut each row behind its first replacement.
 
-    `drafts (N,)` were drawn from `probs (N, V)`. They stand at position `step (N,)` of `row (N,)`, are of `temperature
-    (N,)`, and the expert's logits for them are those at `logit_index (N,)` of `expert_logits (L, V_expert)`. `shape` is
-    `(B, S)`.
+    `drafts (N,)` were drawn from `probs (N, V)`. They stand at position `step (N,)` of `row (N,)`, have `temperature
+    (N,)`, and the expert's logits for them are those at `logit_index (N,)` of `expert_logits (L, V_expert)`; `shape`
+    is `(B, S)`.
     """
     V = probs.size(-1)
     drafts = drafts.long()

@@ -48,34 +48,28 @@ class RecordStore:
 
     def take(self, keys: list[str]) -> list[dict | None]:
         """
-        Hand over the records of rows and forget them: for each key the `start` (position of the first token) and base64
-        of `tokens` (int32) and of `values` (float32, 6 a token), or `None` where the key is unknown.
+        Hand over the records of rows and forget them: for each key its `start` (position of the first token), and in
+        base64 its `tokens` (int32) and `values` (float32, 6 a token), or `None` where the key is unknown.
         """
         blocks = {id(block): block for key in keys for _, _, block in self.rows.get(key, ())}
         on_host = {name: (block.tokens.to("cpu"), block.values.to("cpu")) for name, block in blocks.items()}
         return [self._pack(key, on_host) if key in self.rows else None for key in keys]
 
     def _pack(self, key: str, blocks) -> dict:
-        tokens: dict[int, int] = {}
-        values: dict[int, torch.Tensor] = {}
+        sampled: dict[int, tuple[int, torch.Tensor]] = {}
         for start, index, block in self.rows[key]:
-            ids, numbers = blocks[id(block)]
-            for offset, token in enumerate(ids[index].tolist()):
-                if token < 0:
-                    break
-                # a position sampled twice (its first sample was never committed) counts as last sampled
-                tokens[start + offset], values[start + offset] = token, numbers[index, offset]
+            ids, numbers = (part[index] for part in blocks[id(block)])
+            length = int((ids >= 0).sum())
+            # a position sampled twice (its first sample was never committed) counts as last sampled
+            sampled |= zip(range(start, start + length), zip(ids.tolist(), numbers))
         self._forget(key)
-        order = sorted(tokens)
+        order = sorted(sampled)
         if order[-1] - order[0] + 1 != len(order):
             raise RuntimeError(f"The records of row {key!r} have gaps: positions {order}.")
-        ids = torch.tensor([tokens[at] for at in order], dtype=torch.int32)
-        packed = torch.stack([values[at] for at in order]).float()
-        return {
-            "start": order[0],
-            "tokens": base64.b64encode(ids.numpy().tobytes()).decode(),
-            "values": base64.b64encode(packed.numpy().tobytes()).decode(),
-        }
+        tokens, values = zip(*(sampled[at] for at in order))
+        packed = {"tokens": torch.tensor(tokens, dtype=torch.int32), "values": torch.stack(values).float()}
+        encoded = {name: base64.b64encode(part.numpy().tobytes()).decode() for name, part in packed.items()}
+        return {"start": order[0], **encoded}
 
     def _forget(self, key: str) -> None:
         for _, _, block in self.rows.pop(key):

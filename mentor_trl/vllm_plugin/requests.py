@@ -58,9 +58,8 @@ def check_params(params) -> None:
     parameters, their values and what to change.
     """
     row = parse_row(params.extra_args)
-    refused = [
-        f"{name}={getattr(params, name)!r}" for name, fine in NEUTRAL.items() if getattr(params, name) not in fine
-    ]
+    given = {name: getattr(params, name) for name in NEUTRAL}
+    refused = [f"{name}={value!r}" for name, value in given.items() if value not in NEUTRAL[name]]
     if refused:
         raise ValueError(
             f"A mixed-policy engine samples from the models' own distributions at a temperature, and cannot honour "

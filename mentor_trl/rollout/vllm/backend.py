@@ -3,6 +3,7 @@
 import atexit
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -65,7 +66,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         self.config, self.expert = config, expert
         self.sampler: ColocateSampler | ServerSampler | None = None
         self.policy_sampler: ServerSampler | None = None
-        self._nccl: dict[ServerSampler, DraftWeightClient | PolicyWeightClient] = {}
+        self._nccl: list[PolicyWeightClient] = []  # of the servers, on the main process
         self.info: dict[str, Any] = {}
         self.stop_token_ids: tuple[int, ...] = ()
         self._updates = 0
@@ -99,10 +100,10 @@ class MixedVLLMGeneration(VLLMGeneration):
                     "Set it to 'folder', or leave it unset."
                 )
             kinds = (DraftWeightClient, PolicyWeightClient)
-            self._nccl = {
-                sampler: kind(sampler, self.group_port + port, self.accelerator.device)
+            self._nccl = [
+                kind(sampler, self.group_port + port, self.accelerator.device)
                 for port, (sampler, kind) in enumerate(zip(self._servers, kinds))
-            }
+            ]
         else:
             root = weights_root(self.config)
             remove_dead_weights(root)
@@ -200,11 +201,7 @@ class MixedVLLMGeneration(VLLMGeneration):
                 for name, param in self._iter_named_params()
             ]
         for index in range(1 if self.config.vllm_policy_server_base_url is None else 2):
-            self._send(
-                lambda params, server=index: self._nccl[self._servers[server]].push(
-                    self._weight_metadata, params, version
-                )
-            )
+            self._send(lambda params, index=index: self._nccl[index].push(self._weight_metadata, params, version))
 
     def _send(self, push: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
         """
@@ -218,9 +215,9 @@ class MixedVLLMGeneration(VLLMGeneration):
                 push(params)
             finally:
                 if not params.gi_running:  # a transfer that hangs still holds them
-                    _exhaust(params)
+                    deque(params, maxlen=0)
 
-        on_main(self.accelerator, push_all, others=lambda: _exhaust(self._iter_named_params()))
+        on_main(self.accelerator, push_all, others=lambda: deque(self._iter_named_params(), maxlen=0))
 
     # Rows
 
@@ -253,25 +250,19 @@ class MixedVLLMGeneration(VLLMGeneration):
             return self.sampler.sample(request)
         requests = gather_object([request])
         counts = [len(part.prompt_ids) for part in requests]
+
+        def sample_all() -> list[MixedRollout]:
+            plain = self.policy_sampler is not None and all(part.plain for part in requests)
+            with (self.policy_sampler if plain else self.sampler).session() as session:
+                return session.sample(MixedRequest.merged(requests)).split(counts)
+
         for _ in range(Patience.attempts):
             try:
-                return on_main(
-                    self.accelerator, lambda: self._sample_all(MixedRequest.merged(requests)).split(counts)
-                )[self.accelerator.process_index]
+                return on_main(self.accelerator, sample_all)[self.accelerator.process_index]
             except WeightsLost as error:
                 lost = error
             self.sync_weights()
         raise lost
-
-    def _sample_all(self, request: MixedRequest) -> MixedRollout:
-        plain = self.policy_sampler is not None and request.plain
-        with (self.policy_sampler if plain else self.sampler).session() as session:
-            return session.sample(request)
-
-
-def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:
-    for _ in params:
-        pass
 
 
 # Last parts of paths that every run has

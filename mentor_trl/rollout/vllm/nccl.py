@@ -27,7 +27,7 @@ class PolicyWeightClient(VLLMClient):
 
     @property
     def _access(self) -> dict[str, Any]:
-        return {"headers": self.sampler.auth.headers(), "timeout": self.sampler.patience.read}
+        return {"headers": self.sampler.headers(), "timeout": self.sampler.patience.read}
 
     def push(
         self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str

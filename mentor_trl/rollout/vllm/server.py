@@ -91,7 +91,7 @@ class ServerSampler:
         api_key_file: str | None = None,
     ):
         self.url = checked_address(url)
-        self.auth = KeyOf(self.url, api_key_file)
+        self.api_key_file = api_key_file
         self.num_tokens = num_tokens
         self.patience = patience or Patience()
         self.concurrency = concurrency
@@ -100,6 +100,11 @@ class ServerSampler:
         self.info = self._first = self.wait()
         with reading(self.url, "/v1/models", WrongServer):
             self.served_name = self._run(self._retried, _ask, "/v1/models", "GET")["data"][0]["id"]
+
+    def headers(self) -> dict[str, str]:
+        """The server's key, looked up for each request: one that was restarted has a new one."""
+        key = key_of(self.url, self.api_key_file)
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
 
     @contextmanager
     def session(self) -> Iterator["ServerSampler"]:
@@ -293,10 +298,14 @@ class ServerSampler:
     def _run(self, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         """What `call(client, ...)` returns, run in a thread of its own, since the caller may have an event loop."""
         timeout = httpx.Timeout(self.patience.read, connect=self.patience.connect)
+        settings = {"base_url": self.url, "timeout": timeout, "limits": httpx.Limits(max_connections=None)}
+
+        def with_key(request: httpx.Request) -> httpx.Request:
+            request.headers.update(self.headers())
+            return request
 
         async def run() -> T:
-            limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, auth=self.auth) as client:
+            async with httpx.AsyncClient(**settings, auth=with_key) as client:
                 return await call(client, *args, **kwargs)
 
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -316,22 +325,6 @@ class AnyServer(ServerSampler):
     """A server of either kind, to look at."""
 
     kind = None
-
-
-class KeyOf(httpx.Auth):
-    """The key of a server, looked up for each request: one that was restarted has a new one."""
-
-    def __init__(self, url: str, file: str | None = None):
-        self.url, self.file = url, file
-        self.headers()  # a file that cannot be read is an error at once
-
-    def headers(self) -> dict[str, str]:
-        key = key_of(self.url, self.file)
-        return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-    def auth_flow(self, request: httpx.Request):
-        request.headers.update(self.headers())
-        yield request
 
 
 def checked_address(url: str) -> str:
@@ -387,11 +380,7 @@ async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
             return {**info, "paused": bool(paused["is_paused"])}
     except KeyRefused:
         raise
-    except ServerError as error:
+    except (ServerError, Failed) as error:
         raise WrongServer(
             f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {ADVICE}."
-        ) from error
-    except Failed as error:
-        raise WrongServer(
-            f"{url} is a vLLM server that does not sample mixed rollouts ({error}). {ADVICE}."
         ) from error

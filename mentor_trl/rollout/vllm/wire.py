@@ -1,6 +1,5 @@
 """What goes to a mixed-policy vLLM engine for a request, and a rollout from what it recorded."""
 
-import itertools
 import uuid
 from typing import Any
 
@@ -40,12 +39,9 @@ def assemble(
     return MixedRollout(completions, **{name: records[name] for name in RECORDS}, stats={**counts, **stats})
 
 
-_requests = itertools.count()
-
-
 def record_keys(rows: int) -> list[str]:
     """Keys of a request's rows that no other request of any process has."""
-    name = f"{uuid.uuid4().hex}-{next(_requests)}"
+    name = uuid.uuid4().hex
     return [f"{name}-{row}" for row in range(rows)]
 
 
