@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import secrets
 import shlex
 import socket
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from ..errors import EngineError, SetupError
 from ..vllm_plugin.guard import HOSTS, ORIGINS, MixedGuard, PolicyGuard
-from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, make_key, read_key, store_key
+from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, read_key, store_key
 from ..vllm_plugin.options import WORKER_EXTENSION, engine_environment, engine_options
 
 
@@ -41,16 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--policy", help="model id or folder of the policy, whose weights a trainer replaces")
     parser.add_argument(
-        "--expert",
-        help="model id or folder of the expert, of the same tokens as the policy; without it the server speaks for "
-        "the policy alone",
+        "--expert", help="model id or folder of the expert, of the same tokens; without it the policy is served alone"
     )
-    parser.add_argument(
-        "--draft-length", type=int, default=8, help="tokens drafted between two passes of the expert (8)"
-    )
-    parser.add_argument(
-        "--num-tokens", type=int, help="token ids that may be sampled (default: those of the tokenizer)"
-    )
+    parser.add_argument("--draft-length", type=int, default=8, help="tokens drafted between passes of the expert (8)")
+    parser.add_argument("--num-tokens", type=int, help="ids that may be sampled (default: those of the tokenizer)")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="devices that share each model (1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
@@ -83,29 +78,21 @@ def serve(args: list[str]) -> int:
     taken = sorted(given & set(OURS))
     if taken:
         parser.error(f"{', '.join(taken)} is set by `mentor-trl serve` itself: leave it out")
-    num_tokens = options.num_tokens
-    if options.expert:
-        try:
-            num_tokens = num_tokens or shared_vocabulary(
-                options.policy, options.expert, "--trust-remote-code" in passed
-            )
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
     import torch
 
-    command = vllm_arguments(options, num_tokens) + passed
+    try:
+        command = vllm_arguments(options, "--trust-remote-code" in passed) + passed
+        if not options.dry_run:
+            check_port(options.host, options.port)
+        key_file = place_key(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if torch.cuda.is_available() and "--weight-transfer-config" not in given:
         command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     # The outermost guard is the one that is named last
     guard = MixedGuard if options.expert else PolicyGuard
     command += ["--allowed-origins", json.dumps(options.allowed_origins)]
     command += ["--middleware", f"{guard.__module__}.{guard.__name__}"]
-    try:
-        if not options.dry_run:
-            check_port(options.host, options.port)
-        key_file = place_key(options)
-    except SetupError as error:
-        parser.error(str(error))
     environment = {
         **engine_environment(cpu=not torch.cuda.is_available()),
         "VLLM_SERVER_DEV_MODE": "1",
@@ -150,9 +137,7 @@ def origins(value: str) -> list[str]:
 
 
 def check_port(host: str, port: int) -> None:
-    """
-    Raise [`SetupError`] if nobody can listen there, which vLLM would find out after the running server's key is gone.
-    """
+    """Raise [`SetupError`] if nobody can listen there: vLLM would find out after the running server's key is gone."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
@@ -174,15 +159,16 @@ def place_key(options: argparse.Namespace) -> Path:
         if stat.S_IMODE(file.stat().st_mode) & 0o077:
             print(f"Warning: other users can open the key in {file}; `chmod 600` it.", file=sys.stderr)
         return file
-    key = options.api_key or os.environ.get(KEY) or make_key()
+    key = options.api_key or os.environ.get(KEY) or secrets.token_urlsafe(32)
     checked_key(key, "--api-key" if options.api_key else KEY)
     return default_key_file(options.port) if options.dry_run else store_key(key, options.port)
 
 
-def vllm_arguments(options: argparse.Namespace, num_tokens: int | None) -> list[str]:
+def vllm_arguments(options: argparse.Namespace, trust_remote_code: bool) -> list[str]:
     """Arguments of `vllm serve` for a mixed-policy server, or, without an expert, one of the policy alone."""
     policy, expert, devices = options.policy, options.expert, options.tensor_parallel_size
     if expert:
+        num_tokens = options.num_tokens or shared_vocabulary(policy, expert, trust_remote_code)
         named = engine_options(policy, expert, num_tokens, options.draft_length, devices)
     else:
         named = {"model": policy, "worker_extension_cls": WORKER_EXTENSION, "tensor_parallel_size": devices}
@@ -195,7 +181,7 @@ def vllm_arguments(options: argparse.Namespace, num_tokens: int | None) -> list[
     return words
 
 
-def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False) -> int:
+def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool) -> int:
     """Number of token ids of a policy and its expert; a [`SetupError`] if their tokenizers differ."""
     from transformers import AutoTokenizer
 

@@ -45,10 +45,12 @@ def check_config(vllm_config) -> None:
         # The policy reads some tokens twice, which a recurrent state does not survive
         if model is not None and (model.is_hybrid or model.is_attention_free):
             wrong.append(f"the {name} has recurrent layers")
-    if speculative is not None and speculative.draft_model_config is not None:
-        policy, expert = speculative.draft_model_config.max_model_len, vllm_config.model_config.max_model_len
-        if policy < expert:
-            wrong.append(f"max_model_len is {expert} and the policy's context {policy}; lower max_model_len to it")
+    policy, expert = models["policy"], models["expert"]
+    if policy is not None and policy.max_model_len < expert.max_model_len:
+        wrong.append(
+            f"max_model_len is {expert.max_model_len} and the policy's context {policy.max_model_len}; lower "
+            "max_model_len to it"
+        )
     if wrong:
         options = {name: value for name, value in engine_options("POLICY", "EXPERT").items() if name != "model"}
         raise ValueError(
@@ -117,7 +119,7 @@ def _create_engine_config(self, original, *args, **kwargs):
 
 
 def _verify_vocabularies(self, original):
-    # The engine masks what one of the models does not know (see sampler.py). The mark stays with the configuration,
+    # The engine masks what one of the models does not know (see `MixedRunner`). The mark stays with the configuration,
     # which vLLM verifies again in each process that copies it.
     if _vocabularies_may_differ.get():
         self.__dict__[CONFIG_KEY] = True

@@ -21,11 +21,6 @@ def default_key_file(port: int) -> Path:
     return Path(state) / "mentor_trl" / f"{socket.gethostname()}-{port}.key"
 
 
-def make_key() -> str:
-    """A key that nobody can guess."""
-    return secrets.token_urlsafe(32)
-
-
 def store_key(key: str, port: int) -> Path:
     """
     Keep the key of the server at a port, in the place of the one before it, in a file that only this user can read. A

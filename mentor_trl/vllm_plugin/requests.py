@@ -30,10 +30,7 @@ class RowOptions:
 
 
 def parse_row(extra_args: dict[str, Any] | None) -> RowOptions:
-    """
-    Read `SamplingParams.extra_args` (`vllm_xargs` over HTTP). A `ValueError` names the entry that is unknown or out of
-    range.
-    """
+    """Read `SamplingParams.extra_args` (`vllm_xargs` over HTTP); a `ValueError` names the entry that is wrong."""
     extra = {name: value for name, value in (extra_args or {}).items() if name.startswith("mentor")}
     unknown = sorted(extra.keys() - {GAMMA, RULE, SHARE, RECORD, SCORE})
     if unknown:

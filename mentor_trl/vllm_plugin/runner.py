@@ -213,9 +213,8 @@ class MixedRunner:
         if not wide:
             # Rows still reading their prompt are discarded by vLLM, which takes any valid id
             tokens = tokens[:, :1].clamp(min=0)
-        logprobs = None
-        if batch.sampling_metadata.max_num_logprobs is not None:
-            logprobs = self._logprobs(tokens, committed)
+        wanted = batch.sampling_metadata.max_num_logprobs is not None
+        logprobs = self._logprobs(tokens, committed) if wanted else None
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
     @staticmethod

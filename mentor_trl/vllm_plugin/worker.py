@@ -17,6 +17,8 @@ from .identity import distrust, files_digest, weights_digest
 from .options import INCOMPLETE, model_shape
 
 
+SHARED = "both sides need one shared folder"
+
 install_worker()
 
 
@@ -44,10 +46,10 @@ class MentorWorkerExtension:
     def _loaded(self) -> dict:
         """Digests of the models as they were loaded; taken before anything changes."""
         digests = {"policy_digest": self.mentor_digest("policy")}
-        if self._mentor is None:
-            return digests
-        expert = self.vllm_config.model_config.model
-        return digests | {"expert_digest": self.mentor_digest("expert"), "expert_files": files_digest(expert)}
+        if self._mentor is not None:
+            digests["expert_digest"] = self.mentor_digest("expert")
+            digests["expert_files"] = files_digest(self.vllm_config.model_config.model)
+        return digests
 
     def mentor_info(self) -> dict | None:
         """What this engine is, from its first worker."""
@@ -100,14 +102,12 @@ class MentorWorkerExtension:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            return {
-                "error": f"the server cannot open {folder!r} ({error.strerror}): both sides need one shared folder"
-            }
+            return {"error": f"the server cannot open {folder!r} ({error.strerror}): {SHARED}"}
         try:
             # Through the descriptor, so that what is checked is what is read
             files = sorted(Path(f"/proc/self/fd/{descriptor}").glob("*.safetensors"))
             if not files:
-                return {"error": f"the server sees no *.safetensors in {folder!r}: both sides need one shared folder"}
+                return {"error": f"the server sees no *.safetensors in {folder!r}: {SHARED}"}
             for name, status in [(folder, os.fstat(descriptor)), *((file.name, file.stat()) for file in files)]:
                 reason = distrust(status)
                 if reason is not None:
@@ -126,19 +126,16 @@ class MentorWorkerExtension:
     def mentor_load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], version: str) -> dict:
         """Load the policy's weights from the caller's memory; for an engine in the caller's process."""
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+        from vllm.model_executor.model_loader.reload import layerwise
 
         model, config = self._policy()
         _ = self._loaded
         # Until all is loaded the policy is neither the old nor the new one, and says so
         self._weights_version = INCOMPLETE
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(model)
+            layerwise.initialize_layerwise_reload(model)
             model.load_weights(tensors)
-            finalize_layerwise_reload(model, config)
+            layerwise.finalize_layerwise_reload(model, config)
         self._weights_version = version
         return {"weights_version": version}
 

@@ -12,20 +12,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import ensure_master_addr_port
 
 from ...config import MentorGRPOConfig
-from ...errors import SetupError
+from ...errors import EngineError, SetupError
 from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
 from ...vllm_plugin.identity import files_digest
 from ...vllm_plugin.options import model_shape
 from ..types import MixedRequest, MixedRollout
-from .collective import on_main
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient
 from .server import Patience, PolicyServerSampler, ServerSampler, WeightsLost
@@ -77,7 +76,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.mode == "server":
-            self.info = on_main(self.accelerator, self._connect)
+            self.info = self._on_main(self._connect)
             # Log-probabilities come from the plugin's records, which are those of the tempered distribution
             described = {"model_config": {"logprobs_mode": "processed_logprobs"}}
             self.vllm_client = SimpleNamespace(get_server_info=lambda: described)
@@ -217,7 +216,29 @@ class MixedVLLMGeneration(VLLMGeneration):
                 if not params.gi_running:  # a transfer that hangs still holds them
                     deque(params, maxlen=0)
 
-        on_main(self.accelerator, push_all, others=lambda: deque(self._iter_named_params(), maxlen=0))
+        self._on_main(push_all, others=lambda: deque(self._iter_named_params(), maxlen=0))
+
+    def _on_main(self, call: Callable[[], Any], others: Callable[[], Any] = lambda: None) -> Any:
+        """
+        What a call returns on the main process, on every process; if it fails, it fails on every process. The others
+        make theirs meanwhile.
+        """
+        outcome: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = call()
+            except Exception as error:
+                failure = error
+                kind = type(error) if isinstance(error, EngineError) else RuntimeError
+                outcome[1] = kind(f"On the main process: {error}")
+        else:
+            others()
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome, from_process=0)
+        if failure or outcome[1]:
+            raise failure or outcome[1]
+        return outcome[0]
 
     # Rows
 
@@ -258,7 +279,7 @@ class MixedVLLMGeneration(VLLMGeneration):
 
         for _ in range(Patience.attempts):
             try:
-                return on_main(self.accelerator, sample_all)[self.accelerator.process_index]
+                return self._on_main(sample_all)[self.accelerator.process_index]
             except WeightsLost as error:
                 lost = error
             self.sync_weights()

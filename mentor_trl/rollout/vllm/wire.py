@@ -15,10 +15,7 @@ from ..types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
 def assemble(
     request: MixedRequest, completions: list[list[int]], values: list[torch.Tensor], stats: dict[str, float]
 ) -> MixedRollout:
-    """
-    A rollout of completions and, for each, the `(T, 6)` records of its tokens. A `ValueError` if a model's logits were
-    NaN.
-    """
+    """A rollout of completions and their `(T, 6)` records; a `ValueError` if a model's logits were NaN."""
     longest = max(map(len, completions), default=0)
     stacked = torch.full((len(completions), longest, len(VALUES)), torch.nan)
     for row, (ids, numbers) in enumerate(zip(completions, values)):
