@@ -3,15 +3,17 @@
 import argparse
 import json
 import os
+import secrets
 import shlex
 import socket
 import stat
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..errors import EngineError, SetupError
 from ..vllm_plugin.guard import HOSTS, ORIGINS, MixedGuard, PolicyGuard
-from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, make_key, read_key, store_key
+from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, read_key, store_key
 from ..vllm_plugin.options import WORKER_EXTENSION, engine_environment, engine_options
 
 
@@ -40,16 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--policy", help="model id or folder of the policy, whose weights a trainer replaces")
     parser.add_argument(
-        "--expert",
-        help="model id or folder of the expert, of the same tokens as the policy; without it the server speaks for "
-        "the policy alone",
+        "--expert", help="model id or folder of the expert, of the same tokens; without it the policy is served alone"
     )
-    parser.add_argument(
-        "--draft-length", type=int, default=8, help="tokens drafted between two passes of the expert (8)"
-    )
-    parser.add_argument(
-        "--num-tokens", type=int, help="token ids that may be sampled (default: those of the tokenizer)"
-    )
+    parser.add_argument("--draft-length", type=int, default=8, help="tokens drafted between passes of the expert (8)")
+    parser.add_argument("--num-tokens", type=int, help="ids that may be sampled (default: those of the tokenizer)")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="devices that share each model (1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
@@ -82,29 +78,21 @@ def serve(args: list[str]) -> int:
     taken = sorted(given & set(OURS))
     if taken:
         parser.error(f"{', '.join(taken)} is set by `mentor-trl serve` itself: leave it out")
-    num_tokens = options.num_tokens
-    if options.expert:
-        try:
-            num_tokens = num_tokens or shared_vocabulary(
-                options.policy, options.expert, "--trust-remote-code" in passed
-            )
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
     import torch
 
-    command = vllm_arguments(options, num_tokens) + passed
+    try:
+        command = vllm_arguments(options, "--trust-remote-code" in passed) + passed
+        if not options.dry_run:
+            check_port(options.host, options.port)
+        key_file = place_key(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if torch.cuda.is_available() and "--weight-transfer-config" not in given:
         command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     # The outermost guard is the one that is named last
     guard = MixedGuard if options.expert else PolicyGuard
     command += ["--allowed-origins", json.dumps(options.allowed_origins)]
     command += ["--middleware", f"{guard.__module__}.{guard.__name__}"]
-    try:
-        if not options.dry_run:
-            check_port(options.host, options.port)
-        key_file = place_key(options)
-    except SetupError as error:
-        parser.error(str(error))
     environment = {
         **engine_environment(cpu=not torch.cuda.is_available()),
         "VLLM_SERVER_DEV_MODE": "1",
@@ -149,10 +137,7 @@ def origins(value: str) -> list[str]:
 
 
 def check_port(host: str, port: int) -> None:
-    """
-    Raises:
-        [`SetupError`]: if nobody can listen there. vLLM would find that out after the running server's key is gone.
-    """
+    """Raise [`SetupError`] if nobody can listen there: vLLM would find out after the running server's key is gone."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
@@ -163,10 +148,8 @@ def check_port(host: str, port: int) -> None:
 
 def place_key(options: argparse.Namespace) -> Path:
     """
-    File with the key of a server that is about to start; a dry run writes none.
-
-    Raises:
-        [`SetupError`]: if there is no key in a file that is given, or if a key cannot be kept.
+    File with the key of a server that is about to start; a dry run writes none. A [`SetupError`] if there is no key in
+    a file that is given, or if a key cannot be kept.
     """
     if options.api_key_file is not None:
         if options.api_key is not None:
@@ -176,49 +159,36 @@ def place_key(options: argparse.Namespace) -> Path:
         if stat.S_IMODE(file.stat().st_mode) & 0o077:
             print(f"Warning: other users can open the key in {file}; `chmod 600` it.", file=sys.stderr)
         return file
-    key = options.api_key or os.environ.get(KEY) or make_key()
+    key = options.api_key or os.environ.get(KEY) or secrets.token_urlsafe(32)
     checked_key(key, "--api-key" if options.api_key else KEY)
     return default_key_file(options.port) if options.dry_run else store_key(key, options.port)
 
 
-def vllm_arguments(options: argparse.Namespace, num_tokens: int | None) -> list[str]:
+def vllm_arguments(options: argparse.Namespace, trust_remote_code: bool) -> list[str]:
     """Arguments of `vllm serve` for a mixed-policy server, or, without an expert, one of the policy alone."""
-    common = [
-        *("--served-model-name", options.policy),
-        *("--tokenizer", options.policy),
-        *("--host", options.host),
-        *("--port", str(options.port)),
-        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
-        *("--worker-extension-cls", WORKER_EXTENSION),
-        *("--generation-config", "vllm"),
-    ]
-    if not options.expert:
-        return [options.policy, *common, "--logprobs-mode", "processed_logprobs"]
-    engine = engine_options(
-        options.policy, options.expert, num_tokens, options.draft_length, options.tensor_parallel_size
-    )
-    return [
-        engine["model"],
-        *common,
-        *("--speculative-config", json.dumps(engine["speculative_config"])),
-        *("--additional-config", json.dumps(engine["additional_config"])),
-        "--no-async-scheduling",
-    ]
+    policy, expert, devices = options.policy, options.expert, options.tensor_parallel_size
+    if expert:
+        num_tokens = options.num_tokens or shared_vocabulary(policy, expert, trust_remote_code)
+        named = engine_options(policy, expert, num_tokens, options.draft_length, devices)
+    else:
+        named = {"model": policy, "worker_extension_cls": WORKER_EXTENSION, "tensor_parallel_size": devices}
+        named |= {"generation_config": "vllm", "logprobs_mode": "processed_logprobs"}
+    named |= {"served_model_name": policy, "tokenizer": policy, "host": options.host, "port": options.port}
+    words = [named.pop("model")]
+    for name, value in named.items():
+        option, text = name.replace("_", "-"), value if isinstance(value, str) else json.dumps(value)
+        words += [f"--no-{option}"] if value is False else [f"--{option}", text]
+    return words
 
 
-def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool = False) -> int:
-    """
-    Number of token ids of a policy and its expert.
-
-    Raises:
-        [`SetupError`]: if their tokenizers differ.
-    """
+def shared_vocabulary(policy: str, expert: str, trust_remote_code: bool) -> int:
+    """Number of token ids of a policy and its expert; a [`SetupError`] if their tokenizers differ."""
     from transformers import AutoTokenizer
 
     from ..experts.compatibility import check_tokenizers
 
-    names = (policy, expert)
-    return check_tokenizers(*(AutoTokenizer.from_pretrained(n, trust_remote_code=trust_remote_code) for n in names))
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    return check_tokenizers(load(policy), load(expert))
 
 
 def health(args: list[str]) -> int:

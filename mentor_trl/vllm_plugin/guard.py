@@ -23,46 +23,24 @@ BODY_BYTES = 64 << 20
 HEALTH = ("GET", "/health")
 RPC = ("POST", "/collective_rpc")
 ENDPOINTS = {
-    HEALTH,
-    RPC,
-    ("GET", "/v1/models"),
-    ("POST", "/v1/completions"),
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
-    ("GET", "/version"),
-    ("GET", "/metrics"),
-    ("GET", "/metrics/"),
-    ("GET", "/is_paused"),
-    ("POST", "/pause"),
-    ("POST", "/resume"),
-    ("POST", "/reset_prefix_cache"),
-    ("GET", "/get_world_size"),
-    ("POST", "/init_weight_transfer_engine"),
-    ("POST", "/update_weights"),
-    ("POST", "/finish_weight_update"),
+    "GET": ("/health", "/v1/models", "/version", "/metrics", "/metrics/", "/is_paused", "/get_world_size"),
+    "POST": (
+        *("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"),
+        *("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache"),
+        *("/init_weight_transfer_engine", "/update_weights", "/finish_weight_update"),
+    ),
 }
 
 
 class Refused(Exception):
     """A request that is not let through, with the status and the reason that are answered."""
 
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
-
 
 class Guard:
     """
     ASGI middleware, the outermost one, that refuses what does not name this server, comes from a web page, has no key,
-    or asks for what clients of this package do not need. `GET /health` needs no key.
-
-    Args:
-        app (`Callable`):
-            What is guarded.
-
-    Raises:
-        [`SetupError`]: if the environment names no file with a key.
+    or asks for what clients of this package do not need. `GET /health` needs no key. Without a file with a key in the
+    environment it is a [`SetupError`].
     """
 
     weight_update: str
@@ -75,7 +53,6 @@ class Guard:
         own = socket.gethostname().lower()
         self.hosts = {"localhost", own, own.partition(".")[0], *json.loads(os.environ.get(HOSTS, "[]"))}
         self.origins = set(json.loads(os.environ.get(ORIGINS, "[]")))
-        self.endpoints = {*ENDPOINTS, ("POST", self.weight_update)}
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -87,7 +64,7 @@ class Guard:
             if endpoint == RPC:
                 receive = _replayed(_checked_call(await _body(receive)))
         except Refused as refused:
-            return await _answer(send, refused.status, str(refused))
+            return await _answer(send, *refused.args)
         return await self.app(scope, receive, send)
 
     def _check(self, scope: dict) -> tuple[str, str]:
@@ -103,7 +80,7 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(_hashed(key), self.key):
             raise Refused(401, "this server wants its key, as `Authorization: Bearer KEY`")
-        if endpoint not in self.endpoints:
+        if endpoint != ("POST", self.weight_update) and endpoint[1] not in ENDPOINTS.get(endpoint[0], ()):
             raise Refused(403, f"this server does not let {' '.join(endpoint)} through")
         return endpoint
 

@@ -5,40 +5,33 @@ vLLM's where it does not.
 
 import functools
 from contextvars import ContextVar
+from pkgutil import resolve_name
 from typing import Any
 
 from . import compat
 from .options import CONFIG_KEY, WORKER_EXTENSION, engine_options
+from .requests import check_params
 
 
 _vocabularies_may_differ: ContextVar[bool] = ContextVar("vocabularies_may_differ", default=False)
 _installed: set[str] = set()
+DRAFTS = {"method": "draft_model", "draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
 
 
 def asked_for(vllm_config) -> bool:
-    """Whether an engine is to sample from the mixed policy."""
+    """Whether an engine, by its configuration or arguments, is to sample from the mixed policy."""
     config = getattr(vllm_config, "additional_config", None)
     return isinstance(config, dict) and CONFIG_KEY in config
 
 
 def check_config(vllm_config) -> None:
     """
-    Check the whole configuration of a mixed-policy engine.
-
-    Raises:
-        `ValueError`: listing every setting under which it would not sample exactly, and the fix.
+    Check the whole configuration of a mixed-policy engine. A `ValueError` lists every setting under which it would not
+    sample exactly, and the fix.
     """
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     found: dict[str, tuple[Any, Any]] = {
-        "speculative_config.method": (getattr(speculative, "method", None), "draft_model"),
-        "speculative_config.draft_sample_method": (
-            getattr(speculative, "draft_sample_method", None),
-            "probabilistic",
-        ),
-        "speculative_config.rejection_sample_method": (
-            getattr(speculative, "rejection_sample_method", "standard"),
-            "standard",
-        ),
+        **{f"speculative_config.{name}": (getattr(speculative, name, None), right) for name, right in DRAFTS.items()},
         "async_scheduling": (bool(vllm_config.scheduler_config.async_scheduling), False),
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
         "data_parallel_size": (parallel.data_parallel_size, 1),
@@ -52,10 +45,12 @@ def check_config(vllm_config) -> None:
         # The policy reads some tokens twice, which a recurrent state does not survive
         if model is not None and (model.is_hybrid or model.is_attention_free):
             wrong.append(f"the {name} has recurrent layers")
-    if speculative is not None and speculative.draft_model_config is not None:
-        policy, expert = speculative.draft_model_config.max_model_len, vllm_config.model_config.max_model_len
-        if policy < expert:
-            wrong.append(f"max_model_len is {expert} and the policy's context {policy}; lower max_model_len to it")
+    policy, expert = models["policy"], models["expert"]
+    if policy is not None and policy.max_model_len < expert.max_model_len:
+        wrong.append(
+            f"max_model_len is {expert.max_model_len} and the policy's context {policy.max_model_len}; lower "
+            "max_model_len to it"
+        )
     if wrong:
         options = {name: value for name, value in engine_options("POLICY", "EXPERT").items() if name != "model"}
         raise ValueError(
@@ -73,16 +68,12 @@ def install() -> None:
         compat.check_symbols()
     except compat.IncompatibleVLLM as error:
         # Other engines on this vLLM are none of our business: only one that asks for mixed rollouts fails
-        _refuse_instead(error)
+        _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", functools.partial(_refuse, error))
         return
     _installed.add("front")
-    from vllm.config.speculative import SpeculativeConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    _wrap(SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verify_vocabularies)
-    _wrap(InputProcessor, "_validate_params", _validate_params)
+    _wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", _create_engine_config)
+    _wrap("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model", _verify_vocabularies)
+    _wrap("vllm.v1.engine.input_processor:InputProcessor._validate_params", _validate_params)
 
 
 def install_worker() -> None:
@@ -93,14 +84,13 @@ def install_worker() -> None:
     compat.check_version()
     compat.check_symbols(compat.WORKER_SYMBOLS)
     _installed.add("worker")
-    from vllm.v1.spec_decode.draft_model import DraftModelProposer
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    _wrap(GPUModelRunner, "__init__", _make_runner)
-    _wrap(DraftModelProposer, "_raise_if_vocab_size_mismatch", _raise_if_vocab_size_mismatch)
+    _wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__", _make_runner)
+    _wrap("vllm.v1.spec_decode.draft_model:DraftModelProposer._raise_if_vocab_size_mismatch", _raise_if_mismatch)
 
 
-def _wrap(owner: type, name: str, wrapper) -> None:
+def _wrap(method: str, wrapper) -> None:
+    owner, _, name = method.rpartition(".")
+    owner = resolve_name(owner)
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -110,19 +100,14 @@ def _wrap(owner: type, name: str, wrapper) -> None:
     setattr(owner, name, replacement)
 
 
-def _refuse_instead(error: Exception) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    def create_engine_config(self, original, *args, **kwargs):
-        if CONFIG_KEY in (self.additional_config or {}):
-            raise error
-        return original(self, *args, **kwargs)
-
-    _wrap(EngineArgs, "create_engine_config", create_engine_config)
+def _refuse(error: Exception, self, original, *args, **kwargs):
+    if asked_for(self):
+        raise error
+    return original(self, *args, **kwargs)
 
 
 def _create_engine_config(self, original, *args, **kwargs):
-    if CONFIG_KEY not in (self.additional_config or {}):
+    if not asked_for(self):
         return original(self, *args, **kwargs)
     token = _vocabularies_may_differ.set(True)
     try:
@@ -134,7 +119,7 @@ def _create_engine_config(self, original, *args, **kwargs):
 
 
 def _verify_vocabularies(self, original):
-    # The engine masks what one of the models does not know (see sampler.py). The mark stays with the configuration,
+    # The engine masks what one of the models does not know (see `MixedRunner`). The mark stays with the configuration,
     # which vLLM verifies again in each process that copies it.
     if _vocabularies_may_differ.get():
         self.__dict__[CONFIG_KEY] = True
@@ -147,8 +132,6 @@ def _validate_params(self, original, params, *args, **kwargs):
     if asked_for(self.vllm_config):
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
-
-        from .requests import check_params
 
         if isinstance(params, SamplingParams):
             try:
@@ -167,6 +150,6 @@ def _make_runner(self, original, vllm_config, *args, **kwargs):
     self.mentor = MixedRunner(self, **vllm_config.additional_config[CONFIG_KEY])
 
 
-def _raise_if_vocab_size_mismatch(self, original):
+def _raise_if_mismatch(self, original):
     if not asked_for(self.vllm_config):
         original(self)

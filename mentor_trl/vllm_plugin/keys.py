@@ -21,17 +21,10 @@ def default_key_file(port: int) -> Path:
     return Path(state) / "mentor_trl" / f"{socket.gethostname()}-{port}.key"
 
 
-def make_key() -> str:
-    """A key that nobody can guess."""
-    return secrets.token_urlsafe(32)
-
-
 def store_key(key: str, port: int) -> Path:
     """
-    Keep the key of the server at a port, in the place of the one before it.
-
-    Raises:
-        [`SetupError`]: if it cannot be kept so.
+    Keep the key of the server at a port, in the place of the one before it, in a file that only this user can read. A
+    [`SetupError`] if it cannot be kept so.
     """
     file = default_key_file(port)
     try:
@@ -54,12 +47,7 @@ def store_key(key: str, port: int) -> Path:
 
 
 def read_key(file: str | os.PathLike) -> str:
-    """
-    The key in a file.
-
-    Raises:
-        [`SetupError`]: naming a file that cannot be read, or holds none.
-    """
+    """The key in a file; a [`SetupError`] names one that cannot be read, or holds none."""
     try:
         return checked_key(Path(file).expanduser().read_text(encoding="utf-8").strip(), f"The file {file}")
     except (OSError, UnicodeDecodeError) as error:
@@ -67,12 +55,7 @@ def read_key(file: str | os.PathLike) -> str:
 
 
 def checked_key(key: str, source: str) -> str:
-    """
-    A key, if it can be one.
-
-    Raises:
-        [`SetupError`]: naming its `source`.
-    """
+    """A key, if it can be one; a [`SetupError`] names its `source` if not."""
     if not (key and key.isascii() and key.isprintable() and " " not in key):
         raise SetupError(f"{source} holds no key: one word of ASCII characters is needed.")
     return key

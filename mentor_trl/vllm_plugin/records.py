@@ -24,11 +24,7 @@ class _Block:
 class RecordStore:
     """
     Records by key. A round appends the tensors of all its rows at once; nothing is copied from the device before a
-    fetch.
-
-    Args:
-        capacity (`int`, *optional*):
-            Tokens kept. Beyond it, the rows that began first are dropped.
+    fetch. Beyond `capacity` tokens, the rows that began first are dropped.
     """
 
     def __init__(self, capacity: int = CAPACITY):
@@ -37,7 +33,10 @@ class RecordStore:
         self.rows: OrderedDict[str, list[tuple[int, int, _Block]]] = OrderedDict()
 
     def append(self, keys: list[str | None], starts: list[int], tokens: torch.Tensor, values: torch.Tensor) -> None:
-        """Store a round."""
+        """
+        Store a round: `tokens (B, S)`, -1 behind a row's last, and their [`VALUES`] `(B, S, 6)`. `keys` are `None` for
+        rows that are not recorded; `starts` are the positions of the first new tokens, prompts included.
+        """
         block = _Block(tokens, values)
         for index, (key, start) in enumerate(zip(keys, starts)):
             if key is not None:
@@ -48,32 +47,29 @@ class RecordStore:
             self._forget(next(iter(self.rows)))
 
     def take(self, keys: list[str]) -> list[dict | None]:
-        """Hand over the records of rows and forget them."""
+        """
+        Hand over the records of rows and forget them: for each key its `start` (position of the first token), and in
+        base64 its `tokens` (int32) and `values` (float32, 6 a token), or `None` where the key is unknown.
+        """
         blocks = {id(block): block for key in keys for _, _, block in self.rows.get(key, ())}
         on_host = {name: (block.tokens.to("cpu"), block.values.to("cpu")) for name, block in blocks.items()}
         return [self._pack(key, on_host) if key in self.rows else None for key in keys]
 
     def _pack(self, key: str, blocks) -> dict:
-        tokens: dict[int, int] = {}
-        values: dict[int, torch.Tensor] = {}
+        sampled: dict[int, tuple[int, torch.Tensor]] = {}
         for start, index, block in self.rows[key]:
-            ids, numbers = blocks[id(block)]
-            for offset, token in enumerate(ids[index].tolist()):
-                if token < 0:
-                    break
-                # a position sampled twice (its first sample was never committed) counts as last sampled
-                tokens[start + offset], values[start + offset] = token, numbers[index, offset]
+            ids, numbers = (part[index] for part in blocks[id(block)])
+            length = int((ids >= 0).sum())
+            # a position sampled twice (its first sample was never committed) counts as last sampled
+            sampled |= zip(range(start, start + length), zip(ids.tolist(), numbers))
         self._forget(key)
-        order = sorted(tokens)
+        order = sorted(sampled)
         if order[-1] - order[0] + 1 != len(order):
             raise RuntimeError(f"The records of row {key!r} have gaps: positions {order}.")
-        ids = torch.tensor([tokens[at] for at in order], dtype=torch.int32)
-        packed = torch.stack([values[at] for at in order]).float()
-        return {
-            "start": order[0],
-            "tokens": base64.b64encode(ids.numpy().tobytes()).decode(),
-            "values": base64.b64encode(packed.numpy().tobytes()).decode(),
-        }
+        tokens, values = zip(*(sampled[at] for at in order))
+        packed = {"tokens": torch.tensor(tokens, dtype=torch.int32), "values": torch.stack(values).float()}
+        encoded = {name: base64.b64encode(part.numpy().tobytes()).decode() for name, part in packed.items()}
+        return {"start": order[0], **encoded}
 
     def _forget(self, key: str) -> None:
         for _, _, block in self.rows.pop(key):
@@ -82,7 +78,7 @@ class RecordStore:
 
 
 def unpack(record: dict) -> tuple[int, list[int], torch.Tensor]:
-    """Read what [`RecordStore.take`] packed."""
+    """What [`RecordStore.take`] packed: the position of the first token, the ids, and the `(T, 6)` values."""
     ids = torch.frombuffer(bytearray(base64.b64decode(record["tokens"])), dtype=torch.int32)
     values = torch.frombuffer(bytearray(base64.b64decode(record["values"])), dtype=torch.float32)
     return record["start"], ids.tolist(), values.view(-1, len(VALUES))

@@ -2,52 +2,35 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..objective import BRANCH_RULES
 from .options import GAMMA, RECORD, RULE, SCORE, SHARE
 
 
-if TYPE_CHECKING:
-    from vllm import SamplingParams
+# Parameters, and the values at which they leave the models' distributions alone
+NEUTRAL = {
+    **dict.fromkeys(("top_p", "repetition_penalty"), (1,)),
+    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
+    "top_k": (-1, 0),
+    **dict.fromkeys(("logit_bias", "allowed_token_ids", "bad_words"), (None, {}, [])),
+    **dict.fromkeys(("structured_outputs", "prompt_logprobs", "seed"), (None,)),
+}
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """
-    How a row is sampled.
+    """How a row is sampled."""
 
-    Args:
-        gamma (`float`, *optional*, defaults to `inf`):
-            Entropy threshold in nats; `inf` is the plain policy.
-        rule (`str`, *optional*, defaults to `"entropy"`):
-            See [`~mentor_trl.objective.branch_weight`].
-        share (`float`, *optional*, defaults to `0.0`):
-            Weight of the rule `"random"`.
-        record (`str`, *optional*):
-            Key under which the engine keeps the per-token records until they are fetched.
-        score (`bool`, *optional*, defaults to `False`):
-            Whether log s is recorded at every token with w > 0 rather than at branch points only.
-    """
-
-    gamma: float = math.inf
-    rule: str = "entropy"
-    share: float = 0.0
-    record: str | None = None
-    score: bool = False
-
-    @property
-    def mixed(self) -> bool:
-        return self.gamma != math.inf
+    gamma: float = math.inf  # entropy threshold in nats; `inf` is the plain policy
+    rule: str = "entropy"  # see [`~mentor_trl.objective.branch_weight`]
+    share: float = 0.0  # weight of the rule `"random"`
+    record: str | None = None  # key under which the engine keeps the per-token records until they are fetched
+    score: bool = False  # whether log s is recorded at every token with w > 0 rather than at branch points only
 
 
 def parse_row(extra_args: dict[str, Any] | None) -> RowOptions:
-    """
-    Read `SamplingParams.extra_args` (`vllm_xargs` over HTTP).
-
-    Raises:
-        `ValueError`: naming the entry that is unknown or out of range.
-    """
+    """Read `SamplingParams.extra_args` (`vllm_xargs` over HTTP); a `ValueError` names the entry that is wrong."""
     extra = {name: value for name, value in (extra_args or {}).items() if name.startswith("mentor")}
     unknown = sorted(extra.keys() - {GAMMA, RULE, SHARE, RECORD, SCORE})
     if unknown:
@@ -66,30 +49,14 @@ def parse_row(extra_args: dict[str, Any] | None) -> RowOptions:
     return RowOptions(gamma, rule, share, extra.get(RECORD), bool(int(extra.get(SCORE, 0))))
 
 
-def check_params(params: "SamplingParams") -> None:
+def check_params(params) -> None:
     """
-    Refuse what the engine could not sample exactly, rather than ignore it.
-
-    Raises:
-        `ValueError`: naming the parameters, their values and what to change.
+    Refuse `SamplingParams` that the engine could not sample exactly, rather than ignore them. A `ValueError` names the
+    parameters, their values and what to change.
     """
     row = parse_row(params.extra_args)
-    neutral = {
-        "top_p": params.top_p == 1.0,
-        "top_k": params.top_k in (-1, 0),
-        "min_p": params.min_p == 0.0,
-        "presence_penalty": params.presence_penalty == 0.0,
-        "frequency_penalty": params.frequency_penalty == 0.0,
-        "repetition_penalty": params.repetition_penalty == 1.0,
-        "min_tokens": params.min_tokens == 0,
-        "logit_bias": not params.logit_bias,
-        "allowed_token_ids": not params.allowed_token_ids,
-        "bad_words": not params.bad_words,
-        "structured_outputs": params.structured_outputs is None,
-        "prompt_logprobs": params.prompt_logprobs is None,
-        "seed": params.seed is None,
-    }
-    refused = [f"{name}={getattr(params, name)!r}" for name, fine in neutral.items() if not fine]
+    given = {name: getattr(params, name) for name in NEUTRAL}
+    refused = [f"{name}={value!r}" for name, value in given.items() if value not in NEUTRAL[name]]
     if refused:
         raise ValueError(
             f"A mixed-policy engine samples from the models' own distributions at a temperature, and cannot honour "

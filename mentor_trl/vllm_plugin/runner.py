@@ -15,7 +15,7 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-from ..objective import BRANCH_RULES
+from ..objective import mixture_logps
 from .mixing import Round, RowTensors, exponential_race, policy_probs, sample_round
 from .records import RecordStore
 from .requests import RowOptions, parse_row
@@ -43,13 +43,8 @@ def _pick(values: torch.Tensor, index: list[int]) -> torch.Tensor:
 
 class MixedRunner:
     """
-    Gives a model runner the mixed policy by replacing three methods of that one object.
-
-    Args:
-        runner (`GPUModelRunner`):
-            vLLM's runner, whose drafter holds the policy.
-        num_tokens (`int`, *optional*):
-            Number of ids that the tokenizer defines.
+    Gives a model runner of vLLM, whose drafter holds the policy, the mixed policy by replacing three methods of that
+    one object.
     """
 
     def __init__(self, runner, num_tokens: int | None = None):
@@ -190,14 +185,12 @@ class MixedRunner:
             return self._tensors
         rows = [self._row(name) for name in names]
         self._names, self._options = list(names), dict(zip(names, rows))
-        kinds = {
-            rule: [row.rule == rule for row in rows] for rule in BRANCH_RULES if any(row.rule == rule for row in rows)
-        }
+        tensor = lambda values: torch.tensor(values).to(device)
         self._tensors = RowTensors(
-            torch.tensor([row.gamma for row in rows]).to(device),
-            torch.tensor([row.share for row in rows]).to(device),
-            torch.tensor([row.score for row in rows]).to(device),
-            {rule: torch.tensor(mask).to(device) for rule, mask in kinds.items()},
+            tensor([row.gamma for row in rows]),
+            tensor([row.share for row in rows]),
+            tensor([row.score for row in rows]),
+            {rule: tensor([row.rule == rule for row in rows]) for rule in sorted({row.rule for row in rows})},
         )
         return self._tensors
 
@@ -220,16 +213,13 @@ class MixedRunner:
         if not wide:
             # Rows still reading their prompt are discarded by vLLM, which takes any valid id
             tokens = tokens[:, :1].clamp(min=0)
-        logprobs = None
-        if batch.sampling_metadata.max_num_logprobs is not None:
-            logprobs = self._logprobs(tokens, committed)
+        wanted = batch.sampling_metadata.max_num_logprobs is not None
+        logprobs = self._logprobs(tokens, committed) if wanted else None
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
     @staticmethod
     def _logprobs(tokens: torch.Tensor, committed: Round) -> LogprobsTensors:
         """log m of the sampled tokens; NaN in rows that did not ask for it."""
-        from ..objective.mixture import mixture_logps
-
         _, weight, logp, logs, *_ = committed.values.unbind(-1)
         mixed = mixture_logps(logp, logs, weight)[:, : tokens.size(1)].reshape(-1, 1)
         ids = tokens.clamp(min=0).reshape(-1, 1)

@@ -28,10 +28,15 @@ class MentorWorkerExtension:
 
     _weights_version = "initial"
 
+    @property
+    def _mentor(self):
+        """The mixed runner; `None` in an engine that holds the policy alone."""
+        return getattr(self.model_runner, "mentor", None)
+
     def _policy(self) -> tuple[torch.nn.Module, Any]:
         """Model and model config of the policy."""
         runner = self.model_runner
-        if getattr(runner, "mentor", None) is None:
+        if self._mentor is None:
             return runner.get_model(), self.vllm_config.model_config
         return runner.get_draft_model(), runner.speculative_config.draft_model_config
 
@@ -39,17 +44,16 @@ class MentorWorkerExtension:
     def _loaded(self) -> dict:
         """Digests of the models as they were loaded; taken before anything changes."""
         digests = {"policy_digest": self.mentor_digest("policy")}
-        if getattr(self.model_runner, "mentor", None) is None:
-            return digests
-        expert = self.vllm_config.model_config.model
-        return digests | {"expert_digest": self.mentor_digest("expert"), "expert_files": files_digest(expert)}
+        if self._mentor is not None:
+            digests["expert_digest"] = self.mentor_digest("expert")
+            digests["expert_files"] = files_digest(self.vllm_config.model_config.model)
+        return digests
 
     def mentor_info(self) -> dict | None:
         """What this engine is, from its first worker."""
         import vllm
 
-        runner, config = self.model_runner, self.vllm_config
-        mentor = getattr(runner, "mentor", None)
+        mentor, config = self._mentor, self.vllm_config
         if mentor is None and asked_for(config):
             return {"error": "this engine was asked for mixed rollouts, and does not sample them"}
         if not _is_first():
@@ -73,14 +77,13 @@ class MentorWorkerExtension:
             "expert_stop_ids": _stop_ids(config.model_config),
             "vocab_sizes": mentor.vocab_sizes,
             "num_tokens": mentor.num_tokens,
-            "draft_length": runner.num_spec_tokens,
+            "draft_length": self.model_runner.num_spec_tokens,
             "counts": dict(mentor.counts),
         }
 
     def mentor_take_records(self, keys: list[str]) -> dict | None:
         """Records of rows, see [`~mentor_trl.vllm_plugin.records.RecordStore.take`], from the first worker."""
-        mentor = self.model_runner.mentor
-        rows = mentor.records.take(keys)
+        rows = self._mentor.records.take(keys)
         return {"rows": rows, "weights_version": self._weights_version} if _is_first() else None
 
     def mentor_name_weights(self, version: str) -> dict:
@@ -90,7 +93,7 @@ class MentorWorkerExtension:
         return {"weights_version": version}
 
     def mentor_load_policy(self, folder: str, version: str) -> dict:
-        """Load the policy's weights from the safetensors files of a folder that all workers see."""
+        """Load the policy's weights from the safetensors files of a folder, complete by now, that all workers see."""
         from safetensors import safe_open
 
         # Told rather than raised, since an error that a worker raises loses its text on the way
@@ -122,19 +125,16 @@ class MentorWorkerExtension:
     def mentor_load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], version: str) -> dict:
         """Load the policy's weights from the caller's memory; for an engine in the caller's process."""
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+        from vllm.model_executor.model_loader.reload import layerwise
 
         model, config = self._policy()
         _ = self._loaded
         # Until all is loaded the policy is neither the old nor the new one, and says so
         self._weights_version = INCOMPLETE
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(model)
+            layerwise.initialize_layerwise_reload(model)
             model.load_weights(tensors)
-            finalize_layerwise_reload(model, config)
+            layerwise.finalize_layerwise_reload(model, config)
         self._weights_version = version
         return {"weights_version": version}
 

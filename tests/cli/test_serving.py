@@ -124,7 +124,12 @@ def test_a_server_has_a_key_of_its_own(started, tiny_model_dir, tmp_path, monkey
     command = ["serve", "--policy", str(tiny_model_dir), "--port", str(free_port())]
     (tmp_path / "mine").write_text("key-in-file")
     (tmp_path / "mine").chmod(0o644)
-    main(command)
+    made = set()
+    for _ in range(3):
+        main(command)
+        made.add(read_key(default_key_file(int(command[-1]))))
+    assert len(made) == 3 and all(len(key) >= 32 for key in made)
+    del started[1:]
     main([*command, "--api-key", "key-given"])
     main([*command, "--api-key-file", str(tmp_path / "mine")])
     assert "other users can open the key" in capsys.readouterr().err

@@ -159,11 +159,11 @@ EngineArgs(**engine_options({folders(policy)!r}, {folders(expert)!r})).create_en
 
 
 def test_missing_and_changed_symbols_are_named():
-    with pytest.raises(compat.IncompatibleVLLM, match="vllm.v1.outputs.NoSuchThing"):
-        compat.check_symbols([("vllm.v1.outputs", "NoSuchThing", ())])
+    with pytest.raises(compat.IncompatibleVLLM, match="vllm.v1.outputs:NoSuchThing"):
+        compat.check_symbols({"vllm.v1.outputs:NoSuchThing": ()})
     with pytest.raises(compat.IncompatibleVLLM, match="not \\['other'\\]"):
-        compat.check_symbols([("vllm.v1.outputs", "SamplerOutput", ("sampled_token_ids", "other"))])
-    compat.check_symbols(compat.SYMBOLS + compat.WORKER_SYMBOLS)
+        compat.check_symbols({"vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "other")})
+    compat.check_symbols(compat.SYMBOLS | compat.WORKER_SYMBOLS)
 
 
 @pytest.mark.parametrize(
@@ -207,11 +207,8 @@ def test_requests_that_cannot_be_honoured_are_refused(options, message, policy, 
 def test_a_request_without_entries_is_the_plain_policy(policy, expert, engines):
     from vllm import SamplingParams
 
-    assert (
-        not parse_row(None).mixed
-        and not parse_row({"other": 1}).mixed
-        and not parse_row({"mentor_gamma": "inf"}).mixed
-    )
+    for entries in (None, {"other": 1}, {"mentor_gamma": "inf"}):
+        assert parse_row(entries).gamma == math.inf
     params = SamplingParams(max_tokens=3, stop_token_ids=[0], ignore_eos=True, detokenize=False)
     llm = engines(policy, expert, draft_length=4).llm
     outputs = llm.generate([{"prompt_token_ids": [3, 1, 2]}] * 2000, params, use_tqdm=False)

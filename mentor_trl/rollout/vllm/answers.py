@@ -71,7 +71,8 @@ def content(response: httpx.Response) -> Any:
     The JSON of an answer; `None` where it is empty. Raises [`Failed`] for 5xx, [`ServerError`] for a refusal, and
     [`WrongServer`] where no server of ours would refuse or answer so.
     """
-    url, status, text = response.request.url, response.status_code, _excerpt(response)
+    url, status = response.request.url, response.status_code
+    text = " ".join(response.text[:2000].split())[:300]
     if status >= 500:
         raise Failed(f"{url} answered {status}: {text}")
     if status == 401:
@@ -87,10 +88,6 @@ def content(response: httpx.Response) -> Any:
     except (ValueError, RecursionError):
         kind = response.headers.get("content-type", "no content type")
         raise WrongServer(f"{url} answered {kind} and not JSON: {text}. Is a proxy in between?") from None
-
-
-def _excerpt(response: httpx.Response) -> str:
-    return " ".join(response.text[:2000].split())[:300]
 
 
 @contextmanager

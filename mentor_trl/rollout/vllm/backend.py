@@ -3,6 +3,7 @@
 import atexit
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,20 +12,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import ensure_master_addr_port
 
 from ...config import MentorGRPOConfig
-from ...errors import SetupError
+from ...errors import EngineError, SetupError
 from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
 from ...vllm_plugin.identity import files_digest
 from ...vllm_plugin.options import model_shape
 from ..types import MixedRequest, MixedRollout
-from .collective import on_main
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient
 from .server import Patience, PolicyServerSampler, ServerSampler, WeightsLost
@@ -65,7 +65,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         self.config, self.expert = config, expert
         self.sampler: ColocateSampler | ServerSampler | None = None
         self.policy_sampler: ServerSampler | None = None
-        self._nccl: dict[ServerSampler, DraftWeightClient | PolicyWeightClient] = {}
+        self._nccl: list[PolicyWeightClient] = []  # of the servers, on the main process
         self.info: dict[str, Any] = {}
         self.stop_token_ids: tuple[int, ...] = ()
         self._updates = 0
@@ -76,7 +76,7 @@ class MixedVLLMGeneration(VLLMGeneration):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.mode == "server":
-            self.info = on_main(self.accelerator, self._connect)
+            self.info = self._on_main(self._connect)
             # Log-probabilities come from the plugin's records, which are those of the tempered distribution
             described = {"model_config": {"logprobs_mode": "processed_logprobs"}}
             self.vllm_client = SimpleNamespace(get_server_info=lambda: described)
@@ -99,10 +99,10 @@ class MixedVLLMGeneration(VLLMGeneration):
                     "Set it to 'folder', or leave it unset."
                 )
             kinds = (DraftWeightClient, PolicyWeightClient)
-            self._nccl = {
-                sampler: kind(sampler, self.group_port + port, self.accelerator.device)
+            self._nccl = [
+                kind(sampler, self.group_port + port, self.accelerator.device)
                 for port, (sampler, kind) in enumerate(zip(self._servers, kinds))
-            }
+            ]
         else:
             root = weights_root(self.config)
             remove_dead_weights(root)
@@ -200,11 +200,7 @@ class MixedVLLMGeneration(VLLMGeneration):
                 for name, param in self._iter_named_params()
             ]
         for index in range(1 if self.config.vllm_policy_server_base_url is None else 2):
-            self._send(
-                lambda params, server=index: self._nccl[self._servers[server]].push(
-                    self._weight_metadata, params, version
-                )
-            )
+            self._send(lambda params, index=index: self._nccl[index].push(self._weight_metadata, params, version))
 
     def _send(self, push: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
         """
@@ -218,9 +214,31 @@ class MixedVLLMGeneration(VLLMGeneration):
                 push(params)
             finally:
                 if not params.gi_running:  # a transfer that hangs still holds them
-                    _exhaust(params)
+                    deque(params, maxlen=0)
 
-        on_main(self.accelerator, push_all, others=lambda: _exhaust(self._iter_named_params()))
+        self._on_main(push_all, others=lambda: deque(self._iter_named_params(), maxlen=0))
+
+    def _on_main(self, call: Callable[[], Any], others: Callable[[], Any] = lambda: None) -> Any:
+        """
+        What a call returns on the main process, on every process; if it fails, it fails on every process. The others
+        make theirs meanwhile.
+        """
+        outcome: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = call()
+            except Exception as error:
+                failure = error
+                kind = type(error) if isinstance(error, EngineError) else RuntimeError
+                outcome[1] = kind(f"On the main process: {error}")
+        else:
+            others()
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome, from_process=0)
+        if failure or outcome[1]:
+            raise failure or outcome[1]
+        return outcome[0]
 
     # Rows
 
@@ -253,25 +271,19 @@ class MixedVLLMGeneration(VLLMGeneration):
             return self.sampler.sample(request)
         requests = gather_object([request])
         counts = [len(part.prompt_ids) for part in requests]
+
+        def sample_all() -> list[MixedRollout]:
+            plain = self.policy_sampler is not None and all(part.plain for part in requests)
+            with (self.policy_sampler if plain else self.sampler).session() as session:
+                return session.sample(MixedRequest.merged(requests)).split(counts)
+
         for _ in range(Patience.attempts):
             try:
-                return on_main(
-                    self.accelerator, lambda: self._sample_all(MixedRequest.merged(requests)).split(counts)
-                )[self.accelerator.process_index]
+                return self._on_main(sample_all)[self.accelerator.process_index]
             except WeightsLost as error:
                 lost = error
             self.sync_weights()
         raise lost
-
-    def _sample_all(self, request: MixedRequest) -> MixedRollout:
-        plain = self.policy_sampler is not None and request.plain
-        with (self.policy_sampler if plain else self.sampler).session() as session:
-            return session.sample(request)
-
-
-def _exhaust(params: Iterator[tuple[str, torch.Tensor]]) -> None:
-    for _ in params:
-        pass
 
 
 # Last parts of paths that every run has

@@ -20,14 +20,10 @@ class PolicyWeightClient(VLLMClient):
         self._sent: str | None = None
 
     def _get(self, url: str, **kwargs: Any) -> dict:
-        return super()._get(url, **self._access, **kwargs)
+        return super()._get(url, headers=self.sampler.headers(), timeout=self.sampler.patience.read, **kwargs)
 
     def _post(self, url: str, **kwargs: Any) -> dict:
-        return super()._post(url, **self._access, **kwargs)
-
-    @property
-    def _access(self) -> dict[str, Any]:
-        return {"headers": self.sampler.auth.headers(), "timeout": self.sampler.patience.read}
+        return super()._post(url, headers=self.sampler.headers(), timeout=self.sampler.patience.read, **kwargs)
 
     def push(
         self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str

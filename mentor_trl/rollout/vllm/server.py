@@ -17,22 +17,8 @@ from ...errors import SetupError
 from ...vllm_plugin.keys import key_of
 from ...vllm_plugin.options import INCOMPLETE
 from ..types import MixedRequest, MixedRollout
-from .answers import (
-    ADVICE,
-    TRANSIENT,
-    Exhausted,
-    Failed,
-    KeyRefused,
-    ServerError,
-    WeightsLost,
-    WrongServer,
-    check_fields,
-    check_info,
-    check_same,
-    completion,
-    content,
-    reading,
-)
+from . import answers
+from .answers import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
@@ -91,15 +77,20 @@ class ServerSampler:
         api_key_file: str | None = None,
     ):
         self.url = checked_address(url)
-        self.auth = KeyOf(self.url, api_key_file)
+        self.api_key_file = api_key_file
         self.num_tokens = num_tokens
         self.patience = patience or Patience()
         self.concurrency = concurrency
         self._pushed: tuple[str | None, str] | None = None
         self._first: dict[str, Any] | None = None
         self.info = self._first = self.wait()
-        with reading(self.url, "/v1/models", WrongServer):
+        with answers.reading(self.url, "/v1/models", WrongServer):
             self.served_name = self._run(self._retried, _ask, "/v1/models", "GET")["data"][0]["id"]
+
+    def headers(self) -> dict[str, str]:
+        """The server's key, looked up for each request: one that was restarted has a new one."""
+        key = key_of(self.url, self.api_key_file)
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
 
     @contextmanager
     def session(self) -> Iterator["ServerSampler"]:
@@ -113,9 +104,9 @@ class ServerSampler:
     def check(self) -> dict[str, Any]:
         """Ask once what the server is: models, versions, vocabulary, draft length, context and weights."""
         info = self._run(_server_info)
-        check_info(info, self.url, self.kind, self.num_tokens)
+        answers.check_info(info, self.url, self.kind, self.num_tokens)
         if self._first is not None:
-            check_same(self._first, info, self.url)
+            answers.check_same(self._first, info, self.url)
         return info
 
     def wait(self) -> dict[str, Any]:
@@ -132,7 +123,8 @@ class ServerSampler:
                 if time.monotonic() + pause > deadline:
                     raise ServerError(
                         f"No server answers at {self.url} ({type(error).__name__}: {error}), after "
-                        f"{self.patience.recovery:.0f} s of trying. {ADVICE}, and look at its log if it was running."
+                        f"{self.patience.recovery:.0f} s of trying. {answers.ADVICE}, and look at its log if it was "
+                        "running."
                     ) from error
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
@@ -220,7 +212,7 @@ class ServerSampler:
                 self._recover()
             done |= self._run(self._sample_rows, request, missing)
         completions, values = zip(*(done[row] for row in sorted(done))) if done else ((), ())
-        with reading(self.url, "/v1/completions"):
+        with answers.reading(self.url, "/v1/completions"):
             return assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
 
     def _recover(self) -> None:
@@ -248,23 +240,30 @@ class ServerSampler:
                     answer = await _ask(client, "/v1/completions", json=self._body(request, row, key))
                 except TRANSIENT:
                     return None
-            with reading(self.url, "/v1/completions"):
-                return completion(answer, self.info, request, row)
+            with answers.reading(self.url, "/v1/completions"):
+                return answers.completion(answer, self.info, request, row)
 
-        completed = dict(zip(rows, await asyncio.gather(*map(complete, rows, keys))))
+        completed = await asyncio.gather(*map(complete, rows, keys))
         mixed = self.info["kind"] == "mixed"
         method, args = ("mentor_take_records", [keys]) if mixed else ("mentor_info", [])
         try:
             found = await self._retried(client, _rpc, method, *args)
         except Exhausted:
             return {}
-        with reading(self.url, method):
+        with answers.reading(self.url, method):
             # A server that was restarted in the middle has lost the name of the weights with the weights
             if self._pushed is not None and found["weights_version"] != self._pushed[1]:
                 return {}
-            if mixed:
-                return _recorded(completed, found["rows"], request)
-        return {row: values for row, values in completed.items() if values is not None}
+            came = {row: pair for row, pair in zip(rows, completed) if pair is not None}
+            if not mixed:
+                return came
+            if len(found["rows"]) != len(rows):
+                raise ValueError(f"{len(found['rows'])} records of {len(rows)} rows")
+            return {
+                row: (came[row][0], match_record(record, came[row][0], len(request.prompt_ids[row]), row))
+                for row, record in zip(rows, found["rows"])
+                if row in came and record is not None
+            }
 
     def _body(self, request: MixedRequest, row: int, key: str) -> dict[str, Any]:
         mixed = self.info["kind"] == "mixed"
@@ -284,7 +283,7 @@ class ServerSampler:
             try:
                 return await call(client, *args, **kwargs)
             except TRANSIENT as error:
-                if attempt == self.patience.attempts:
+                if attempt >= self.patience.attempts:
                     raise Exhausted(
                         f"{self.url} failed {attempt} times in a row, last with {type(error).__name__}: {error}"
                     ) from error
@@ -293,10 +292,14 @@ class ServerSampler:
     def _run(self, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         """What `call(client, ...)` returns, run in a thread of its own, since the caller may have an event loop."""
         timeout = httpx.Timeout(self.patience.read, connect=self.patience.connect)
+        settings = {"base_url": self.url, "timeout": timeout, "limits": httpx.Limits(max_connections=None)}
+
+        def with_key(request: httpx.Request) -> httpx.Request:
+            request.headers.update(self.headers())
+            return request
 
         async def run() -> T:
-            limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, auth=self.auth) as client:
+            async with httpx.AsyncClient(**settings, auth=with_key) as client:
                 return await call(client, *args, **kwargs)
 
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -318,22 +321,6 @@ class AnyServer(ServerSampler):
     kind = None
 
 
-class KeyOf(httpx.Auth):
-    """The key of a server, looked up for each request: one that was restarted has a new one."""
-
-    def __init__(self, url: str, file: str | None = None):
-        self.url, self.file = url, file
-        self.headers()  # a file that cannot be read is an error at once
-
-    def headers(self) -> dict[str, str]:
-        key = key_of(self.url, self.file)
-        return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-    def auth_flow(self, request: httpx.Request):
-        request.headers.update(self.headers())
-        yield request
-
-
 def checked_address(url: str) -> str:
     """An address without its last slash; a [`SetupError`] if it is none."""
     try:
@@ -345,22 +332,9 @@ def checked_address(url: str) -> str:
     raise SetupError(f"{url!r} is not the address of a server: give one as http://127.0.0.1:8000.")
 
 
-def _recorded(
-    completed: dict[int, tuple[list[int], None] | None], records: list[dict | None], request: MixedRequest
-) -> dict[int, tuple[list[int], torch.Tensor]]:
-    """Token ids and records of those rows that came through and that the engine has records of."""
-    if len(records) != len(completed):
-        raise ValueError(f"{len(records)} records of {len(completed)} rows")
-    return {
-        row: (values[0], match_record(record, values[0], len(request.prompt_ids[row]), row))
-        for (row, values), record in zip(completed.items(), records)
-        if values is not None and record is not None
-    }
-
-
 async def _ask(client: httpx.AsyncClient, path: str, method: str = "POST", **kwargs: Any) -> Any:
     try:
-        return content(await client.request(method, path, **kwargs))
+        return answers.content(await client.request(method, path, **kwargs))
     except httpx.DecodingError as error:
         raise WrongServer(f"{client.base_url} answered {path} in an encoding that it is not: {error}.") from error
 
@@ -368,7 +342,7 @@ async def _ask(client: httpx.AsyncClient, path: str, method: str = "POST", **kwa
 async def _rpc(client: httpx.AsyncClient, method: str, *args: Any) -> Any:
     """What the first worker answers to a method of the worker extension."""
     answer = await _ask(client, "/collective_rpc", json={"method": method, "args": list(args)})
-    with reading(str(client.base_url), method):
+    with answers.reading(str(client.base_url), method):
         for result in answer["results"]:
             if isinstance(result, dict) and "error" in result:
                 raise ServerError(f"{client.base_url} could not run {method}: {result['error']}.")
@@ -381,17 +355,13 @@ async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
     if health.status_code >= 500:
         raise ServerError(f"{url} is not healthy: {health.status_code} {health.text[:300]}")
     try:
-        info = check_fields(await _rpc(client, "mentor_info"), url)
+        info = answers.check_fields(await _rpc(client, "mentor_info"), url)
         paused = await _ask(client, "/is_paused", "GET")
-        with reading(url, "/is_paused"):
+        with answers.reading(url, "/is_paused"):
             return {**info, "paused": bool(paused["is_paused"])}
     except KeyRefused:
         raise
-    except ServerError as error:
+    except (ServerError, Failed) as error:
         raise WrongServer(
-            f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {ADVICE}."
-        ) from error
-    except Failed as error:
-        raise WrongServer(
-            f"{url} is a vLLM server that does not sample mixed rollouts ({error}). {ADVICE}."
+            f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {answers.ADVICE}."
         ) from error

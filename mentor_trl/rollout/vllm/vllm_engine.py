@@ -14,13 +14,10 @@ from .backend import MixedVLLMGeneration, mixed_generation
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
-_LOADED_HERE = {
-    "expert_model_init_kwargs": None,
-    "expert_model_revision": None,
-    "expert_dtype": "auto",
-    "expert_load_in_4bit": False,
-    "expert_load_in_8bit": False,
-}
+_LOADED_HERE = (
+    *("expert_model_init_kwargs", "expert_model_revision"),
+    *("expert_dtype", "expert_load_in_4bit", "expert_load_in_8bit"),
+)
 
 
 class VLLMEngine:
@@ -77,8 +74,8 @@ class VLLMSetup:
                 f"The expert is a {type(self.source).__name__}, and vLLM loads models by name. Pass the expert's id "
                 "or folder (`save_pretrained` it first), or set `use_vllm=False`."
             )
-        for name, default in _LOADED_HERE.items():
-            if getattr(self.args, name) != default:
+        for name in _LOADED_HERE:
+            if getattr(self.args, name) != getattr(MentorGRPOConfig, name):
                 raise SetupError(
                     f"`{name}={getattr(self.args, name)!r}` applies to an expert that this process loads, and with "
                     "`use_vllm` vLLM does. Unset it; `mentor-trl serve` takes vLLM's own options, such as --dtype."

@@ -1,6 +1,5 @@
 """What goes to a mixed-policy vLLM engine for a request, and a rollout from what it recorded."""
 
-import itertools
 import uuid
 from typing import Any
 
@@ -16,10 +15,7 @@ from ..types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
 def assemble(
     request: MixedRequest, completions: list[list[int]], values: list[torch.Tensor], stats: dict[str, float]
 ) -> MixedRollout:
-    """
-    A rollout of completions and, for each, the `(T, 6)` records of its tokens. A `ValueError` if a model's logits were
-    NaN.
-    """
+    """A rollout of completions and their `(T, 6)` records; a `ValueError` if a model's logits were NaN."""
     longest = max(map(len, completions), default=0)
     stacked = torch.full((len(completions), longest, len(VALUES)), torch.nan)
     for row, (ids, numbers) in enumerate(zip(completions, values)):
@@ -40,12 +36,9 @@ def assemble(
     return MixedRollout(completions, **{name: records[name] for name in RECORDS}, stats={**counts, **stats})
 
 
-_requests = itertools.count()
-
-
 def record_keys(rows: int) -> list[str]:
     """Keys of a request's rows that no other request of any process has."""
-    name = f"{uuid.uuid4().hex}-{next(_requests)}"
+    name = uuid.uuid4().hex
     return [f"{name}-{row}" for row in range(rows)]
 
 
