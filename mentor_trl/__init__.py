@@ -12,7 +12,7 @@ _EXPORTS = {
     "MentorGRPOTrainer": "trainer",
     "accuracy_reward": "rewards",
     "format_reward": "rewards",
-    "load_expert": "experts",
+    "load_expert": "experts.load",
     "ColocateSampler": "rollout",
     "LocalSampler": "rollout",
     "MixedRequest": "rollout",

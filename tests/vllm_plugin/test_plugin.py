@@ -196,9 +196,12 @@ def test_requests_that_cannot_be_honoured_are_refused(options, message, policy, 
     params = SamplingParams(max_tokens=2, detokenize=False, **options)
     with pytest.raises(ValueError, match=message):
         check_params(params)
-    if "bad_words" not in options:  # which need a tokenizer
-        with pytest.raises(VLLMValidationError, match=message):
-            engines(policy, expert, draft_length=4).llm.generate([{"prompt_token_ids": [1]}], params, use_tqdm=False)
+    if "bad_words" in options:  # which need a tokenizer
+        return
+    if options.keys() & {"min_p", "logit_bias"}:  # which vLLM refuses by itself
+        message = "min_p and logit_bias sampling parameters are not yet supported"
+    with pytest.raises(VLLMValidationError, match=message):
+        engines(policy, expert, draft_length=4).llm.generate([{"prompt_token_ids": [1]}], params, use_tqdm=False)
 
 
 def test_a_request_without_entries_is_the_plain_policy(policy, expert, engines):
