@@ -44,7 +44,8 @@ class Trajectory(NamedTuple):
 
 
 PLAIN = {"gradient_accumulation_steps": 2, "max_steps": 3}
-OFF_POLICY = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.02, "max_steps": 4}
+OFF_POLICY = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.02, "gradient_checkpointing": True}
+OFF_POLICY["max_steps"] = 4
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "log_completions": True, "max_steps": 2}
 EVALUATED |= {"trainer_kwargs": {"eval_dataset": prompts(2)}}
 MENTOR = {"gradient_accumulation_steps": 2, "expert_decay_steps": 6, "max_steps": 4}
@@ -127,8 +128,8 @@ def by_trl(folder: Path, settings: dict) -> Trajectory:
     return train(make(folder, settings, cls=GRPOTrainer, config=GRPOConfig))
 
 
-def straight(folder: Path, settings: dict) -> Trajectory:
-    return train(make(folder, settings))
+def straight(folder: Path, settings: dict, **more) -> Trajectory:
+    return train(make(folder, {**settings, **more}))
 
 
 def resumed(folder: Path, settings: dict, step: int) -> Trajectory:
@@ -174,13 +175,14 @@ def with_adapter(folder: Path, settings: dict, step: int | None = None, reload: 
 
 RUNS = {
     "trl": partial(by_trl, settings=PLAIN),
-    "no mixed rows": partial(straight, settings={**PLAIN, "num_mixed_generations": 0}),
-    "alpha 0": partial(straight, settings={**PLAIN, "alpha": 0.0}),
+    "no mixed rows": partial(straight, settings=PLAIN, num_mixed_generations=0),
+    "alpha 0": partial(straight, settings=PLAIN, alpha=0.0),
     "trl, off-policy": partial(by_trl, settings=OFF_POLICY),
-    "no mixed rows, off-policy": partial(straight, settings={**OFF_POLICY, "num_mixed_generations": 0}),
-    "alpha 0, off-policy": partial(straight, settings={**OFF_POLICY, "alpha": 0.0}),
+    "no mixed rows, off-policy": partial(straight, settings=OFF_POLICY, num_mixed_generations=0),
+    "alpha 0, off-policy": partial(straight, settings=OFF_POLICY, alpha=0.0),
     "trl, evaluated": partial(by_trl, settings=EVALUATED),
-    "no mixed rows, evaluated": partial(straight, settings={**EVALUATED, "num_mixed_generations": 0}),
+    "no mixed rows, evaluated": partial(straight, settings=EVALUATED, num_mixed_generations=0),
+    "alpha 0, evaluated": partial(straight, settings=EVALUATED, alpha=0.0),
     "mentor": partial(straight, settings=MENTOR),
     "mentor, resumed": partial(resumed, settings=MENTOR, step=2),
     "mentor, served": partial(served, settings={**MENTOR, "vllm_importance_sampling_correction": False}),

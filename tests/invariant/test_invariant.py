@@ -26,7 +26,7 @@ CLASSES = (
     # within, the run that is stored, and those that must agree with it
     Class(0, "trl", ("no mixed rows", "alpha 0")),
     Class(0, "trl, off-policy", ("no mixed rows, off-policy", "alpha 0, off-policy")),
-    Class(0, "trl, evaluated", ("no mixed rows, evaluated",)),
+    Class(0, "trl, evaluated", ("no mixed rows, evaluated", "alpha 0, evaluated")),
     Class(0, "mentor", ("mentor, resumed", "mentor, served")),
     Class(0, "mixture", ("mixture, resumed within a batch",)),
     Class(0, "luffy", ("luffy, resumed within a batch",)),
@@ -83,3 +83,9 @@ def test_runs_agree(one, name, trained):
     assert first.weights.keys() == other.weights.keys()
     for key, value in first.weights.items():
         torch.testing.assert_close(other.weights[key], value, rtol=one.within, atol=one.within, msg=key)
+
+
+def test_without_mixed_rows_all_rows_are_on_policy(trained):
+    for name in ("no mixed rows", "alpha 0"):
+        steps = [entry for entry in trained(name).log if "loss" in entry]
+        assert steps and all(entry["mentor/on_policy/reward"] == entry["reward"] for entry in steps)

@@ -4,11 +4,12 @@ import importlib.util
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
@@ -19,22 +20,23 @@ from mentor_trl.rollout.vllm.server import ServerError, WeightsLost, WrongServer
 from mentor_trl.rollout.vllm.vllm_engine import VLLMSetup
 from mentor_trl.rollout.vllm.weights import new_run_id
 from served_helpers import StandIn, make_served_trainer, stand_in
-from trainer_helpers import SETTINGS, RecordingTrainer, history, make_trainer, prompts, same_weights, weights
+from trainer_helpers import SETTINGS, history, prompts, same_weights, weights
 
 
-LONGER = {"max_steps": 4, "expert_decay_steps": 9, "logging_steps": 2, "log_completions": True}
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Three steps with a server, and whether it had the policy's weights after each push."""
+    with stand_in() as servers:
+        trainer = make_served_trainer(tmp_path_factory.mktemp("served"), max_steps=3, num_mixed_generations=5)
+        equal, sync = [], trainer.vllm_generation.sync_weights
 
+        def spy():
+            sync()
+            equal.append(same_weights(weights(trainer), servers[0].policy.state_dict()))
 
-def test_a_run_is_that_of_the_engine_in_process(tmp_path):
-    """With TRL's engine-mismatch correction off, a server that samples the same rows changes nothing."""
-    local = make_trainer(tmp_path / "local", cls=RecordingTrainer, **LONGER)
-    local.train()
-    with stand_in():
-        served = make_served_trainer(tmp_path / "served", vllm_importance_sampling_correction=False, **LONGER)
-        served.train()
-    assert same_weights(weights(local), weights(served))
-    speeds = ("mentor/tokens_per_round", "mentor/expert_calls_avoided")
-    assert history(served, without=speeds) == history(local, without=speeds)
+        trainer.vllm_generation.sync_weights = spy
+        trainer.train()
+    return trainer, servers[0], equal
 
 
 @pytest.mark.parametrize("level", ["conditional", "mixture"])
@@ -98,33 +100,26 @@ def test_rows_that_are_left_out_have_the_ratios_of_the_engine(tmp_path):
     assert logged[1] == pytest.approx(logged[0], rel=1e-4)
 
 
-def test_the_server_gets_the_weights_of_every_step_and_keeps_its_expert(tmp_path):
-    with stand_in() as servers:
-        trainer = make_served_trainer(tmp_path, max_steps=3)
-        seen, sync = [], trainer.vllm_generation.sync_weights
+def test_the_server_gets_the_weights_of_every_step_and_keeps_its_expert(served):
+    _, server, equal = served
+    assert equal == [True] * 3
+    assert same_weights(server.expert.state_dict(), make_tiny_model(seed=1).state_dict())
 
-        def spy():
-            sync()
-            seen.append(same_weights(weights(trainer), servers[0].policy.state_dict()))
 
-        trainer.vllm_generation.sync_weights = spy
-        trainer.train()
-    assert seen == [True] * 3
-    assert same_weights(servers[0].expert.state_dict(), make_tiny_model(seed=1).state_dict())
-    folder = tmp_path / "_vllm_weights"
-    assert [path.name for path in folder.iterdir()] == servers[0].versions[-1:]
+def test_weights_of_earlier_steps_do_not_stay_on_disk(served):
+    trainer, server, _ = served
+    folder = Path(trainer.args.output_dir) / "_vllm_weights"
+    assert [path.name for path in folder.iterdir()] == server.versions[-1:]
     (folder / "other-run-1").mkdir()
-    generation.remove_weights(folder, servers[0].versions[-1].split("-")[0])  # as at exit
+    generation.remove_weights(folder, server.versions[-1].split("-")[0])  # as at exit
     assert [path.name for path in folder.iterdir()] == ["other-run-1"]
 
 
-def test_on_policy_rows_come_first_and_give_gamma(tmp_path):
-    with stand_in() as servers:
-        trainer = make_served_trainer(tmp_path, max_steps=1, num_mixed_generations=5)
-        trainer.train()
-    first, second = servers[0].requests
-    assert first.gamma == [math.inf] * 3 and second.gamma == [trainer.algorithm.guidance.gamma] * 5
-    assert first.stop_token_ids == (2,)
+def test_on_policy_rows_come_first_and_give_gamma(served):
+    trainer, server, _ = served
+    for batch, first, second in zip(trainer.batches, server.requests[::2], server.requests[1::2], strict=True):
+        assert first.gamma == [math.inf] * 3 and second.gamma == [batch["gamma"]] * 5
+        assert first.stop_token_ids == second.stop_token_ids == (2,)
 
 
 def test_evaluation_and_the_time_after_guidance_sample_the_policy(tmp_path):
@@ -227,16 +222,12 @@ def test_lost_weights_are_sent_again(tmp_path):
             make_served_trainer(tmp_path, max_steps=1).train()
 
 
-def test_trl_builds_our_backend_only_for_us(tmp_path):
+def test_trl_builds_our_backend_only_for_us(served, tmp_path):
+    assert type(served[0].vllm_generation).__name__ == "MixedVLLMGeneration"
     original = grpo_trainer.VLLMGeneration
-    with stand_in():
-        trainer = make_served_trainer(tmp_path)
-        assert type(trainer.vllm_generation).__name__ == "MixedVLLMGeneration"
-    assert grpo_trainer.VLLMGeneration is original
     with stand_in(), pytest.raises(ValueError, match=r"reward processing classes \(3\) must match"):
         make_served_trainer(tmp_path, trainer_kwargs={"expert": None, "reward_processing_classes": [1, 2, 3]})
-    assert grpo_trainer.VLLMGeneration is original
-    assert issubclass(type(trainer), GRPOTrainer)
+    assert grpo_trainer.VLLMGeneration is original is VLLMGeneration
 
 
 def test_a_second_server_samples_what_the_expert_has_no_part_in(tmp_path):
