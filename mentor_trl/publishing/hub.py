@@ -52,7 +52,7 @@ class _RunApi(HfApi):
 
 @contextmanager
 def model_files_only(args: MentorGRPOConfig) -> Iterator[None]:
-    """While the Trainer pushes, leave out what [`withheld`] names: the client that it takes from its module is ours."""
+    """Leave out what [`withheld`] names while the Trainer pushes: the client that it takes from its module is ours."""
     shared = transformers.trainer.hf_api
     transformers.trainer.hf_api = lambda: _RunApi(args)
     try:
