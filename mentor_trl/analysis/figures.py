@@ -92,17 +92,13 @@ def plot_training(
 ) -> tuple["Figure", list[PanelCurves]]:
     """Accuracy, entropy and response length against the step, for several runs (Figure 2 of the paper)."""
     shown = [panel_curves(runs, training_panel(name, accuracy, evaluation), smooth) for name in panels]
-    figure = new_figure(max(3.7 * len(shown), 5.0), 3.5)
-    _draw_panels(figure, figure.subplots(1, len(shown), squeeze=False, sharex=True).flat, shown, smooth)
-    return figure, shown
+    return _draw_panels(new_figure(max(3.7 * len(shown), 5.0), 3.5), 1, shown, smooth), shown
 
 
 def plot_guidance(runs: Sequence[Run], smooth: int = 1) -> tuple["Figure", list[PanelCurves]]:
     """What the expert did, as [`plot_training`]: alpha, gamma, branches, acceptance, and rewards by source."""
     shown = [panel_curves(runs, panel, smooth) for panel in GUIDANCE]
-    figure = new_figure(11.0, 6.2)
-    _draw_panels(figure, figure.subplots(2, 3, sharex=True).flat, shown, smooth)
-    return figure, shown
+    return _draw_panels(new_figure(11.0, 6.2), 2, shown, smooth), shown
 
 
 def plot_words(rates: "pd.DataFrame") -> "Figure":
@@ -157,8 +153,8 @@ def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
     return figure
 
 
-def _draw_panels(figure: "Figure", axes: Iterable["Axes"], shown: list[PanelCurves], smooth: int) -> None:
-    axes = list(axes)
+def _draw_panels(figure: "Figure", rows: int, shown: list[PanelCurves], smooth: int) -> "Figure":
+    axes = list(figure.subplots(rows, len(shown) // rows, squeeze=False, sharex=True).flat)
     colors = color_of(list(shown[0].curves))
     for axis, panel in zip(axes, shown):
         for label, lines in panel.curves.items():
@@ -176,6 +172,7 @@ def _draw_panels(figure: "Figure", axes: Iterable["Axes"], shown: list[PanelCurv
     notes = [f"moving means of {smooth} logged values"] * (smooth > 1)
     notes += ["bands: one standard error of the mean of the runs"] * several
     shared_legend(figure, axes[0], "; ".join(notes))
+    return figure
 
 
 def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str, name: str | None) -> None:

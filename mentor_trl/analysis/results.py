@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,18 @@ from ..evaluation.summary import to_table
 from .runs import group_by_label, resolve_labels
 
 
-Value = tuple[float, float | None]  # and its standard error
+@dataclass(frozen=True)
+class Cell:
+    """A mean over the prompts or evaluations, its standard error, and whether no other row has more as shown."""
+
+    value: float
+    error: float | None = None
+    best: bool = False
+
+    @property
+    def text(self) -> str:
+        """In per cent, as in the paper."""
+        return f"{100 * self.value:.1f}" + (f" ± {100 * self.error:.1f}" if self.error is not None else "")
 
 
 @dataclass(frozen=True)
@@ -27,22 +39,8 @@ class Result:
     """
 
     label: str
-    tasks: dict[str, dict[str | None, Value]]
+    tasks: dict[str, dict[str | None, Cell]]
     headlines: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A mean over the evaluations of a label, its standard error, and whether no other row has more as shown."""
-
-    value: float
-    error: float | None = None
-    best: bool = False
-
-    @property
-    def text(self) -> str:
-        """In per cent, as in the paper."""
-        return f"{100 * self.value:.1f}" + (f" ± {100 * self.error:.1f}" if self.error is not None else "")
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ def make_table(results: Sequence[Result], metric: str | None = None) -> ResultsT
             raise SetupError(f"The {len(group)} evaluations of {label!r} are not of the same tasks with {metric!r}.")
         per_task = [[one.tasks[task][metric] for one in group] if task in found[0] else None for task in tasks]
         if len(tasks) > 1:  # the average of each evaluation
-            per_task.append(None if None in per_task else [_mean(of_one) for of_one in zip(*per_task)])
-        rows[label], seeds[label] = [values and _cell(values) for values in per_task], len(group)
+            per_task.append(None if None in per_task else [_over_tasks(of_one) for of_one in zip(*per_task)])
+        rows[label], seeds[label] = [cells and _over_runs(cells) for cells in per_task], len(group)
     names = [_column(task, results) for task in tasks] if metric is None else tasks
     return ResultsTable(metric or "accuracy", names + ["average"] * (len(tasks) > 1), _mark_best(rows), seeds)
 
@@ -129,17 +127,15 @@ def _column(task: str, results: Sequence[Result]) -> str:
     return f"{task} {headlines[0]}"
 
 
-def _cell(values: list[Value]) -> Cell:
-    if len(values) == 1:
-        return Cell(*values[0])
-    numbers = pd.Series([value for value, _ in values])
-    return Cell(float(numbers.mean()), float(numbers.sem(ddof=1)))
+def _over_runs(cells: Sequence[Cell]) -> Cell:
+    numbers = [cell.value for cell in cells]
+    return cells[0] if len(cells) == 1 else Cell(fmean(numbers), stdev(numbers) / math.sqrt(len(numbers)))
 
 
-def _mean(values: Sequence[Value]) -> Value:
-    errors = [error for _, error in values if error is not None]
-    error = math.hypot(*errors) / len(errors) if len(errors) == len(values) else None
-    return sum(value for value, _ in values) / len(values), error
+def _over_tasks(cells: Sequence[Cell]) -> Cell:
+    errors = [cell.error for cell in cells]
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return Cell(fmean(cell.value for cell in cells), error)
 
 
 def _mark_best(rows: dict[str, list[Cell | None]]) -> dict[str, list[Cell | None]]:
@@ -163,12 +159,12 @@ def _result_file(path: Path) -> Path:
     return path / "results.json"
 
 
-def _tasks(file: Path) -> tuple[dict[str, dict[str | None, Value]], dict[str, str]]:
+def _tasks(file: Path) -> tuple[dict[str, dict[str | None, Cell]], dict[str, str]]:
     """Metrics of each task, and the names of their headlines."""
     try:
         tasks = json.loads(file.read_text(encoding="utf-8"))["tasks"]
         metrics = {
-            task: {None: _value(one), **{f"pass@{k}": _value(number) for k, number in one["pass_at_k"].items()}}
+            task: {None: _cell(one), **{f"pass@{k}": _cell(number) for k, number in one["pass_at_k"].items()}}
             for task, one in tasks.items()
         }
         return metrics, {task: str(one["metric"]) for task, one in tasks.items()}
@@ -179,6 +175,6 @@ def _tasks(file: Path) -> tuple[dict[str, dict[str | None, Value]], dict[str, st
         ) from error
 
 
-def _value(number: dict[str, Any]) -> Value:
+def _cell(number: dict[str, Any]) -> Cell:
     error = number.get("stderr")
-    return float(number["value"]), None if error is None else float(error)
+    return Cell(float(number["value"]), None if error is None else float(error))

@@ -46,8 +46,7 @@ class Run:
     def first_series(self, names: Sequence[str], what: str) -> pd.Series:
         """Values of the first of several metrics that was logged."""
         for name in names:
-            series = self.series(name)
-            if len(series):
+            if len(series := self.series(name)):
                 return series
         raise SetupError(
             f"Run {self.path} has no {what}: it logged none of {_quoted(names)}. It has {_quoted(self.metrics)}."
@@ -115,10 +114,8 @@ def resolve_labels(paths: Sequence[Path], labels: Sequence[str] | None = None) -
 
 def group_by_label(items: Sequence[Any]) -> dict[str, list[Any]]:
     """Items that have a `label`, by label, in the order of their first appearance."""
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(item.label, []).append(item)
-    return groups
+    labels = dict.fromkeys(item.label for item in items)
+    return {label: [item for item in items if item.label == label] for label in labels}
 
 
 def make_curve(series: Sequence[pd.Series], smooth: int = 1) -> Curve:
@@ -151,8 +148,8 @@ def _run_folder(path: Path) -> Path:
 
 
 def _history(path: Path) -> list[dict[str, Any]]:
-    state = max((_read_state(file) for file in _state_files(path)), key=lambda state: state.get("global_step", 0))
-    history = state.get("log_history") or []
+    states = map(_read_state, _state_files(path))
+    history = max(states, key=lambda state: state.get("global_step", 0)).get("log_history") or []
     if not any("step" in entry for entry in history):
         raise SetupError(f"Run {path} has logged nothing. Set `logging_steps` below the number of steps of training.")
     return history

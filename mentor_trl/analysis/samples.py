@@ -44,7 +44,8 @@ def read_samples(paths: Sequence[str | Path], labels: Sequence[str] | None = Non
         [`SetupError`]: if a file is missing, empty, or not of this form.
     """
     paths = [Path(path) for path in paths]
-    labels = resolve_labels([_named(path) for path in paths], labels)
+    named = [path.with_suffix("") if path.suffix in (".jsonl", ".parquet") else path for path in paths]
+    labels = resolve_labels(named, labels)
     return [SampleSet(path, label, _read(path)) for path, label in zip(paths, labels)]
 
 
@@ -58,10 +59,6 @@ def keep_tasks(sets: Sequence[SampleSet], tasks: Sequence[str] | None) -> list[S
             if task not in known:
                 raise SetupError(f"Samples {one.path} have no task {task!r}; they have {', '.join(known)}.")
     return [SampleSet(one.path, one.label, [sample for sample in one.samples if sample.task in tasks]) for one in sets]
-
-
-def _named(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".jsonl", ".parquet") else path
 
 
 def _read(path: Path) -> list[Sample]:

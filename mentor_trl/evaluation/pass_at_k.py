@@ -12,6 +12,7 @@ from statistics import NormalDist, fmean, variance
 
 
 PRIOR = 0.25
+Z = NormalDist().inv_cdf(0.975)  # of an interval of 95%
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
-def estimate(correct: Sequence[Sequence[int]], k: int = 1, confidence: float = 0.95) -> Estimate:
+def estimate(correct: Sequence[Sequence[int]], k: int = 1) -> Estimate:
     """
     Estimate pass@k over the problems of a set, of which `correct` holds 0 or 1 for each sample; with `k=1` this is the
     average accuracy of all samples, avg@n.
@@ -54,45 +55,43 @@ def estimate(correct: Sequence[Sequence[int]], k: int = 1, confidence: float = 0
     if not correct:
         raise ValueError("No problem is given; pass the grades of one problem at least")
     values = [pass_at_k(len(grades), sum(grades), k) for grades in correct]
-    return estimate_mean(values, sum(len(grades) for grades in correct), confidence)
+    return estimate_mean(values, sum(len(grades) for grades in correct))
 
 
-def estimate_mean(values: Sequence[float], num_samples: int, confidence: float = 0.95) -> Estimate:
+def estimate_mean(values: Sequence[float], num_samples: int) -> Estimate:
     """Mean over problems of one value in [0, 1] each, with the interval of [`estimate`]."""
     mean = fmean(values)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
-    size = effective_sample_size(values, num_samples, z)
-    centre = (mean + z * z / (2.0 * size)) / (1.0 + z * z / size)
-    half = z * sqrt(mean * (1.0 - mean) / size + (z / (2.0 * size)) ** 2) / (1.0 + z * z / size)
+    size = effective_sample_size(values, num_samples)
+    centre = (mean + Z * Z / (2.0 * size)) / (1.0 + Z * Z / size)
+    half = Z * sqrt(mean * (1.0 - mean) / size + (Z / (2.0 * size)) ** 2) / (1.0 + Z * Z / size)
     stderr = sqrt(variance(values, mean) / len(values)) if len(values) > 1 else 0.0
     return Estimate(mean, min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half)), stderr)
 
 
-def effective_sample_size(values: Sequence[float], num_samples: int, z: float) -> float:
+def effective_sample_size(values: Sequence[float], num_samples: int) -> float:
     """
     Number of independent trials that would leave the mean of `values` as uncertain as it is: `m (1 - m) / se^2`.
 
     It lies between the number of problems (no value in [0, 1] varies more than a coin) and that of samples. The
     variance over problems is smoothed by a quarter of a problem that is always solved and of one that never is, and
     `se` is widened from the normal to Student's quantile: without both, intervals of 30 problems are too narrow where
-    nearly all problems fail or are solved. `z` is the quantile of the normal distribution.
+    nearly all problems fail or are solved.
     """
     mean, count = fmean(values), len(values)
     squares = sum((value - mean) ** 2 for value in values) + PRIOR * (mean**2 + (1.0 - mean) ** 2)
     error = squares / (count - 1 + 2 * PRIOR) / count
     freedom = max(count - 1, 1)
     # Student's quantile by the Cornish-Fisher expansion
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    size = mean * (1.0 - mean) / error * (z / t) ** 2
+    t = Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
+    size = mean * (1.0 - mean) / error * (Z / t) ** 2
     return min(max(size, float(count)), float(num_samples))
 
 
-def average(estimates: Sequence[Estimate], confidence: float = 0.95) -> Estimate:
+def average(estimates: Sequence[Estimate]) -> Estimate:
     """Average over sets, each with the same weight, and the normal interval of independent sets."""
     value = fmean(one.value for one in estimates)
     stderr = sqrt(sum(one.stderr**2 for one in estimates)) / len(estimates)
-    half = NormalDist().inv_cdf(0.5 + confidence / 2.0) * stderr
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), stderr)
+    return Estimate(value, max(0.0, value - Z * stderr), min(1.0, value + Z * stderr), stderr)
 
 
 def ks_to_report(num_samples: int) -> list[int]:

@@ -52,10 +52,7 @@ class _RunApi(HfApi):
 
 @contextmanager
 def model_files_only(args: MentorGRPOConfig) -> Iterator[None]:
-    """
-    Leave out what [`withheld`] names while the Trainer pushes. Its list of exceptions is fixed, and it takes its
-    client from a name in its module, which stands for ours here.
-    """
+    """Leave out what [`withheld`] names while the Trainer pushes: the client that it takes from its module is ours."""
     shared = transformers.trainer.hf_api
     transformers.trainer.hf_api = lambda: _RunApi(args)
     try:
@@ -65,12 +62,7 @@ def model_files_only(args: MentorGRPOConfig) -> Iterator[None]:
 
 
 def make_repository(args: MentorGRPOConfig) -> str:
-    """
-    Make the repository that a run pushes to, as the Trainer does once the models are loaded; returns its id.
-
-    Raises:
-        [`SetupError`]: if the Hub cannot be reached or refuses.
-    """
+    """Make the repository that a run pushes to, as the Trainer does once the models are loaded; returns its id."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     try:
         made = HfApi().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)

@@ -30,17 +30,19 @@ def without_secrets(options: dict[str, Any], publish: bool = False) -> tuple[dic
     kept, left_out = {}, []
     for name, value in options.items():
         value = _plain(value)
-        if publish and name in _SITE or _is_secret(name, value):
+        values = value if isinstance(value, list) else [value]
+        texts = [one for one in values if isinstance(one, str)]
+        secret = value is not None and _SECRET_NAME.search(name) or any(map(_SECRET_TEXT.search, texts))
+        if secret or publish and name in _SITE:
             left_out.append(name)
             continue
-        several = isinstance(value, list)
         parts = []
-        for part in value if several else [value]:
+        for part in values:
             if isinstance(part, dict):
                 part, inner = without_secrets(part, publish)
                 left_out += [f"{name}.{one}" for one in inner]
             parts.append(_last_part(part) if publish else part)
-        kept[name] = parts if several else parts[0]
+        kept[name] = parts if values is value else parts[0]
     return kept, left_out
 
 
@@ -70,11 +72,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return value if isinstance(value, (dict, list, str, bool, int, float, type(None))) else str(value)
-
-
-def _is_secret(name: str, value: Any) -> bool:
-    texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
-    return value is not None and bool(_SECRET_NAME.search(name) or any(map(_SECRET_TEXT.search, texts)))
 
 
 def _last_part(value: Any) -> Any:

@@ -161,6 +161,5 @@ def format_reward(completions: list[str] | list[list[dict]], **kwargs) -> list[f
 
 
 def _has_format(text: str) -> bool:
-    if not text.lstrip().startswith(THINK_START) or text.count(THINK_START) != 1 or text.count(THINK_END) != 1:
-        return False
-    return final_answer(text) is not None
+    one_thought = text.count(THINK_START) == text.count(THINK_END) == 1
+    return one_thought and text.lstrip().startswith(THINK_START) and final_answer(text) is not None

@@ -151,7 +151,8 @@ def _matches(gold: str, answer: str) -> bool:
         return _same_numeral(gold, answer, *bases)
     one, other = split_unit(gold), split_unit(answer)
     terms = ratio(one.core), ratio(other.core)
-    if any(terms) and (None not in terms or _is_whole(terms[0] or terms[1], one.core, other.core)):
+    # A ratio may be written as a fraction, but not as one of its terms; a time of day as neither.
+    if any(terms) and (all(terms) or _is_time(terms[0] or terms[1]) or one.core.isdigit() or other.core.isdigit()):
         return _same_ratio(*terms) and (one.unit is None or other.unit is None or same_unit(one.unit, other.unit))
     sides = _sides_that_count(gold, answer)
     return sides is not None and _same_quantity(*sides)
@@ -168,15 +169,10 @@ def _is_time(terms: list[str]) -> bool:
     return len(terms) > 2 or (len(terms[1]) == 2 and terms[1].isdigit() and int(terms[0].split(".")[0]) < 25)
 
 
-def _is_whole(terms: list[str], *texts: str) -> bool:
-    """A ratio may be written as a fraction, but not as one of its terms; a time of day as neither."""
-    return _is_time(terms) or any(text.isdigit() for text in texts)
-
-
 def _same_ratio(one: list[str] | None, other: list[str] | None) -> bool:
     if one is None or other is None or len(one) != len(other):
         return False
-    if [term.lstrip("0") for term in one[:1]] + one[1:] == [term.lstrip("0") for term in other[:1]] + other[1:]:
+    if one[0].lstrip("0") == other[0].lstrip("0") and one[1:] == other[1:]:
         return True
     if len(one) > 2 or _is_time(one) or _is_time(other):
         return False
@@ -234,9 +230,9 @@ def _list_of_values(text: str) -> str:
 
 
 def _same_quantity(gold: str, answer: str) -> bool:
-    items, others = _LIST.split(gold), _LIST.split(answer)
+    items, others = ([split_unit(item.strip()) for item in _LIST.split(text)] for text in (gold, answer))
     if len(items) == len(others) > 1:
-        return _same_list([split_unit(item.strip()) for item in items], [split_unit(item.strip()) for item in others])
+        return _same_list(items, others)
     one, other = split_unit(gold), split_unit(answer)
     if one.unit is not None and other.unit is not None:
         if not same_unit(one.unit, other.unit):
@@ -335,9 +331,7 @@ def _differ(one, other) -> bool:
         one = one.rhs
     if isinstance(other, Equality) and isinstance(one, Expr):
         other = other.rhs
-    if isinstance(one, Interval) and isinstance(other, Interval):
-        return _differ(one.start, other.start) or _differ(one.end, other.end)
-    if isinstance(one, Tuple) and isinstance(other, Tuple):
+    if isinstance(one, (Interval, Tuple)) and type(one) is type(other):
         return any(map(_differ, one.args, other.args))
     if isinstance(one, FiniteSet) and isinstance(other, FiniteSet):
         return any(all(_differ(item, another) for another in other.args) for item in one.args)

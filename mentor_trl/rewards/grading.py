@@ -19,6 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class _Batch:
     fatal_golds: dict[str, Verdict] = field(default_factory=dict)
 
 
-class Grader:
+class Grader(AbstractContextManager):
     r"""
     A pool of worker processes that compare answers with gold answers by math-verify.
 
@@ -141,9 +142,6 @@ class Grader:
         self._replies: queue.SimpleQueue = queue.SimpleQueue()
         self._failed_starts = 0
 
-    def __enter__(self) -> "Grader":
-        return self
-
     def __exit__(self, *exc_info) -> None:
         self.close()
 
@@ -179,7 +177,9 @@ class Grader:
         busy = [worker for worker in self._workers if worker.task is not None]
         late = sum(worker.late <= time.monotonic() for worker in busy)
         while len(self._workers) - late < min(self.num_workers, len(busy) - late + len(batch.waiting)):
-            self._start()
+            if importlib.util.find_spec("math_verify") is None:
+                raise ImportError("Grading needs math-verify. Install it with `pip install math-verify`.")
+            self._workers.append(_Worker(self.command, self._replies))
         idle = [worker for worker in self._workers if worker.ready and worker.task is None]
         for worker in idle[: self.num_workers - len(busy)]:
             while batch.waiting and batch.waiting[0][0] in batch.fatal_golds:
@@ -236,11 +236,6 @@ class Grader:
             if not worker.gold_parsed:
                 batch.fatal_golds[task[0]] = batch.verdicts[task]
 
-    def _start(self) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("Grading needs math-verify. Install it with `pip install math-verify`.")
-        self._workers.append(_Worker(self.command, self._replies))
-
     def _drop(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         worker.stop()
@@ -280,10 +275,5 @@ def set_grader(grader: Grader | None) -> Grader | None:
     return previous
 
 
-def _after_fork_in_child() -> None:
-    for grader in list(_graders):
-        grader._after_fork()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=lambda: [grader._after_fork() for grader in list(_graders)])

@@ -11,8 +11,6 @@ from typing import NamedTuple
 # Changes whenever a verdict may
 GRADER_VERSION = "2"
 
-# --- units ---------------------------------------------------------------------------------------------------------
-
 _SYNONYMS = """
 m meter meters metre metres|cm centimeter centimeters centimetre centimetres|mm millimeter millimeters millimetre
 millimetres|km kilometer kilometers kilometre kilometres kms|in inch inches|ft foot feet|yd yard yards yds
@@ -50,6 +48,7 @@ _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt arcsin arccos arctan sinh cosh tanh max gcd lcm det".split()
 )
 _FILLERS = frozenset("of a an the".split())
+_NOUN = re.compile(r"(?=.{3}).*(?:[aeiou]|y$)")
 _TOKEN = r"(?:[A-Za-z]+(?:['-][A-Za-z]+)*\.?|[A-Za-z]\.[A-Za-z]\.)(?:\s*\^\s*\{?\s*-?[1-9]\s*\}?)?"
 _PHRASE = rf"{_TOKEN}(?:\s*[/·]\s*{_TOKEN}|\s*\\(?:cdot|times)\s*{_TOKEN}|\s+{_TOKEN})*"
 _TAIL = re.compile(rf"(?<![\\A-Za-z'])(?P<bracket>\(\s*)?(?P<phrase>{_PHRASE})(?(bracket)\s*\))$")
@@ -118,15 +117,11 @@ def _read_phrase(text: str, core: str, phrase: str, bracket: bool, spaced: bool)
         known = [word in _CANONICAL for word in words]
         if not spaced and (not known[0] or len(words[0]) == 1 and words[0] not in "mgshl"):
             return Quantity(text, None)
-        if any(not there and not _is_noun(word) for word, there in zip(words, known)):
+        if not all(there or word in _FILLERS or _NOUN.match(word) for word, there in zip(words, known)):
             return Quantity(text, None)
     number_word = words[-1] in _NUMBER_WORDS or words[0] in _LEADING_COUNTS
     symbol = not spaced and not bracket and phrase in ("m", "g", "s", "h", "l")
     return Quantity(core, _canonical(phrase, words), number_word, bracket, symbol)
-
-
-def _is_noun(word: str) -> bool:
-    return word in _FILLERS or len(word) >= 3 and re.search("[aeiou]|y$", word) is not None
 
 
 def _canonical(phrase: str, words: list[str]) -> frozenset[str]:
@@ -151,8 +146,6 @@ def same_unit(one: frozenset[str], other: frozenset[str]) -> bool:
     smaller, larger = sorted((one, other), key=len)
     return smaller < larger and not (larger - smaller) & (_MEASURES | {"per"})
 
-
-# --- percent, base, ratio ------------------------------------------------------------------------------------------
 
 _PERCENT = re.compile(r"\s*(?:\\?%|(?<![A-Za-z])(?:percent|per cent|pct))$")
 _NUMERALS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -196,8 +189,6 @@ def ratio(text: str) -> list[str] | None:
     match = _RATIO.fullmatch(text.replace(" ", ""))
     return match[0].split(":") if match else None
 
-
-# --- equations, and golds that state one thing twice ---------------------------------------------------------------
 
 _BRACKETS = re.compile(r"\\[{}]|[(\[{]|[)\]}]|(?<![\\<>!:])=(?!=)|(?<=\d!)=|:|\\approx|,|;")
 _SYMBOL = (

@@ -13,7 +13,7 @@ _CHARACTERS = {
     **{chars: rf"\{name} " for chars, name in re.findall(r"([^\x00-\x7f]+)([a-zA-Z]+)", _COMMANDS)},
     **dict(zip("ℝℤℚℕℂ", (rf"\mathbb{{{letter}}}" for letter in "RZQNC"))),
     **dict(zip("％，；：（）。", "%,;:().")),
-    "−–—﹣－‐‑‒―": "-",
+    "−–—﹣－‐‑‒―⁻₋": "-",
     "°º˚": r"^{\circ}",
     "’‘′": "'",
     "“”": '"',
@@ -23,12 +23,10 @@ _CHARACTERS = {
     "\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u00ad\ufeff\u202a\u202c": None,
 }
 _TABLE = {ord(one): new for chars, new in _CHARACTERS.items() for one in chars}
-_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni"))
-_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()"))
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _ROOT = re.compile(r"([√∛∜])\s*(?:(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+)|\(([^()]*)\))?")
 _FRACTION = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒]")
-_SCRIPT = re.compile(f"([{''.join(_SUPERSCRIPTS)}]+)|([{''.join(_SUBSCRIPTS)}]+)")
+_SUPERSCRIPT, _SUBSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎]+")
 
 _SPELLINGS = (
     (r"\\(?:displaystyle|textstyle|limits|!|left(?![a-z])\.?|right(?![a-z])\.?|[bB]igg?[lrm]?(?![a-z]))", ""),
@@ -76,7 +74,7 @@ def strip_delimiters(text: str) -> str:
 
 
 def _plain_characters(text: str) -> str:
-    text = _SCRIPT.sub(_script, text)
+    text = _SUBSCRIPT.sub(r"_{\g<0>}", _SUPERSCRIPT.sub(r"^{\g<0>}", text))
     text = _FRACTION.sub(lambda m: _fraction(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
     text = _ROOT.sub(lambda m: f"{_ROOTS[m[1]]}{{{m[2] or m[3]}}}" if m[2] or m[3] else f"{_ROOTS[m[1]]} ", text)
     return unicodedata.normalize("NFKC", text.translate(_TABLE))
@@ -84,11 +82,6 @@ def _plain_characters(text: str) -> str:
 
 def _fraction(numerator: str, denominator: str) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}"
-
-
-def _script(match: re.Match) -> str:
-    sign, table, run = ("^", _SUPERSCRIPTS, match[1]) if match[1] else ("_", _SUBSCRIPTS, match[2])
-    return f"{sign}{{{''.join(table[one] for one in run)}}}"
 
 
 def clean(text: str) -> str:
