@@ -87,12 +87,12 @@ class EvalReportArguments:
 
 def make_parser(prog: str | None = None) -> "MentorArgumentParser":
     """Build the parser of the script; `prog` is its name in help and error messages."""
-    from mentor_trl.cli.parser import MentorArgumentParser, help_sections
+    from mentor_trl.cli.parser import MentorArgumentParser
 
     classes = {"model": EvalModelArguments, "sets and sampling": EvalDataArguments, "report": EvalReportArguments}
     return MentorArgumentParser(
         tuple(classes.values()),
-        sections=help_sections({title: (dataclass, None) for title, dataclass in classes.items()}),
+        sections=classes,
         prog=prog,
         description="Evaluate a model on the sets of the MENTOR paper. A config file sets any field below; flags "
         "override it.",
@@ -212,10 +212,7 @@ def _publish(results: dict[str, Any], report_args: EvalReportArguments) -> None:
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and evaluate; a mistake of the user ends in one line on stderr and exit code 2."""
     parser = make_parser(prog="mentor-trl eval")
-    try:
-        parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
-    except ValueError as error:
-        parser.error(str(error))
+    parsed = parser.parse_args_and_config(args)
     try:
         main(*parsed)
     except SetupError as error:

@@ -50,9 +50,9 @@ class UsageError(SetupError):
 
 
 def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgumentParser":
-    """Build the parser of the script."""
+    """Build the parser of the script; a `light` one reads the options from sources, for the help and the launch."""
     from mentor_trl.cli.fields import light_class
-    from mentor_trl.cli.parser import MentorArgumentParser, help_sections
+    from mentor_trl.cli.parser import MentorArgumentParser
 
     if light:
         script, training, model, mixture = map(light_class, CLASSES)
@@ -63,15 +63,13 @@ def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgument
         from mentor_trl.cli.arguments import MentorScriptArguments as script
         from mentor_trl.config import MentorGRPOConfig as training
 
-    sections = help_sections(
-        {
-            "expert and mixed rollouts": (training, training.__bases__[0]),
-            "data and rewards": (script, script.__bases__[0]),
-            "dataset": (script.__bases__[0], None),
-            "dataset mixture": (mixture, None),
-            "model": (model, None),
-        }
-    )
+    sections = {
+        "expert and mixed rollouts": training,
+        "data and rewards": script,
+        "dataset": script.__bases__[0],
+        "dataset mixture": mixture,
+        "model": model,
+    }
     return MentorArgumentParser(
         (script, training, model, mixture),
         sections=sections,
@@ -316,10 +314,7 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and train; a mistake of the user ends in one line on stderr and exit code 2."""
     parser = make_parser(prog="mentor-trl train")
-    try:
-        parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
-    except (ValueError, ImportError, OSError) as error:  # raised by the checks of the config dataclasses
-        parser.error(str(error))
+    parsed = parser.parse_args_and_config(args)
     try:
         main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))
     except (SetupError, EngineError) as error:

@@ -65,7 +65,7 @@ def answer_text(value: Any, where: str = "The answer") -> str | None:
 def text_of(value: Any, where: str) -> str | None:
     """Return a cell that must be text, or `None` where it is empty."""
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where} is of type {type(value).__name__}, not text; make it the text alone")
+        raise DataError(f"{where} is of type {type(value).__name__}, not text; write it as text")
     return value or None
 
 
