@@ -9,7 +9,9 @@ from decimal import Decimal
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from .cells import answer_text, cell, column_paths, extract_solution, find_column, text_of, widen
+from mentor_trl.rewards.answers import extract_solution
+
+from .cells import answer_text, cell, column_paths, find_column, text_of, widen
 from .hints import add_hints
 from .loading import DataError, load_dataset_dict, read_dataset, select_split
 
