@@ -8,6 +8,7 @@ mentor-trl eval --model outputs/mentor --num_processes 8      # the hf back-end 
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -82,17 +83,16 @@ class EvalReportArguments:
     push_results: str | None = option(None, "Model on the Hub whose card gets the results as `model-index`.")
 
 
-def make_parser(prog: str | None = None) -> "MentorArgumentParser":
-    """Build the parser of the script; `prog` is its name in help and error messages."""
+def make_parser() -> "MentorArgumentParser":
+    """Build the parser of the script."""
     from mentor_trl.cli.parser import MentorArgumentParser
 
     classes = {"model": EvalModelArguments, "sets and sampling": EvalDataArguments, "report": EvalReportArguments}
     return MentorArgumentParser(
         tuple(classes.values()),
         sections=classes,
-        prog=prog,
-        description="Evaluate a model on the sets of the MENTOR paper. A config file sets any field below; flags "
-        "override it.",
+        prog="mentor-trl eval",
+        description="Evaluate on the sets of the MENTOR paper. A config file sets any field below; flags override it.",
         epilog="Options of `accelerate launch` (--num_processes, ...) run the hf back-end on several devices.",
     )
 
@@ -143,14 +143,12 @@ def _check_card_options(report_args: EvalReportArguments, limit: int | None) -> 
 
 def _settings_record(model_args: EvalModelArguments, settings: "Settings") -> dict[str, Any]:
     packages = ("mentor-trl", "lm-eval", "math-verify", "transformers", "torch", "vllm")
-    versions = {}
+    versions: dict[str, Any] = {"grader": GRADER_VERSION}
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     record = {"backend": model_args.backend, "model_args": model_args.model_args, **asdict(settings)}
-    return {**record, "versions": {**versions, "grader": GRADER_VERSION}}
+    return {**record, "versions": versions}
 
 
 def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_args: EvalReportArguments) -> None:
@@ -168,16 +166,9 @@ def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_ar
     for task in tasks.values():
         settings.resolve(task.config.repeats)
     folder = _output_folder(report_args)
-    lm = harness.make_model(
-        model_args.backend,
-        model_args.model,
-        extra,
-        batch_size=model_args.batch_size,
-        device=model_args.device,
-        base_url=model_args.base_url,
-        apply_chat_template=settings.apply_chat_template,
-        seed=settings.seed,
-    )
+    options = {name: getattr(model_args, name) for name in ("batch_size", "device", "base_url")}
+    options |= {"apply_chat_template": settings.apply_chat_template, "seed": settings.seed}
+    lm = harness.make_model(model_args.backend, model_args.model, extra, **options)
     summaries = {}
     for name, task in tasks.items():
         run = harness.run_task(lm, name, task, settings, model_args.backend)
@@ -208,7 +199,7 @@ def _publish(results: dict[str, Any], report_args: EvalReportArguments) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and evaluate; a mistake of the user ends in one line on stderr and exit code 2."""
-    parser = make_parser(prog="mentor-trl eval")
+    parser = make_parser()
     parsed = parser.parse_args_and_config(args)
     try:
         main(*parsed)

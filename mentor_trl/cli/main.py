@@ -26,7 +26,7 @@ def train(args: list[str]) -> int:
     """Start the training script through `accelerate launch`, as `trl grpo` does."""
     from mentor_trl.cli.train import make_parser
 
-    parser = make_parser(prog="mentor-trl train", light=True)
+    parser = make_parser(light=True)
     if "-h" in args or "--help" in args:
         parser.print_help()
         return 0
@@ -115,7 +115,7 @@ def evaluate(args: list[str]) -> int:
     """Evaluate in this process, or through `accelerate launch` where options of it are given."""
     from mentor_trl.cli.eval import make_parser, run
 
-    parser = make_parser(prog="mentor-trl eval")
+    parser = make_parser()
     if "-h" in args or "--help" in args:
         parser.print_help()
         return 0

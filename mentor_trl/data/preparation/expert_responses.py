@@ -10,7 +10,7 @@ from mentor_trl.rewards import THINK_START, accuracy_reward
 
 from ..loading import DataError
 from .account import Report
-from .engines import BATCH_SIZES, Engine, Response, choose_engine, make_engine
+from .engines import ENGINES, Engine, Response, choose_engine
 from .settings import OutputArguments, TrajectoryArguments
 from .sources import check_counts, load_rows, load_tokenizer, render_prompts
 
@@ -78,7 +78,7 @@ def prepare_trajectories(
     from tqdm.auto import tqdm
 
     _check(args, output)
-    kind = "given" if engine else choose_engine(args.engine, args.server_url)
+    make_engine, batch_size = (None, 8) if engine else ENGINES[choose_engine(args.engine, args.server_url)]
     splits, rows = load_rows(args, ["prompt", "solution"] if args.keep_correct else ["prompt"])
     rows = rows if args.max_samples is None else rows.take(min(args.max_samples, len(rows)))
     tokenizer, expert_tokenizer = _load_tokenizers(args)
@@ -92,8 +92,8 @@ def prepare_trajectories(
     store = ResponseStore(path.with_name(path.name + ".partial"), _settings(args, ids))
     left = [index for index in todo if index not in store.responses]
     if left:
-        engine = engine or make_engine(kind, args, expert_tokenizer)
-        size = args.batch_size or BATCH_SIZES.get(kind, 8)
+        engine = engine or make_engine(args, expert_tokenizer)
+        size = args.batch_size or batch_size
         for start in tqdm(range(0, len(left), size), desc="Expert trajectories", unit="batch"):
             batch = left[start : start + size]
             drawn = engine([ids[index] for index in batch], [args.seed + index for index in batch])
