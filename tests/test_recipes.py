@@ -269,7 +269,7 @@ def check_command(words: list[str]) -> None:
     command, *rest = words
     if command == "data":
         kind, *rest = rest
-        data.make_parser(kind).parse(rest)
+        data.make_parser(kind).parse_args_and_config(rest)
     elif command == "train":
         assert (ROOT / rest[rest.index("--config") + 1]).is_file()
         launch_args, script_args = make_parser().split_launch_args(rest)

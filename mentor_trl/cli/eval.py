@@ -8,11 +8,13 @@ mentor-trl eval --model outputs/mentor --num_processes 8      # the hf back-end 
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mentor_trl.data.preparation.settings import option
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS
 from mentor_trl.rewards import GRADER_VERSION
@@ -23,30 +25,26 @@ if TYPE_CHECKING:
     from mentor_trl.evaluation.harness import Settings
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class EvalModelArguments:
     """Arguments of `mentor-trl eval` about the model; each field's help says what it does."""
 
-    model: str | None = _option(
+    model: str | None = option(
         None, "Hub id or folder of the model or of a PEFT adapter; for a server, the name it serves the model under."
     )
-    backend: Literal["hf", "vllm", "server"] = _option(
+    backend: Literal["hf", "vllm", "server"] = option(
         "hf", "What generates: `hf` (transformers), `vllm`, or `server` (any OpenAI-compatible server)."
     )
-    base_url: str | None = _option(None, "Address of the server, as http://127.0.0.1:8000/v1.")
-    model_args: str | None = _option(
+    base_url: str | None = option(None, "Address of the server, as http://127.0.0.1:8000/v1.")
+    model_args: str | None = option(
         None,
         "Further arguments of lm-eval's model class, as `key=value,key=value`: `tensor_parallel_size=4`, "
         "`data_parallel_size=2` or `gpu_memory_utilization=0.8` (vllm), `dtype=float32` or `parallelize=True` (hf), "
         "`num_concurrent=64` (server).",
     )
-    batch_size: str | None = _option(None, "Prompts a batch, or `auto`. If not set, 16 for `hf`, `auto` for `vllm`.")
-    device: str | None = _option(None, "Device of the `hf` back-end, as cuda:0 or cpu.")
-    apply_chat_template: bool | None = _option(
+    batch_size: str | None = option(None, "Prompts a batch, or `auto`. If not set, 16 for `hf`, `auto` for `vllm`.")
+    device: str | None = option(None, "Device of the `hf` back-end, as cuda:0 or cpu.")
+    apply_chat_template: bool | None = option(
         None,
         "Whether prompts are messages (True), or text (False): system prompt, empty line, question. If not set, "
         "messages when the tokenizer has a chat template, and always for a server.",
@@ -57,45 +55,44 @@ class EvalModelArguments:
 class EvalDataArguments:
     """Arguments of `mentor-trl eval` about the sets and the sampling."""
 
-    tasks: list[str] | None = _option(None, f"Sets to evaluate on: {', '.join(TASKS)}. If not set, the paper's nine.")
-    data_dir: str | None = _option(None, "Folder of local files of the sets. If not set, they come from the Hub.")
-    limit: int | None = _option(None, "Number of problems of each set, from the first one, for a trial run.")
-    system_prompt: str = _option("mentor", "System prompt, `mentor` for the paper's, or `none`.")
-    num_samples: int | None = _option(
+    tasks: list[str] | None = option(None, f"Sets to evaluate on: {', '.join(TASKS)}. If not set, the paper's nine.")
+    data_dir: str | None = option(None, "Folder of local files of the sets. If not set, they come from the Hub.")
+    limit: int | None = option(None, "Number of problems of each set, from the first one, for a trial run.")
+    system_prompt: str = option("mentor", "System prompt, `mentor` for the paper's, or `none`.")
+    num_samples: int | None = option(
         None, "Completions a problem. If not set, 32 for aime24, aime25 and amc23 and 1 for the other sets."
     )
-    temperature: float | None = _option(
+    temperature: float | None = option(
         None, "Sampling temperature. If not set, 0 (greedy) for one completion a problem and 0.6 for several."
     )
-    top_p: float = _option(1.0, "Probability mass to sample from.")
-    max_new_tokens: int = _option(8192, "Most tokens of a completion.")
-    seed: int = _option(0, "Seed of the sampling.")
+    top_p: float = option(1.0, "Probability mass to sample from.")
+    max_new_tokens: int = option(8192, "Most tokens of a completion.")
+    seed: int = option(0, "Seed of the sampling.")
 
 
 @dataclass
 class EvalReportArguments:
     """Arguments of `mentor-trl eval` about what is written."""
 
-    output_dir: str = _option("results", "Folder for results.json, results.md and samples_*.jsonl.")
-    overwrite_output_dir: bool = _option(False, "Whether to replace the results in `output_dir`.")
-    paper_model: Literal["Qwen2.5-7B", "Qwen2.5-3B", "Llama-3.1-8B"] = _option(
+    output_dir: str = option("results", "Folder for results.json, results.md and samples_*.jsonl.")
+    overwrite_output_dir: bool = option(False, "Whether to replace the results in `output_dir`.")
+    paper_model: Literal["Qwen2.5-7B", "Qwen2.5-3B", "Llama-3.1-8B"] = option(
         "Qwen2.5-7B", "Base model of the paper's rows in the table."
     )
-    model_card: str | None = _option(None, "Folder of a model whose README.md gets the results as `model-index`.")
-    push_results: str | None = _option(None, "Model on the Hub whose card gets the results as `model-index`.")
+    model_card: str | None = option(None, "Folder of a model whose README.md gets the results as `model-index`.")
+    push_results: str | None = option(None, "Model on the Hub whose card gets the results as `model-index`.")
 
 
-def make_parser(prog: str | None = None) -> "MentorArgumentParser":
-    """Build the parser of the script; `prog` is its name in help and error messages."""
-    from mentor_trl.cli.parser import MentorArgumentParser, help_sections
+def make_parser() -> "MentorArgumentParser":
+    """Build the parser of the script."""
+    from mentor_trl.cli.parser import MentorArgumentParser
 
     classes = {"model": EvalModelArguments, "sets and sampling": EvalDataArguments, "report": EvalReportArguments}
     return MentorArgumentParser(
         tuple(classes.values()),
-        sections=help_sections({title: (dataclass, None) for title, dataclass in classes.items()}),
-        prog=prog,
-        description="Evaluate a model on the sets of the MENTOR paper. A config file sets any field below; flags "
-        "override it.",
+        sections=classes,
+        prog="mentor-trl eval",
+        description="Evaluate on the sets of the MENTOR paper. A config file sets any field below; flags override it.",
         epilog="Options of `accelerate launch` (--num_processes, ...) run the hf back-end on several devices.",
     )
 
@@ -146,14 +143,12 @@ def _check_card_options(report_args: EvalReportArguments, limit: int | None) -> 
 
 def _settings_record(model_args: EvalModelArguments, settings: "Settings") -> dict[str, Any]:
     packages = ("mentor-trl", "lm-eval", "math-verify", "transformers", "torch", "vllm")
-    versions = {}
+    versions: dict[str, Any] = {"grader": GRADER_VERSION}
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     record = {"backend": model_args.backend, "model_args": model_args.model_args, **asdict(settings)}
-    return {**record, "versions": {**versions, "grader": GRADER_VERSION}}
+    return {**record, "versions": versions}
 
 
 def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_args: EvalReportArguments) -> None:
@@ -171,16 +166,9 @@ def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_ar
     for task in tasks.values():
         settings.resolve(task.config.repeats)
     folder = _output_folder(report_args)
-    lm = harness.make_model(
-        model_args.backend,
-        model_args.model,
-        extra,
-        batch_size=model_args.batch_size,
-        device=model_args.device,
-        base_url=model_args.base_url,
-        apply_chat_template=settings.apply_chat_template,
-        seed=settings.seed,
-    )
+    options = {name: getattr(model_args, name) for name in ("batch_size", "device", "base_url")}
+    options |= {"apply_chat_template": settings.apply_chat_template, "seed": settings.seed}
+    lm = harness.make_model(model_args.backend, model_args.model, extra, **options)
     summaries = {}
     for name, task in tasks.items():
         run = harness.run_task(lm, name, task, settings, model_args.backend)
@@ -211,11 +199,8 @@ def _publish(results: dict[str, Any], report_args: EvalReportArguments) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and evaluate; a mistake of the user ends in one line on stderr and exit code 2."""
-    parser = make_parser(prog="mentor-trl eval")
-    try:
-        parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
-    except ValueError as error:
-        parser.error(str(error))
+    parser = make_parser()
+    parsed = parser.parse_args_and_config(args)
     try:
         main(*parsed)
     except SetupError as error:

@@ -6,13 +6,12 @@ is imported inside it, so that `mentor-trl --help` answers at once.
 """
 
 import argparse
+import importlib
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import Any
 
@@ -23,27 +22,11 @@ from ..errors import SetupError
 USAGE = 2
 
 
-@dataclass(frozen=True)
-class Command:
-    """
-    A subcommand.
-
-    Args:
-        help (`str`):
-            One line for `mentor-trl --help`.
-        run (`Callable[[list[str]], int]`):
-            Function from the arguments after the name to an exit code.
-    """
-
-    help: str
-    run: Callable[[list[str]], int]
-
-
 def train(args: list[str]) -> int:
     """Start the training script through `accelerate launch`, as `trl grpo` does."""
     from mentor_trl.cli.train import make_parser
 
-    parser = make_parser(prog="mentor-trl train", light=True)
+    parser = make_parser(light=True)
     if "-h" in args or "--help" in args:
         parser.print_help()
         return 0
@@ -132,7 +115,7 @@ def evaluate(args: list[str]) -> int:
     """Evaluate in this process, or through `accelerate launch` where options of it are given."""
     from mentor_trl.cli.eval import make_parser, run
 
-    parser = make_parser(prog="mentor-trl eval")
+    parser = make_parser()
     if "-h" in args or "--help" in args:
         parser.print_help()
         return 0
@@ -140,77 +123,54 @@ def evaluate(args: list[str]) -> int:
     return launch_script("eval.py", launch_args, script_args) if launch_args else run(script_args)
 
 
-def serve(args: list[str]) -> int:
-    """Serve mixed rollouts with vLLM."""
-    from mentor_trl.cli.serve import serve
-
-    return serve(args)
-
-
-def health(args: list[str]) -> int:
-    """Say what a server is."""
-    from mentor_trl.cli.serve import health
-
-    return health(args)
-
-
-def data(args: list[str]) -> int:
-    """Make training data."""
-    from mentor_trl.cli.data import run
-
-    return run(args)
-
-
-def plot(args: list[str]) -> int:
-    """Draw what training and evaluation left on disk."""
-    from mentor_trl.cli.plot import main
-
-    return main(args)
-
-
-COMMANDS: dict[str, Command] = {
-    "train": Command("train a model with mixed-policy GRPO (MENTOR)", train),
-    "data": Command("make prompt datasets without test problems, expert trajectories and hints", data),
-    "eval": Command("evaluate a model on the sets of the MENTOR paper", evaluate),
-    "serve": Command("serve mixed rollouts of a policy and its expert with vLLM", serve),
-    "health": Command("say whether a server is a MENTOR server, of which models and versions", health),
-    "plot": Command("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", plot),
+# The line of help of each command, and its function from arguments to an exit code, by module
+COMMANDS = {
+    "train": ("train a model with mixed-policy GRPO (MENTOR)", "main", "train"),
+    "data": ("make prompt datasets without test problems, expert trajectories and hints", "data", "run"),
+    "eval": ("evaluate a model on the sets of the MENTOR paper", "main", "evaluate"),
+    "serve": ("serve mixed rollouts of a policy and its expert with vLLM", "serve", "serve"),
+    "health": ("say whether a server is a MENTOR server, of which models and versions", "serve", "health"),
+    "plot": ("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", "plot", "main"),
 }
-
-
-def _version() -> str:
-    versions = [f"{name} {metadata.version(name)}" for name in ("trl", "transformers", "torch")]
-    return f"mentor-trl {metadata.version('mentor-trl')} ({', '.join(versions)})"
 
 
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        print(_version())
+        versions = [f"{name} {metadata.version(name)}" for name in ("trl", "transformers", "torch")]
+        print(f"mentor-trl {metadata.version('mentor-trl')} ({', '.join(versions)})")
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command's name; each command parses its own options."""
+def command_parser(prog: str, description: str, commands: dict[str, str]) -> argparse.ArgumentParser:
+    """The parser of a command's name, by name and help; each command parses its own options."""
     parser = argparse.ArgumentParser(
-        prog="mentor-trl",
-        description="Selective expert guidance for RL of language models, on top of TRL.",
-        epilog="`mentor-trl COMMAND --help` lists the options of a command.",
+        prog=prog,
+        description=description,
+        epilog=f"`{prog} COMMAND --help` lists the options of a command.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this package and its base")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparsers.add_parser(name, help=command.help, add_help=False)
+    for name, text in commands.items():
+        subparsers.add_parser(name, help=text, add_help=False)
     return parser
+
+
+def choose_command(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:
+    """The command that comes first; options before it are the parser's, and without one it prints its help."""
+    name = parser.parse_known_args(argv[:1])[0].command
+    if name is None:
+        parser.print_help()
+    return name
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
-    # Options before the command are ours, all after it are the command's.
-    args, _ = parser.parse_known_args(argv[:1])
-    if args.command is None:
-        parser.print_help()
+    description = "Selective expert guidance for RL of language models, on top of TRL."
+    parser = command_parser("mentor-trl", description, {name: text for name, (text, *_) in COMMANDS.items()})
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this package and its base")
+    name = choose_command(parser, argv)
+    if name is None:
         return 0
-    return COMMANDS[args.command].run(argv[1:])
+    _, module, function = COMMANDS[name]
+    return getattr(importlib.import_module(f"mentor_trl.cli.{module}"), function)(argv[1:])

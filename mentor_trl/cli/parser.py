@@ -1,12 +1,12 @@
 """TRL's argument parser; here unknown keys are errors that name the nearest key, and the help has sections."""
 
 import argparse
-import dataclasses
 import difflib
 import json
 import os
 import sys
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,70 +30,65 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class MentorArgumentParser(TrlParser):
     """
-    Parser of a training script that `accelerate launch` may start.
+    Parser whose options are the fields of dataclasses.
 
     Args:
         dataclass_types (`Iterable[type]`):
-            Dataclasses whose fields are the options.
-        sections (`dict[str, list[str]]`):
-            Title of each section of the help and the fields it shows. Other fields come last.
+            The dataclasses.
+        sections (`dict[str, type]`):
+            Title of each section of the help, and the class whose own fields it shows. Other fields come last.
+        launched (`bool`, *optional*, defaults to `True`):
+            Whether `accelerate launch` may start the script, whose options are then known too.
         **kwargs:
             Arguments of [`~trl.TrlParser`].
     """
 
-    def __init__(self, dataclass_types: Iterable[type], sections: dict[str, list[str]], **kwargs: Any):
+    def __init__(
+        self, dataclass_types: Iterable[type], sections: dict[str, type], launched: bool = True, **kwargs: Any
+    ):
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        self._sections = sections
+        self._sections = {title: list(one.__annotations__) for title, one in sections.items()}
+        self._launched = launched
         # Not of `field.type`, which the parser narrows
         hints = {name: str(hint) for one in dataclass_types for name, hint in get_type_hints(one).items()}
         self._mappings = {name for name, hint in hints.items() if "dict" in hint}
-        self._launch_options: dict[str, argparse.Action | None] = {}
 
     def split_launch_args(self, args: list[str]) -> tuple[list[str], list[str]]:
         """
-        Part the options of `accelerate launch` from those of the script.
+        Part the options of `accelerate launch` (also those of a config file) from those of the script.
 
         Also sets the environment variables of the config file, which the launched processes inherit.
         """
         args = _split_config_flag(args)
         self._check_mappings(args)
-        script_args = list(args)
-        config_launch_args = []
-        if "--config" in args:
-            position = args.index("--config")
-            config = self._read_config(args[position + 1] if position + 1 < len(args) else None)
-            os.environ.update({key: str(value) for key, value in (config.pop("env", None) or {}).items()})
-            config_launch_args = self.set_defaults_with_config(**config)
-            args = args[:position] + args[position + 2 :]
-        _, cli_launch_args = self.parse_known_args(args)
+        config, rest = self._part_config(args)
+        os.environ.update({key: str(value) for key, value in (config.pop("env", None) or {}).items()})
+        config_launch_args = self.set_defaults_with_config(**config)
+        _, cli_launch_args = self.parse_known_args(rest)
         self._check_launch_args(cli_launch_args)
-        return config_launch_args + cli_launch_args, _without(script_args, cli_launch_args)
+        return config_launch_args + cli_launch_args, _without(args, cli_launch_args)
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:
+    def parse_args_and_config(self, args: Iterable[str] | None = None, fail_with_unknown_args: bool = False) -> tuple:
+        """Parse the command line and its config file; what the dataclasses refuse is an error of one line."""
         args = _split_config_flag(list(sys.argv[1:] if args is None else args))
-        self._check_mappings(args)
-        return super().parse_args_and_config(args, **kwargs)
+        self.split_launch_args(args)
+        try:
+            return super().parse_args_and_config(args, fail_with_unknown_args=fail_with_unknown_args)
+        except (ValueError, ImportError, OSError) as error:
+            self.error(str(error))
 
     def given_options(self, args: Iterable[str]) -> dict[str, Any]:
         """What a config file and the command line set; the latter wins. The file's `env` is left out."""
-        args, given = _split_config_flag(list(args)), {}
+        config, rest = self._part_config(_split_config_flag(list(args)))
         actions = {action.dest: action for action in self._actions}
-        if "--config" in args:
-            position = args.index("--config")
-            given = self._read_config(args[position + 1] if position + 1 < len(args) else None)
-            given.pop("env", None)
-            given = {
-                key: self._typed(actions[key], value) if key in actions else value for key, value in given.items()
-            }
-            args = args[:position] + args[position + 2 :]
-        defaults = {action: action.default for action in self._actions}
-        try:
-            for action in self._actions:
-                action.default = argparse.SUPPRESS
-            return given | vars(self.parse_known_args(args)[0])
-        finally:
-            for action, default in defaults.items():
-                action.default = default
+        given = {
+            key: self._typed(actions[key], value) if key in actions else value
+            for key, value in config.items()
+            if key != "env"
+        }
+        unset = argparse.Namespace(**dict.fromkeys(actions, argparse.SUPPRESS))
+        parsed, _ = self.parse_known_args(rest, unset)
+        return given | {name: value for name, value in vars(parsed).items() if value is not argparse.SUPPRESS}
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take the values of a config file as defaults; returns the options meant for `accelerate launch`."""
@@ -140,6 +135,14 @@ class MentorArgumentParser(TrlParser):
             if not valid:
                 self.error(f"option '--{name}' is {value!r}, which is no JSON; write it as '{{\"key\": \"value\"}}'")
 
+    def _part_config(self, args: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """What the config file holds, and the arguments without it."""
+        if "--config" not in args:
+            return {}, args
+        position = args.index("--config")
+        path = next(iter(args[position + 1 :]), None)
+        return self._read_config(path), args[:position] + args[position + 2 :]
+
     def _read_config(self, path: str | None) -> dict[str, Any]:
         import yaml
 
@@ -155,14 +158,14 @@ class MentorArgumentParser(TrlParser):
             self.error(f"config file {path} must hold 'key: value' lines, and `env`, where it is set, too")
         return config
 
-    def _known_launch_options(self) -> dict[str, argparse.Action | None]:
-        if not self._launch_options:
-            from accelerate.commands.launch import launch_command_parser
+    @cached_property
+    def _launch_options(self) -> dict[str, argparse.Action | None]:
+        if not self._launched:
+            return {}
+        from accelerate.commands.launch import launch_command_parser
 
-            options = launch_command_parser()._option_string_actions
-            self._launch_options = {ACCELERATE_CONFIG: None}
-            self._launch_options |= {name: option for name, option in options.items() if name.startswith("--")}
-        return self._launch_options
+        options = launch_command_parser()._option_string_actions
+        return {ACCELERATE_CONFIG: None} | {name: options[name] for name in options if name.startswith("--")}
 
     def _typed(self, action: argparse.Action, value: Any) -> Any:
         # argparse checks and converts text, so only what YAML has typed itself needs care.
@@ -180,44 +183,32 @@ class MentorArgumentParser(TrlParser):
 
     def _launch_args_of(self, key: str, value: Any) -> list[str]:
         option = f"--{key}"
-        if option not in self._known_launch_options():
+        if option not in self._launch_options:
             self._fail_unknown(key, f"key '{key}' of the config file")
-        action = self._known_launch_options()[option]
+        action = self._launch_options[option]
         if action is not None and action.nargs == 0:
             return [option] if value else []
         return [] if value is None else [option, str(value)]
 
     def _check_launch_args(self, launch_args: list[str]) -> None:
-        known = self._known_launch_options()
         remaining = iter(launch_args)
         for arg in remaining:
             option, has_value, _ = arg.partition("=")
             if not arg.startswith("-"):
                 self.error(f"unexpected argument '{arg}'; options are given as --name value")
-            if option not in known:
+            if option not in self._launch_options:
                 self._fail_unknown(option.lstrip("-"), f"option '{option}'")
-            takes_value = known[option] is None or known[option].nargs != 0
+            action = self._launch_options[option]
+            takes_value = action is None or action.nargs != 0
             if takes_value and not has_value and next(remaining, None) is None:
                 self.error(f"option '{option}' needs a value")
 
     def _fail_unknown(self, name: str, where: str) -> None:
         known = {action.dest for action in self._actions} | {"accelerate_config"}
-        known |= {option.lstrip("-") for option in self._known_launch_options() if "-" not in option[2:]}
+        known |= {option.lstrip("-") for option in self._launch_options if "-" not in option[2:]}
         near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
         hint = f"did you mean {' or '.join(repr(match) for match in near)}?" if near else "--help lists all of them"
         self.error(f"unknown {where}: {hint}")
-
-
-def help_sections(groups: dict[str, tuple[type, type | None]]) -> dict[str, list[str]]:
-    """Sections of the help: for each title, the fields that a dataclass adds to another one."""
-    return {
-        title: [
-            field.name
-            for field in dataclasses.fields(dataclass)
-            if base is None or field.name not in base.__dataclass_fields__
-        ]
-        for title, (dataclass, base) in groups.items()
-    }
 
 
 def _split_config_flag(args: list[str]) -> list[str]:
@@ -227,12 +218,10 @@ def _split_config_flag(args: list[str]) -> list[str]:
 
 def _without(args: list[str], launch_args: list[str]) -> list[str]:
     # The launch options are a subsequence of the command line, in order.
-    remaining = iter(launch_args)
-    current = next(remaining, None)
-    kept = []
+    kept, left = [], list(launch_args)
     for arg in args:
-        if current is not None and arg == current:
-            current = next(remaining, None)
+        if left and arg == left[0]:
+            left.pop(0)
         else:
             kept.append(arg)
     return kept

@@ -58,7 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inputs(table_kind, "RESULTS", "results of `mentor-trl eval`: results.json or its folder")
     table_kind.add_argument("--metric", help="metric of the table, as pass@32 (pass@1 or avg@n, as evaluated)")
     table_kind.add_argument("--output", "-o", metavar="FILE", help="also write the table: .md or .csv")
-    _add_rollout(add("rollout", rollout, "rollouts as text, with the tokens at which the expert spoke"))
+    rollout_kind = add("rollout", rollout, "rollouts as text, with the tokens at which the expert spoke")
+    rollout_kind.add_argument("run_folder", metavar="RUN", help="folder of a run trained with `log_rollout_records`")
+    rollout_kind.add_argument("--step", type=int, metavar="N", help="training step (default: the last with records)")
+    text = "rows to show (default: the first of a mixed rollout)"
+    rollout_kind.add_argument("--row", type=int, nargs="+", metavar="I", help=text)
+    rollout_kind.add_argument("--list", action="store_true", help="list the rows of the step instead of showing any")
+    rollout_kind.add_argument("--html", metavar="FILE", help="write a page of HTML instead of printing")
     return parser
 
 
@@ -71,54 +77,26 @@ def _add_inputs(parser: argparse.ArgumentParser, metavar: str, text: str, figure
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
+    panels, shown = ("accuracy", "reward", "entropy", "length"), ["accuracy", "entropy", "length"]
     parser.add_argument(
-        "--panels",
-        nargs="+",
-        choices=("accuracy", "reward", "entropy", "length"),
-        default=["accuracy", "entropy", "length"],
-        help="panels to draw (accuracy entropy length)",
+        "--panels", nargs="+", choices=panels, default=shown, help=f"panels to draw ({' '.join(shown)})"
     )
-    parser.add_argument(
-        "--accuracy", default="accuracy_reward", metavar="NAME", help="reward function to draw (accuracy_reward)"
-    )
-    parser.add_argument(
-        "--eval",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="NAME",
-        dest="evaluation",
-        help="draw the evaluations made during training, on the dataset NAME if there were several",
-    )
+    text = "reward function to draw (accuracy_reward)"
+    parser.add_argument("--accuracy", default="accuracy_reward", metavar="NAME", help=text)
+    text = "draw the evaluations made during training, on the dataset NAME if there were several"
+    parser.add_argument("--eval", dest="evaluation", nargs="?", const=True, default=False, metavar="NAME", help=text)
 
 
 def _add_words(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--words",
-        nargs="+",
-        default=list(REASONING_WORDS),
-        metavar="WORD",
-        help=f"words to count, whole and in any case ({' '.join(REASONING_WORDS)})",
-    )
+    text = f"words to count, whole and in any case ({' '.join(REASONING_WORDS)})"
+    parser.add_argument("--words", nargs="+", default=list(REASONING_WORDS), metavar="WORD", help=text)
     parser.add_argument("--all", action="store_true", help="count all responses to a prompt, not the first alone")
     parser.add_argument("--source", metavar="SOURCE", help="only rows of this source: on_policy, mixed or eval")
 
 
-def _add_rollout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="folder of a run trained with `log_rollout_records`")
-    parser.add_argument("--step", type=int, metavar="N", help="training step (default: the last with records)")
-    parser.add_argument(
-        "--row", type=int, nargs="+", metavar="I", help="rows to show (default: the first of a mixed rollout)"
-    )
-    parser.add_argument("--list", action="store_true", help="list the rows of the step instead of showing any")
-    parser.add_argument("--html", metavar="FILE", help="write a page of HTML instead of printing")
-
-
 def main(args: list[str]) -> int:
     """Run `mentor-trl plot`; a mistake in the arguments or the files gives exit code 2 and one line."""
-
-    parser = make_parser()
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     try:
         options.run(options, Console())
     except (SetupError, OSError) as error:
@@ -200,12 +178,8 @@ def rollout(options: argparse.Namespace, console: Console) -> None:
 
 
 def _tell_dropped(shown: list[PanelCurves]) -> None:
-    dropped = {
-        label: max(curve.dropped for lines in curves for curve in lines)
-        for label in shown[0].curves
-        for curves in [[one.curves[label].values() for one in shown]]
-    }
-    for label, count in dropped.items():
+    for label in shown[0].curves:
+        count = max(curve.dropped for one in shown for curve in one.curves[label].values())
         if count:
             print(
                 f"Note: the runs of {label!r} differ in their steps: up to {count} steps of a panel, which not all of "

@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 CLASSES = ("MentorScriptArguments", "MentorGRPOConfig", "ModelConfig", "DatasetMixtureConfig")
 # Reward functions that read the column `solution` of every row.
 NEED_SOLUTION = {"accuracy_reward", "reasoning_accuracy_reward"}
-# Module that proves that a tracker is installed, and the package that brings it.
+# Modules of which one proves that a tracker is installed; the package is called as the tracker.
 TRACKERS = {
-    "trackio": (("trackio",), "trackio"),
-    "wandb": (("wandb",), "wandb"),
-    "swanlab": (("swanlab",), "swanlab"),
-    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": ["trackio"],
+    "wandb": ["wandb"],
+    "swanlab": ["swanlab"],
+    "tensorboard": ["tensorboard", "tensorboardX"],
 }
 
 
@@ -49,10 +49,10 @@ class UsageError(SetupError):
     """An option of the command line or the config file cannot be used; the message says what to change."""
 
 
-def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgumentParser":
-    """Build the parser of the script."""
+def make_parser(light: bool = False) -> "MentorArgumentParser":
+    """Build the parser of the script; a `light` one reads the options from sources, for the help and the launch."""
     from mentor_trl.cli.fields import light_class
-    from mentor_trl.cli.parser import MentorArgumentParser, help_sections
+    from mentor_trl.cli.parser import MentorArgumentParser
 
     if light:
         script, training, model, mixture = map(light_class, CLASSES)
@@ -63,19 +63,17 @@ def make_parser(prog: str | None = None, light: bool = False) -> "MentorArgument
         from mentor_trl.cli.arguments import MentorScriptArguments as script
         from mentor_trl.config import MentorGRPOConfig as training
 
-    sections = help_sections(
-        {
-            "expert and mixed rollouts": (training, training.__bases__[0]),
-            "data and rewards": (script, script.__bases__[0]),
-            "dataset": (script.__bases__[0], None),
-            "dataset mixture": (mixture, None),
-            "model": (model, None),
-        }
-    )
+    sections = {
+        "expert and mixed rollouts": training,
+        "data and rewards": script,
+        "dataset": script.__bases__[0],
+        "dataset mixture": mixture,
+        "model": model,
+    }
     return MentorArgumentParser(
         (script, training, model, mixture),
         sections=sections,
-        prog=prog,
+        prog="mentor-trl train",
         description="Train a model with mixed-policy GRPO. A config file sets any field below; flags override it.",
         epilog="Options of `accelerate launch` (--num_processes, --mixed_precision, ...) are accepted too, and "
         "--accelerate_config takes the path of a config file or a name of TRL's (single_gpu, multi_gpu, zero1, "
@@ -140,10 +138,9 @@ def check_options(script_args: "MentorScriptArguments", training_args: "MentorGR
             "'mentor-trl[vllm]'`, or set `use_vllm` to false or `vllm_mode` to server"
         )
     for tracker in training_args.report_to:
-        modules, package = TRACKERS.get(tracker, ((), tracker))
-        if modules and not any(importlib.util.find_spec(module) for module in modules):
+        if tracker in TRACKERS and not any(map(importlib.util.find_spec, TRACKERS[tracker])):
             raise UsageError(
-                f"`report_to` names {tracker}, which is not installed; run `pip install {package}`, or set "
+                f"`report_to` names {tracker}, which is not installed; run `pip install {tracker}`, or set "
                 "`report_to` to none"
             )
 
@@ -179,12 +176,9 @@ def check_output_dir(folder: str) -> None:
 def _has_chat_template(training_args: "MentorGRPOConfig", model_args: "ModelConfig") -> bool:
     from transformers import AutoProcessor
 
+    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            trust_remote_code=training_args.trust_remote_code,
-        )
+        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"{_unloadable(model_args)}: {error}") from error
     return bool(getattr(processor, "chat_template", None))
@@ -192,10 +186,8 @@ def _has_chat_template(training_args: "MentorGRPOConfig", model_args: "ModelConf
 
 def _unloadable(model_args: "ModelConfig") -> str:
     name = model_args.model_name_or_path
-    absent = (
-        "" if Path(name).exists() else f"; there is no folder {name}, and the Hub or its cache gives no such model"
-    )
-    return f"The model cannot be loaded (`model_name_or_path` is {name!r}{absent})"
+    absent = f"; there is no folder {name}, and the Hub or its cache gives no such model"
+    return f"The model cannot be loaded (`model_name_or_path` is {name!r}{'' if Path(name).exists() else absent})"
 
 
 def main(
@@ -272,8 +264,7 @@ def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
         excluded = " ".join(f"--exclude '{pattern}'" for pattern in ["checkpoint-*", *withheld(args, args.output_dir)])
         raise UsageError(
             f"The model is trained and saved in {args.output_dir}, but could not be pushed to {trainer.hub_model_id}: "
-            f"{one_line(error)}; push it later with: hf upload {trainer.hub_model_id} {args.output_dir} . "
-            f"{excluded}"
+            f"{one_line(error)}; push it later with: hf upload {trainer.hub_model_id} {args.output_dir} . {excluded}"
         ) from error
     print_once(f"Model saved to {args.output_dir} and pushed to https://huggingface.co/{trainer.hub_model_id}.")
 
@@ -292,17 +283,17 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
     }
     try:
         return MentorGRPOTrainer(
-            model=model_args.model_name_or_path,
-            reward_funcs=reward_funcs,
+            model_args.model_name_or_path,
+            reward_funcs,
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
+    except SetupError:
+        raise
     except (OSError, ValueError, TypeError, ImportError) as error:
-        if isinstance(error, SetupError):
-            raise
         # What transformers raises for a model that is not there has no number
         if isinstance(error, OSError) and error.errno is None:
             raise UsageError(f"{_unloadable(model_args)}: {error}") from error
@@ -311,11 +302,8 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
 
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and train; a mistake of the user ends in one line on stderr and exit code 2."""
-    parser = make_parser(prog="mentor-trl train")
-    try:
-        parsed = parser.parse_args_and_config(args, fail_with_unknown_args=False)
-    except (ValueError, ImportError, OSError) as error:  # raised by the checks of the config dataclasses
-        parser.error(str(error))
+    parser = make_parser()
+    parsed = parser.parse_args_and_config(args)
     try:
         main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))
     except (SetupError, EngineError) as error:

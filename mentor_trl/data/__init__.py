@@ -1,6 +1,7 @@
 """Training data: prompts, answers, expert trajectories and hints."""
 
-from .cells import extract_solution
+from mentor_trl.rewards.answers import extract_solution
+
 from .hints import add_hint, add_hints, cut_hint
 from .loading import DataError, load_dataset_dict, select_split
 from .rows import MENTOR_SYSTEM_PROMPT, build_prompt_dataset, load_prompt_datasets

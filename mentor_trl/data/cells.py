@@ -6,6 +6,8 @@ import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from mentor_trl.rewards.answers import extract_solution, gold_answer
+
 from .loading import DataError
 
 
@@ -13,23 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-_THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?%?")
-
-
-def extract_solution(text: str, delimiter: str) -> str | None:
-    """
-    Return what follows the last `delimiter` in `text`, or `None` where there is none.
-
-    >>> extract_solution("She sold 24 + 1,000 clips. #### 1,024", "####")
-    '1024'
-    >>> extract_solution("The pair is #### (1,024)", "####")
-    '(1,024)'
-    """
-    _, found, solution = text.rpartition(delimiter)
-    if not found:
-        return None
-    solution = solution.strip()
-    return solution.replace(",", "") if _THOUSANDS.fullmatch(solution) else solution
+_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 def answer_text(value: Any, where: str = "The answer") -> str | None:
@@ -62,10 +48,23 @@ def answer_text(value: Any, where: str = "The answer") -> str | None:
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
+def answer_of(value: Any, delimiter: str | None = None, where: str = "The answer") -> str | None:
+    r"""
+    Return the bare answer that a cell holds (see [`gold_answer`]), or what follows the last `delimiter`.
+
+    >>> answer_of(27.0), answer_of(r"So it is $\boxed{\frac{1}{2}}$."), answer_of(["$3$", "5"]), answer_of("2 #### 2")
+    ('27', '\\frac{1}{2}', '3, 5', '2')
+    """
+    if isinstance(value, (list, tuple)):
+        value = [_DOLLAR.sub("", part) if isinstance(part, str) else part for part in value]
+    text = answer_text(value, where)
+    return (extract_solution(text or "", delimiter) or None) if delimiter else gold_answer(text)
+
+
 def text_of(value: Any, where: str) -> str | None:
     """Return a cell that must be text, or `None` where it is empty."""
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where} is of type {type(value).__name__}, not text; make it the text alone")
+        raise DataError(f"{where} is of type {type(value).__name__}, not text; write it as text")
     return value or None
 
 

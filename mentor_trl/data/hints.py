@@ -29,7 +29,7 @@ def cut_hint(
     part: HintPart = "trajectory",
 ) -> str:
     """
-    Return the first part of an expert's solution.
+    Return the first part of an expert's solution, stripped; it may be empty.
 
     Args:
         trajectory (`str`):
@@ -41,9 +41,6 @@ def cut_hint(
         part (`str`, *optional*, defaults to `"trajectory"`):
             What the share is of: the whole response without its think tags (`"trajectory"`), or what follows
             `</think>` (`"solution"`), which QuestA's released data use.
-
-    Returns:
-        `str`: the beginning, stripped; empty where nothing is left.
 
     Raises:
         [`~mentor_trl.errors.SetupError`]: if `fraction`, `part` or the tokenizer cannot be used.
@@ -97,9 +94,6 @@ def add_hint(
         fraction, tokenizer, part:
             What is cut; see [`cut_hint`].
 
-    Returns:
-        `str` or `list[dict]`: a new prompt of the same kind.
-
     Example:
     ```python
     >>> from mentor_trl.data import add_hint
@@ -136,7 +130,8 @@ def add_hints(
     part: HintPart = "trajectory",
 ) -> "Dataset":
     """
-    Append the first part of each row's expert trajectory to its prompt, as QuestA does. For training rows only.
+    Append the first part of each row's expert trajectory to its prompt, as QuestA does. For training rows only. The
+    hint stands in the column `hint` too (`None` where there is none).
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -149,9 +144,6 @@ def add_hints(
             What messages call the dataset.
         tokenizer, part:
             What is cut; see [`cut_hint`].
-
-    Returns:
-        [`~datasets.Dataset`]: rows with the hint in the prompt, and in a column `hint` (`None` where there is none).
 
     Raises:
         [`DataError`]: if there is nothing to take hints from, or hints are there already.

@@ -6,22 +6,21 @@ command line loads the sets in the same way.
 """
 
 import random
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from mentor_trl.rewards import extract_boxed
 
-from .cells import answer_text, extract_solution
+from .cells import answer_of
 from .loading import COMPRESSIONS, FILE_FORMATS, DataError, load_dataset_dict
 from .rows import prompt_text
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 
 Row = dict[str, Any]
@@ -29,37 +28,20 @@ Row = dict[str, Any]
 CHOICE_INSTRUCTION = "Answer with the letter of the correct choice."
 QUESTION_COLUMNS = ("prompt", "problem", "question", "Problem", "Question", "instruction")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution", "Answer", "Solution")
-_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """
-    A test set.
-
-    Args:
-        path (`str`):
-            Hub id, file or folder.
-        split (`str`, *optional*):
-            Split that holds the problems. If not set, `test`, or the only split.
-        config (`str`, *optional*):
-            Configuration on the Hub.
-        form (`str`, *optional*, defaults to `"short_answer"`):
-            What the rows look like: `short_answer`, `gpqa`, `arc` or `mmlu_pro`.
-        files (`tuple[str, ...]`, *optional*):
-            Names, without ending, that the set may have in a folder of local files.
-        title (`str`, *optional*):
-            Name in tables. If not set, `mentor-trl eval` does not know the set.
-    """
+    """A test set; of no `title`, `mentor-trl eval` does not know it."""
 
     __test__ = False  # not a test case of pytest
 
     path: str
-    split: str | None = None
-    config: str | None = None
-    form: str = "short_answer"
-    files: tuple[str, ...] = ()
+    split: str | None = None  # that holds the problems; if not set, `test`, or the only one
     title: str | None = None
+    files: tuple[str, ...] = ()  # names, without ending, in a folder of local files
+    config: str | None = None
+    form: str = "short_answer"  # of its rows: one of `FORMS`
 
     @property
     def on_hub(self) -> dict[str, str]:
@@ -69,31 +51,27 @@ class TestSet:
 
 
 TEST_SETS: dict[str, TestSet] = {
-    "math500": TestSet("HuggingFaceH4/MATH-500", "test", files=("math500", "math-500", "MATH-500"), title="MATH500"),
-    "aime24": TestSet("HuggingFaceH4/aime_2024", "train", files=("aime24", "aime_2024"), title="AIME24"),
-    "aime25": TestSet("math-ai/aime25", "test", files=("aime25", "aime_2025"), title="AIME25"),
-    "amc23": TestSet("math-ai/amc23", "test", files=("amc23", "amc"), title="AMC23"),
+    "math500": TestSet("HuggingFaceH4/MATH-500", "test", "MATH500", ("math500", "math-500", "MATH-500")),
+    "aime24": TestSet("HuggingFaceH4/aime_2024", "train", "AIME24", ("aime24", "aime_2024")),
+    "aime25": TestSet("math-ai/aime25", "test", "AIME25", ("aime25", "aime_2025")),
+    "amc23": TestSet("math-ai/amc23", "test", "AMC23", ("amc23", "amc")),
     "amc": TestSet("AI-MO/aimo-validation-amc", "train"),  # AMC 12 of 2022 and 2023
-    "minerva": TestSet(
-        "math-ai/minervamath", "test", files=("minerva_math", "minervamath", "minerva"), title="Minerva"
-    ),
+    "minerva": TestSet("math-ai/minervamath", "test", "Minerva", ("minerva_math", "minervamath", "minerva")),
     "olympiadbench": TestSet(
         "Hothan/OlympiadBench",
         "train",
-        "OE_TO_maths_en_COMP",
-        files=("olympiadbench", "OlympiadBench", "OE_TO_maths_en_COMP"),
-        title="OlympiadBench",
+        "OlympiadBench",
+        ("olympiadbench", "OlympiadBench", "OE_TO_maths_en_COMP"),
+        config="OE_TO_maths_en_COMP",
     ),
     "gpqa_diamond": TestSet(
-        "Idavidrein/gpqa", "train", "gpqa_diamond", "gpqa", ("gpqa_diamond", "gpqa"), "GPQA-diamond"
+        "Idavidrein/gpqa", "train", "GPQA-diamond", ("gpqa_diamond", "gpqa"), config="gpqa_diamond", form="gpqa"
     ),
     "arc_challenge": TestSet(
-        "allenai/ai2_arc", "test", "ARC-Challenge", "arc", ("arc_challenge", "ARC-Challenge"), "ARC-challenge"
+        "allenai/ai2_arc", "test", "ARC-challenge", ("arc_challenge", "ARC-Challenge"), "ARC-Challenge", form="arc"
     ),
-    "mmlu_pro": TestSet(
-        "TIGER-Lab/MMLU-Pro", "test", form="mmlu_pro", files=("mmlu_pro", "MMLU-Pro"), title="MMLU-Pro"
-    ),
-    "gsm8k": TestSet("openai/gsm8k", "test", "main", files=("gsm8k_test", "gsm8k"), title="GSM8K"),
+    "mmlu_pro": TestSet("TIGER-Lab/MMLU-Pro", "test", "MMLU-Pro", ("mmlu_pro", "MMLU-Pro"), form="mmlu_pro"),
+    "gsm8k": TestSet("openai/gsm8k", "test", "GSM8K", ("gsm8k_test", "gsm8k"), config="main"),
 }
 
 
@@ -109,30 +87,31 @@ def load_problems(test_set: str, data_dir: str | None = None, **_: Any) -> "dict
     found = TEST_SETS[test_set]
     if data_dir is None:
         where = f"{found.path} (split '{found.split}')"
-        rows = _load_from_hub(found.path, found.config, found.split)
+        try:
+            rows = rows_of(found, load_dataset_dict(found.path, found.config))
+        except DataError as error:
+            raise DataError(
+                f"{error}. Without a connection, put the set as a file into a folder and pass it as --data_dir. Gated "
+                "sets (GPQA) need `hf auth login` and the consent of their authors"
+            ) from error
     else:
         where = str(find_file(Path(data_dir).expanduser(), found.files))
-        splits = load_dataset_dict(where)
-        if found.split not in splits and len(splits) > 1:
-            raise DataError(f"{where} has the splits {sorted(splits)}, but not '{found.split}'; name one of them so")
-        rows = splits[found.split] if found.split in splits else next(iter(splits.values()))
+        rows = rows_of(replace(found, path=where), load_dataset_dict(where))
     problems = [build_problem(found.form, row, index, where) for index, row in enumerate(rows)]
     if not problems:
         raise DataError(f"There are no rows in {where}")
     return {"test": Dataset.from_list(problems)}
 
 
-def _load_from_hub(path: str, config: str | None, split: str) -> "Dataset":
-    try:
-        splits = load_dataset_dict(path, config)
-    except DataError as error:
+def rows_of(test_set: TestSet, splits: "DatasetDict") -> "Dataset":
+    """Return the split that holds the problems: that of the set's name, or the only one."""
+    split = test_set.split or "test"
+    if split not in splits and len(splits) > 1:
         raise DataError(
-            f"{error}. Without a connection, put the set as a file into a folder and pass it as --data_dir. Gated "
-            "sets (GPQA) need `hf auth login` and the consent of their authors"
-        ) from error
-    if split not in splits:
-        raise DataError(f"{path} has no split '{split}', only {sorted(splits)}")
-    return splits[split]
+            f"{test_set.path} has the splits {', '.join(splits)}, but not '{split}'; name one of them so, or give the "
+            "path of the file that holds the test problems"
+        )
+    return splits[split] if split in splits else next(iter(splits.values()))
 
 
 def find_file(folder: Path, names: tuple[str, ...]) -> Path:
@@ -140,10 +119,9 @@ def find_file(folder: Path, names: tuple[str, ...]) -> Path:
     if not folder.is_dir():
         raise DataError(f"The folder {folder} (`data_dir`) does not exist")
     endings = ["", *(ending + packed for ending in FILE_FORMATS for packed in ("", *COMPRESSIONS))]
-    for name in names:
-        for path in (folder / f"{name}{ending}" for ending in endings):
-            if path.exists():
-                return path
+    for path in (folder / f"{name}{ending}" for name in names for ending in endings):
+        if path.exists():
+            return path
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
     raise DataError(
         f"The folder {folder} (`data_dir`) holds no {names[0]} (a data file, as {names[0]}.jsonl, or a folder; also "
@@ -168,39 +146,10 @@ def build_problem(form: str, row: Row, index: int, where: str) -> Row:
         ) from error
     if not question.strip() or not answer.strip():
         raise DataError(f"Row {index} of {where} has an empty question or answer; fill it in or remove the row")
-    if not choices:
-        return {"question": question, "answer": answer, "choices": 0}
-    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices))
-    return {
-        "question": f"{question}\n\n{lines}\n\n{CHOICE_INSTRUCTION}",
-        "answer": answer,
-        "choices": len(choices),
-    }
-
-
-def answer_of(value: Any, delimiter: str | None = None, where: str = "The answer") -> str | None:
-    r"""
-    Return the bare answer that a cell holds, or `None` where it holds none.
-
-    Raises:
-        [`~mentor_trl.data.DataError`]: if the cell is no text, number or list of these.
-
-    Example:
-    ```python
-    >>> from mentor_trl.data.problems import answer_of
-
-    >>> answer_of(27.0), answer_of(r"So it is $\boxed{\frac{1}{2}}$."), answer_of(["$3$", "5"]), answer_of("2 #### 2")
-    ('27', '\\frac{1}{2}', '3, 5', '2')
-    ```
-    """
-    if isinstance(value, (list, tuple)):
-        value = [_DOLLAR.sub("", part) if isinstance(part, str) else part for part in value]
-    text = answer_text(value, where) or ""
-    if delimiter:
-        return extract_solution(text, delimiter) or None
-    if "\\boxed" in text or "\\fbox" in text:
-        return extract_boxed(text)
-    return extract_solution(text, "####") or text or None
+    if choices:
+        lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices))
+        question = f"{question}\n\n{lines}\n\n{CHOICE_INSTRUCTION}"
+    return {"question": question, "answer": answer, "choices": len(choices)}
 
 
 def _short_answer(row: Row, index: int) -> tuple[str, str, list[str]]:

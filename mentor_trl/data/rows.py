@@ -5,18 +5,19 @@ Everything is checked here, before any model is loaded; a [`DataError`] says whi
 fix it.
 """
 
-from dataclasses import dataclass
 from decimal import Decimal
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from .cells import answer_text, cell, column_paths, extract_solution, find_column, widen
+from mentor_trl.rewards.answers import extract_solution
+
+from .cells import answer_text, cell, column_paths, find_column, text_of, widen
 from .hints import add_hints
 from .loading import DataError, load_dataset_dict, read_dataset, select_split
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, DatasetDict
     from trl import DatasetMixtureConfig, ScriptArguments
 
 
@@ -71,6 +72,8 @@ def build_prompt_dataset(
         [`~datasets.Dataset`]: rows with the columns `prompt` and (where there is one) `solution`. The other columns
         are kept for the reward functions.
     """
+    from datasets import Features, List, Value
+
     dataset = _head(dataset, max_samples, name)
     paths, first = column_paths(dataset), next(iter(dataset))
     taken = next((column for column in RESERVED if column in first), None)
@@ -79,57 +82,45 @@ def build_prompt_dataset(
     prompt_column = _column(paths, prompt_column, "prompt", ("question", "problem", "instruction"), name)
     # A solution of a form of its own is left to the reward function that knows it.
     is_plain = isinstance(first.get("solution", {}), (str, int, float, Decimal, NoneType))
-    solution_is_used = require_solution or solution_column or solution_delimiter or is_plain
-    if solution_is_used:
+    if require_solution or solution_column or solution_delimiter or is_plain:
         solution_column = _column(paths, solution_column, "solution", ("answer", "ground_truth"), name)
         dataset = widen(dataset, solution_column)
-    row_builder = _RowBuilder(
-        prompt_column=prompt_column,
-        solution_column=solution_column if solution_is_used else None,
-        solution_delimiter=solution_delimiter,
-        system_prompt=MENTOR_SYSTEM_PROMPT if system_prompt == "mentor" else system_prompt,
-        conversational=conversational,
-        require_solution=require_solution,
-        name=name,
-    )
+    else:
+        solution_column = None
+    system_prompt = MENTOR_SYSTEM_PROMPT if system_prompt == "mentor" else system_prompt
+
+    def row_of(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"The prompt (column '{prompt_column}') of row {index} of {name}"
+        built = {"prompt": _prompt(cell(row, prompt_column), where, system_prompt, conversational)}
+        if solution_column is not None:
+            where = f"The solution (column '{solution_column}') of row {index} of {name}"
+            built["solution"] = _solution(cell(row, solution_column), where, solution_delimiter, require_solution)
+        return built
+
     if not hasattr(dataset, "__len__"):
-        return dataset.map(row_builder, with_indices=True)
-    features = _built_features(dataset, row_builder)
+        return dataset.map(row_of, with_indices=True)
+    features = Features(dataset.features)
+    # Left to itself, `map` casts a new value to the type of the column that it replaces.
+    given, text = cell(features, prompt_column), Value("string")
+    if isinstance(row_of(dataset[0], 0)["prompt"], str):
+        features["prompt"] = text
+    else:
+        features["prompt"] = List({"role": text, "content": text}) if isinstance(given, Value) else given
+    if solution_column is not None:
+        features["solution"] = text
     # The cache of `datasets` does not notice a change of this module, so it is not asked.
     return dataset.map(
-        row_builder, with_indices=True, features=features, load_from_cache_file=False, desc="Building prompts"
+        row_of, with_indices=True, features=features, load_from_cache_file=False, desc="Building prompts"
     )
-
-
-def _built_features(dataset: "Dataset", row_builder: "_RowBuilder") -> "Features":
-    # Left to itself, `map` casts a new value to the type of the column that it replaces.
-    from datasets import Features, List, Value
-
-    features = Features(dataset.features)
-    text = Value("string")
-    prompt = row_builder(dataset[0], 0)["prompt"]
-    if isinstance(prompt, str):
-        features["prompt"] = text
-    elif isinstance(cell(features, row_builder.prompt_column), Value):
-        features["prompt"] = List({"role": text, "content": text})
-    else:
-        features["prompt"] = cell(features, row_builder.prompt_column)
-    if row_builder.solution_column is not None:
-        features["solution"] = text
-    return features
 
 
 def _head(dataset: "Dataset", max_samples: int | None, name: str) -> "Dataset":
     if max_samples is not None and max_samples < 1:
         raise DataError(f"The number of rows to keep of {name} is {max_samples}; it must be 1 or more")
-    if not hasattr(dataset, "__len__"):
-        dataset = dataset if max_samples is None else dataset.take(max_samples)
-        fix = "fix the row that it names, or load the rows with `dataset_streaming` false"
-        is_empty = read_dataset(lambda: next(iter(dataset), None), name, fix) is None
-    else:
-        dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
-        is_empty = len(dataset) == 0
-    if is_empty:
+    if max_samples is not None:
+        dataset = dataset.take(min(max_samples, len(dataset)) if hasattr(dataset, "__len__") else max_samples)
+    fix = "fix the row that it names, or load the rows with `dataset_streaming` false"
+    if read_dataset(lambda: next(iter(dataset), None), name, fix) is None:
         raise DataError(f"There are no rows in {name}; check the file, or choose another split")
     return dataset
 
@@ -139,72 +130,40 @@ def _column(paths: list[str], given: str | None, default: str, usual: tuple[str,
     return find_column(paths, (given or default,), f"dataset_{default}_column", name, near=() if given else near)
 
 
-@dataclass
-class _RowBuilder:
-    prompt_column: str
-    solution_column: str | None
-    solution_delimiter: str | None
-    system_prompt: str | None
-    conversational: bool
-    require_solution: bool
-    name: str
-
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        built = {"prompt": self._prompt(cell(row, self.prompt_column), f"row {index} of {self.name}")}
-        if self.solution_column is not None:
-            built["solution"] = self._solution(cell(row, self.solution_column), f"row {index} of {self.name}")
-        return built
-
-    def _prompt(self, prompt: Any, where: str) -> str | list[dict[str, Any]]:
-        column = self.prompt_column
-        if isinstance(prompt, list):
-            return self._messages(prompt, where)
-        if not isinstance(prompt, str) and prompt is not None:
-            kind = type(prompt).__name__
+def _prompt(prompt: Any, where: str, system_prompt: str | None, conversational: bool) -> str | list[dict[str, Any]]:
+    if isinstance(prompt, list):
+        if not conversational:
             raise DataError(
-                f"The prompt (column '{column}') of {where} is of type {kind}, not text or messages; write it as text"
+                f"{where} is a list of messages, which needs a tokenizer with a chat template; use such a model, or "
+                "prompts that are plain text"
             )
-        if not prompt or not prompt.strip():
-            raise DataError(f"The prompt (column '{column}') of {where} is empty; fill it in or remove the row")
-        if self.conversational:
-            return self._messages([{"role": "user", "content": prompt}], where)
-        return f"{self.system_prompt}\n\n{prompt}" if self.system_prompt else prompt
-
-    def _messages(self, messages: list[Any], where: str) -> list[dict[str, Any]]:
-        column = self.prompt_column
-        if not self.conversational:
-            raise DataError(
-                f"The prompt (column '{column}') of {where} is a list of messages, which needs a tokenizer with a "
-                "chat template; use such a model, or prompts that are plain text"
-            )
-        if not messages:
-            raise DataError(
-                f"The prompt (column '{column}') of {where} holds no messages; fill it in or remove the row"
-            )
-        messages = [
-            _message(m, f"Message {i} of the prompt (column '{column}') of {where}") for i, m in enumerate(messages)
-        ]
-        if not self.system_prompt:
+        if not prompt:
+            raise DataError(f"{where} holds no messages; fill it in or remove the row")
+        messages = [_message(m, f"Message {i} of {where[0].lower()}{where[1:]}") for i, m in enumerate(prompt)]
+        if not system_prompt:
             return messages
-        return [{"role": "system", "content": self.system_prompt}] + [m for m in messages if m["role"] != "system"]
+        return [{"role": "system", "content": system_prompt}] + [m for m in messages if m["role"] != "system"]
+    if not (text_of(prompt, where) or "").strip():
+        raise DataError(f"{where} is empty; fill it in or remove the row")
+    if conversational:
+        return _prompt([{"role": "user", "content": prompt}], where, system_prompt, conversational)
+    return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
 
-    def _solution(self, solution: Any, where: str) -> str | None:
-        column = self.solution_column
-        solution = answer_text(solution, f"The solution (column '{column}') of {where}")
-        if solution is None:
-            if not self.require_solution:
-                return None
-            raise DataError(f"The solution (column '{column}') of {where} is empty; fill it in or remove the row")
-        if not self.solution_delimiter:
-            return solution
-        extracted = extract_solution(solution, self.solution_delimiter)
-        if not extracted:
-            problem = "has no" if extracted is None else "ends with its"
-            raise DataError(
-                f"The solution (column '{column}') of {where} {problem} delimiter '{self.solution_delimiter}': "
-                f"{solution[-60:]!r}; fix the row, or change `dataset_solution_delimiter`"
-            )
-        return extracted
+
+def _solution(value: Any, where: str, delimiter: str | None, required: bool) -> str | None:
+    solution = answer_text(value, where)
+    if solution is None and required:
+        raise DataError(f"{where} is empty; fill it in or remove the row")
+    if solution is None or not delimiter:
+        return solution
+    extracted = extract_solution(solution, delimiter)
+    if not extracted:
+        problem = "has no" if extracted is None else "ends with its"
+        raise DataError(
+            f"{where} {problem} delimiter '{delimiter}': {solution[-60:]!r}; fix the row, or change "
+            "`dataset_solution_delimiter`"
+        )
+    return extracted
 
 
 def _message(message: Any, where: str, may_be_empty: bool = False) -> dict[str, Any]:
@@ -229,10 +188,8 @@ def _message(message: Any, where: str, may_be_empty: bool = False) -> dict[str, 
 
 def prompt_text(prompt: Any, where: str = "the dataset") -> str:
     """Return the text of the problem in a prompt: the prompt itself, or what its user messages say."""
-    if prompt is None or isinstance(prompt, str):
-        return prompt or ""
     if not isinstance(prompt, list):
-        raise DataError(f"The prompt of {where} is of type {type(prompt).__name__}, not text or messages")
+        return text_of(prompt, f"The prompt of {where}") or ""
     messages = [_message(message, f"Message {i} of the prompt of {where}", True) for i, message in enumerate(prompt)]
     contents = [message["content"] for message in messages if message["role"] == "user"]
     blocks = [[{"text": content}] if isinstance(content, str) else content for content in contents]
@@ -272,7 +229,8 @@ def load_prompt_datasets(
         )
     conversational = has_chat_template if script_args.conversational is None else script_args.conversational
 
-    def build(split: str, option: str, max_samples: int | None) -> "Dataset":
+    def build(option: str, max_samples: int | None) -> "Dataset":
+        split = getattr(script_args, option)
         return build_prompt_dataset(
             select_split(dataset, split, option),
             prompt_column=script_args.dataset_prompt_column,
@@ -285,17 +243,13 @@ def load_prompt_datasets(
             name=f"{name} (split '{split}')",
         )
 
-    train_dataset = build(script_args.dataset_train_split, "dataset_train_split", script_args.max_train_samples)
+    train_dataset = build("dataset_train_split", script_args.max_train_samples)
     if script_args.hint_fraction is not None:
+        where = f"{name} (split '{script_args.dataset_train_split}')"
         train_dataset = add_hints(
-            train_dataset,
-            script_args.hint_fraction,
-            script_args.dataset_trajectory_column,
-            name=f"{name} (split '{script_args.dataset_train_split}')",
+            train_dataset, script_args.hint_fraction, script_args.dataset_trajectory_column, name=where
         )
-    if not with_eval:
-        return train_dataset, None
-    return train_dataset, build(script_args.dataset_test_split, "dataset_test_split", script_args.max_eval_samples)
+    return train_dataset, build("dataset_test_split", script_args.max_eval_samples) if with_eval else None
 
 
 def _load(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig | None") -> "tuple[DatasetDict, str]":

@@ -6,6 +6,7 @@ from typing import Any
 
 THINK_START, THINK_END = "<think>", "</think>"
 
+_THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?%?")
 # Braces that delimit: `\{`, `\}` and the line break `\\` are skipped, but `\\boxed{` (an escaped backslash) is a box.
 # Without braces the box holds a number, a command or a symbol; in "the \boxed asked for" it is a word about boxes.
 _BRACES = re.compile(
@@ -77,6 +78,22 @@ def final_answer(text: str) -> str | None:
     return extract_boxed(text.rpartition(THINK_END)[2])
 
 
+def extract_solution(text: str, delimiter: str) -> str | None:
+    """
+    Return what follows the last `delimiter` in `text`, or `None` where there is none.
+
+    >>> extract_solution("She sold 24 + 1,000 clips. #### 1,024", "####")
+    '1024'
+    >>> extract_solution("The pair is #### (1,024)", "####")
+    '(1,024)'
+    """
+    _, found, solution = text.rpartition(delimiter)
+    if not found:
+        return None
+    solution = solution.strip()
+    return solution.replace(",", "") if _THOUSANDS.fullmatch(solution) else solution
+
+
 def gold_answer(solution: Any) -> str | None:
     r"""
     Returns the bare answer of a cell of a solution column: an answer as text or number, a list of answers, a worked
@@ -96,7 +113,8 @@ def gold_answer(solution: Any) -> str | None:
     boxed = final_answer(text)
     if boxed is not None or "\\boxed" in text:
         return boxed
-    return text.rpartition("####")[2].strip() or None
+    after_mark = extract_solution(text, "####")
+    return (text.strip() if after_mark is None else after_mark) or None
 
 
 def is_gradable(gold: str) -> bool:

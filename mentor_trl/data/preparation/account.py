@@ -11,21 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """
-    Counts of one run.
-
-    Args:
-        loaded (`int`):
-            Number of rows of the source.
-        steps (`list[tuple[str, int]]`):
-            What was asked of the rows and how many were dropped for it, in the order of the run.
-        facts (`list[tuple[str, str]]`):
-            Further things worth knowing about the rows that are left.
-    """
+    """Counts of one run."""
 
     loaded: int
-    steps: list[tuple[str, int]] = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    steps: list[tuple[str, int]] = field(default_factory=list)  # why rows were dropped, and how many, in order
+    facts: list[tuple[str, str]] = field(default_factory=list)  # worth knowing of the rows that are left
 
     @property
     def kept(self) -> int:

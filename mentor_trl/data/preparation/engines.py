@@ -15,8 +15,6 @@ from .settings import TrajectoryArguments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZES = {"transformers": 8, "vllm": 512, "server": 64}
-
 
 class Response(NamedTuple):
     """A response, without special tokens, and whether it ended by itself, not at the limit of its length."""
@@ -41,13 +39,6 @@ def choose_engine(engine: str, server_url: str | None) -> str:
     if engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise DataError("`engine` is vllm, which is not installed; run `pip install vllm`, or set it to transformers")
     return engine
-
-
-def make_engine(kind: str, args: TrajectoryArguments, tokenizer: "PreTrainedTokenizerBase | None") -> Engine:
-    """Make the engine that [`choose_engine`] names; a server tokenizes nothing."""
-    if kind == "server":
-        return server_engine(args)
-    return vllm_engine(args) if kind == "vllm" else transformers_engine(args, tokenizer)
 
 
 def transformers_engine(args: TrajectoryArguments, tokenizer: "PreTrainedTokenizerBase") -> Engine:
@@ -98,7 +89,7 @@ def transformers_engine(args: TrajectoryArguments, tokenizer: "PreTrainedTokeniz
     return draw
 
 
-def vllm_engine(args: TrajectoryArguments) -> Engine:
+def vllm_engine(args: TrajectoryArguments, tokenizer: Any = None) -> Engine:
     """vLLM in process."""
     from vllm import LLM, SamplingParams
 
@@ -115,7 +106,7 @@ def vllm_engine(args: TrajectoryArguments) -> Engine:
     return draw
 
 
-def server_engine(args: TrajectoryArguments, attempts: int = 5, pause: float = 2.0) -> Engine:
+def server_engine(args: TrajectoryArguments, tokenizer: Any = None, attempts: int = 5, pause: float = 2.0) -> Engine:
     """A stock vLLM server (`vllm serve EXPERT`), asked through its OpenAI-compatible API, all prompts at once."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -170,3 +161,7 @@ def _ask(client: Any, method: str, path: str, key: str, attempts: int, pause: fl
         f"The server at {client.base_url} {problem} (asked {attempt + 1} times); check `server_url` and the server, "
         "then run the command again to go on"
     )
+
+
+# What makes an engine of the options and the expert's tokenizer, and how many prompts it draws at once
+ENGINES = {"transformers": (transformers_engine, 8), "vllm": (vllm_engine, 512), "server": (server_engine, 64)}

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from mentor_trl.rewards import THINK_START, accuracy_reward
 
-from ..loading import DataError, load_dataset_dict, select_split
+from ..loading import DataError
 from .account import Report
-from .engines import BATCH_SIZES, Engine, Response, choose_engine, make_engine
-from .output import check_output
+from .engines import ENGINES, Engine, Response, choose_engine
 from .settings import OutputArguments, TrajectoryArguments
-from .sources import load_tokenizer, render_prompts
+from .sources import check_counts, load_rows, load_tokenizer, render_prompts
 
 
 if TYPE_CHECKING:
@@ -68,17 +67,20 @@ def prepare_trajectories(
     args: TrajectoryArguments, output: OutputArguments, engine: Engine | None = None
 ) -> "tuple[DatasetDict, Report, ResponseStore]":
     """
-    Draw expert trajectories for the prompts of a dataset.
+    Draw expert trajectories for the rows of a split that have none yet; `None` where no response may be one.
 
-    Rows that have a trajectory already keep it; the others get one, or `None` where no response may be one.
+    The responses are kept in the store, beside where the dataset will go, until it is written. A given `engine` draws
+    instead of the one that `args` names.
 
     Raises:
         [`~mentor_trl.data.DataError`]: naming the option or column that is wrong.
     """
-    check_output(output)
+    from tqdm.auto import tqdm
+
     _check(args, output)
-    kind = "given" if engine else choose_engine(args.engine, args.server_url)
-    splits, rows = _load(args)
+    make_engine, batch_size = (None, 8) if engine else ENGINES[choose_engine(args.engine, args.server_url)]
+    splits, rows = load_rows(args, ["prompt", "solution"] if args.keep_correct else ["prompt"])
+    rows = rows if args.max_samples is None else rows.take(min(args.max_samples, len(rows)))
     tokenizer, expert_tokenizer = _load_tokenizers(args)
     given = list(rows["trajectory"]) if "trajectory" in rows.column_names else [None] * len(rows)
     todo = [index for index, trajectory in enumerate(given) if not trajectory]
@@ -90,8 +92,12 @@ def prepare_trajectories(
     store = ResponseStore(path.with_name(path.name + ".partial"), _settings(args, ids))
     left = [index for index in todo if index not in store.responses]
     if left:
-        engine = engine or make_engine(kind, args, expert_tokenizer)
-        _draw(engine, store, left, ids, args, args.batch_size or BATCH_SIZES.get(kind, 8))
+        engine = engine or make_engine(args, expert_tokenizer)
+        size = args.batch_size or batch_size
+        for start in tqdm(range(0, len(left), size), desc="Expert trajectories", unit="batch"):
+            batch = left[start : start + size]
+            drawn = engine([ids[index] for index in batch], [args.seed + index for index in batch])
+            store.add(dict(zip(batch, drawn, strict=True)))
     texts = {index: _texts(tokenizer, ids[index], store.responses[index]) for index in todo}
     report = Report(loaded=len(rows))
     report.facts.append(("responses of an earlier run", f"{len(todo) - len(left):,} of {len(todo):,} prompts"))
@@ -100,16 +106,11 @@ def prepare_trajectories(
 
 
 def _check(args: TrajectoryArguments, output: OutputArguments) -> None:
-    if not args.dataset_name:
-        raise DataError("No dataset is given; set `dataset_name` to a prompt dataset")
     if not args.expert:
         raise DataError("No expert is given; set `expert` to a Hub id or a folder")
     if not output.output_dir:
         raise DataError("`output_dir` is not set; it is needed here, since responses are kept beside it as they come")
-    for option in ("batch_size", "max_samples", "num", "max_new_tokens"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise DataError(f"`{option}` is {value}; it must be 1 or more")
+    check_counts(args, "batch_size", "max_samples", "num", "max_new_tokens")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise DataError(
             f"`temperature` is {args.temperature} and `top_p` {args.top_p}; use a temperature of 0 or more and a "
@@ -117,22 +118,6 @@ def _check(args: TrajectoryArguments, output: OutputArguments) -> None:
         )
     if args.temperature == 0 and args.num > 1:
         raise DataError(f"At `temperature` 0 all {args.num} responses are equal; set `num` to 1, or a temperature")
-
-
-def _load(args: TrajectoryArguments) -> "tuple[DatasetDict, Dataset]":
-    splits = load_dataset_dict(args.dataset_name, args.dataset_config)
-    rows = select_split(splits, args.dataset_split, "dataset_split")
-    for column in ["prompt"] + ["solution"] * args.keep_correct:
-        if column not in rows.column_names:
-            raise DataError(
-                f"{args.dataset_name} has no column '{column}', only {rows.column_names}; make a prompt dataset of it "
-                "with `mentor-trl data custom`"
-            )
-    if args.max_samples is not None:
-        rows = rows.take(min(args.max_samples, len(rows)))
-    if len(rows) == 0:
-        raise DataError(f"There are no rows in {args.dataset_name} (split '{args.dataset_split}')")
-    return splits, rows
 
 
 def _load_tokenizers(args: TrajectoryArguments) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]":
@@ -153,24 +138,6 @@ def _settings(args: TrajectoryArguments, ids: dict[int, list[int]]) -> dict[str,
     names = ("expert", "expert_revision", "num", "temperature", "top_p", "max_new_tokens", "seed")
     digest = hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest()
     return {**{name: getattr(args, name) for name in names}, "prompts": f"{len(ids)} prompts, sha256 {digest[:16]}"}
-
-
-def _draw(
-    engine: Engine,
-    store: ResponseStore,
-    left: list[int],
-    ids: dict[int, list[int]],
-    args: TrajectoryArguments,
-    batch_size: int,
-) -> None:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(ids), initial=len(ids) - len(left), desc="Expert trajectories", unit="prompt") as bar:
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            drawn = engine([ids[index] for index in batch], [args.seed + index for index in batch])
-            store.add(dict(zip(batch, drawn, strict=True)))
-            bar.update(len(batch))
 
 
 def _texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int], responses: list[Response]) -> list[str]:
@@ -197,9 +164,9 @@ def _add_columns(
         report.facts += _counts("finished and correct", usable)
         skipped = sum(None in found for found in rewards.values())
         report.facts.append(("prompts whose solution cannot be graded", f"{skipped:,}"))
-    chosen = [
-        [given[i]] if i not in texts else [t for t, ok in zip(texts[i], usable[i]) if ok] for i in range(len(rows))
-    ]
+    chosen = [[text] for text in given]
+    for i, drawn in texts.items():
+        chosen[i] = [text for text, ok in zip(drawn, usable[i]) if ok]
     first = [next(iter(found), None) for found in chosen]
     number, had = sum(text is not None for text in first), len(rows) - len(texts)
     report.facts.append(("rows with a trajectory", f"{number:,}, of which {had:,} had one before"))

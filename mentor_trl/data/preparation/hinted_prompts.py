@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from mentor_trl.rewards import extract_boxed
 
 from ..hints import add_hints
-from ..loading import DataError, load_dataset_dict, select_split
+from ..loading import DataError
 from .account import Report
 from .settings import HintArguments
-from .sources import load_tokenizer
+from .sources import load_rows, load_tokenizer, name_of
 
 
 if TYPE_CHECKING:
@@ -17,29 +17,14 @@ if TYPE_CHECKING:
 
 
 def prepare_hints(args: HintArguments) -> "tuple[DatasetDict, Report]":
-    """
-    Put hints into the prompts of one split.
-
-    Raises:
-        [`~mentor_trl.data.DataError`]: naming the option or column that is wrong.
-    """
-    name = args.dataset_name
-    if not name:
-        raise DataError("No dataset is given; set `dataset_name` to one with the columns `prompt` and `trajectory`")
+    """Put hints into the prompts of one split, and into its column `hint`; a [`DataError`] names what is wrong."""
     if not 0 < args.fraction <= 1:
         raise DataError(f"`fraction` is {args.fraction}; it must be above 0 and up to 1")
-    splits = load_dataset_dict(name, args.dataset_config)
-    rows = select_split(splits, args.dataset_split, "dataset_split")
-    for column in ("prompt", "trajectory"):
-        if column not in rows.column_names:
-            raise DataError(
-                f"{name} has no column '{column}', only {rows.column_names}; `mentor-trl data trajectories` makes "
-                "trajectories for a prompt dataset"
-            )
+    splits, rows = load_rows(args, ["prompt", "trajectory"])
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report counts the rows without a trajectory
-        hinted = add_hints(rows, args.fraction, "trajectory", name, tokenizer, args.part)
+        hinted = add_hints(rows, args.fraction, "trajectory", name_of(args), tokenizer, args.part)
     report, hints = Report(loaded=len(rows)), list(hinted["hint"])
     given = [hint for hint in hints if hint is not None]
     if args.drop_without_trajectory:

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..loading import DataError
 from .account import Report
@@ -96,7 +96,7 @@ Made with [mentor_trl](https://huggingface.co/papers/2510.04140) for training wi
 
 Splits: {splits}. Columns of `{first}`: {columns}.
 
-{notes}
+{options}
 
 ## What became of the rows
 
@@ -104,26 +104,28 @@ Splits: {splits}. Columns of `{first}`: {columns}.
 """
 
 
-def make_card(title: str, command: str, report: Report, dataset: "DatasetDict", notes: list[str], form: str) -> str:
-    """
-    Return the card: how the data were made (`notes`, one a line), and what became of every row.
-
-    In the output format `parquet` (`form`), its header names the files of each split.
-    """
+def make_card(
+    title: str, command: str, report: Report, dataset: "DatasetDict", args: Any, output: OutputArguments
+) -> str:
+    """Return the card: how the data were made (every option that has a value), and what became of every row."""
     from huggingface_hub import DatasetCardData
 
     files = [{"split": split, "path": f"data/{split}-*"} for split in dataset]
-    configs = {"configs": [{"config_name": "default", "data_files": files}]} if form == "parquet" else {}
+    configs = {"configs": [{"config_name": "default", "data_files": files}]}
+    header = DatasetCardData(
+        task_categories=["text-generation"],
+        tags=["mentor-trl", "trl", "grpo"],
+        **(configs if output.output_format == "parquet" else {}),
+    )
     first = next(iter(dataset))
+    options = {name: value for name, value in vars(args).items() if value not in (None, False, [])}
     return _CARD.format(
-        header=DatasetCardData(
-            task_categories=["text-generation"], tags=["mentor-trl", "trl", "grpo"], **configs
-        ).to_yaml(),
+        header=header.to_yaml(),
         title=title,
         command=command,
         splits=", ".join(f"`{split}` ({len(rows):,} rows)" for split, rows in dataset.items()),
         first=first,
         columns=", ".join(f"`{column}`" for column in dataset[first].column_names),
-        notes="\n".join(f"- {note}" for note in notes),
+        options="\n".join(f"- `{name}`: `{value}`" for name, value in options.items()),
         report=report.markdown(),
     )

@@ -2,25 +2,35 @@
 
 import dataclasses
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.rewards import format_reward
+from mentor_trl.rewards import format_reward, ungradable
 
 from ..cells import cell, column_paths, find_column, text_of, widen
-from ..loading import DataError, load_dataset_dict, select_split
+from ..loading import DataError
 from ..problems import ANSWER_COLUMNS, QUESTION_COLUMNS, TEST_SETS, build_problem
 from ..rows import build_prompt_dataset, prompt_text
 from .account import Funnel, Report
 from .matching import normalize_problem
 from .openr1 import CORRECT, GENERATIONS, keep_generations
 from .settings import PromptArguments
-from .sources import ALIASES, answers_of, are_verifiable, load_test_set, load_tokenizer, parse_test_set, render_prompts
+from .sources import (
+    ALIASES,
+    answers_of,
+    check_counts,
+    load_rows,
+    load_test_set,
+    load_tokenizer,
+    name_of,
+    parse_test_set,
+    render_prompts,
+)
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
 MADE = ("prompt", "solution", "source", "level", "trajectory", "trajectories")
@@ -29,7 +39,7 @@ _LEVEL = re.compile(r"(?:level\s*)?(\d+)(?:\.0)?", re.IGNORECASE)
 
 def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     """
-    Make a prompt dataset.
+    Make a prompt dataset: the split `train`, and `test` where there is an evaluation set.
 
     Raises:
         [`~mentor_trl.data.DataError`]: naming the option or row that is wrong.
@@ -37,10 +47,9 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     from datasets import DatasetDict
 
     args = dataclasses.replace(args)  # columns that are found are filled in
-    name = _check_arguments(args)
-    rows = select_split(load_dataset_dict(args.dataset_name, args.dataset_config), args.dataset_split, "dataset_split")
-    if len(rows) == 0:
-        raise DataError(f"There are no rows in {name}; check the file, or choose another split")
+    _check_arguments(args)
+    _, rows = load_rows(args)
+    name = name_of(args)
     tokenizer = load_tokenizer(args.tokenizer) if _measures(args) else None
 
     funnel = Funnel(rows)
@@ -53,7 +62,8 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     if args.generations:
         keep_generations(funnel, tokenizer, args.max_response_tokens, args.num_proc)
     if args.verifiable_only:
-        funnel.keep("answer that math-verify cannot parse", are_verifiable(funnel.columns["answer"]))
+        bad = set(ungradable(funnel.columns["answer"]))
+        funnel.keep("answer that math-verify cannot parse", [i not in bad for i in range(funnel.report.kept)])
     train = None if not funnel.report.kept else _keep_short(funnel, args, tokenizer, name)
     if not funnel.report.kept:
         steps = ", ".join(f"{step} ({dropped:,})" for step, dropped in funnel.report.steps if dropped)
@@ -65,21 +75,12 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     return DatasetDict(splits), funnel.report
 
 
-def _is_none(value: str | list[str] | None) -> bool:
-    return value is None or value in ("none", ["none"], [])
-
-
 def _measures(args: PromptArguments) -> bool:
     return args.generations or args.max_prompt_tokens is not None
 
 
-def _check_arguments(args: PromptArguments) -> str:
-    if not args.dataset_name:
-        raise DataError("No dataset is given; set `dataset_name` to a Hub id, a file or a folder")
-    for option in ("max_response_tokens", "max_prompt_tokens", "max_samples", "num_proc"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise DataError(f"`{option}` is {value}; it must be 1 or more")
+def _check_arguments(args: PromptArguments) -> None:
+    check_counts(args, "max_response_tokens", "max_prompt_tokens", "max_samples", "num_proc")
     if _measures(args) and not args.tokenizer:
         option = "generations" if args.generations else "max_prompt_tokens"
         raise DataError(f"`{option}` counts tokens; set `tokenizer` to the Hub id or folder of the policy's tokenizer")
@@ -92,7 +93,6 @@ def _check_arguments(args: PromptArguments) -> str:
         raise DataError(
             f"`keep_columns` names '{made}', a column that is made here; rename that of the source, or drop it"
         )
-    return f"{args.dataset_name} (split '{args.dataset_split}')"
 
 
 def _find_columns(funnel: Funnel, args: PromptArguments, name: str) -> None:
@@ -156,8 +156,8 @@ def _keep_levels(funnel: Funnel, args: PromptArguments, name: str) -> None:
 
 
 def _drop_test_problems(funnel: Funnel, args: PromptArguments) -> "Dataset | None":
-    specs = [] if _is_none(args.eval_set) else [("eval_set", args.eval_set)]
-    specs += [] if _is_none(args.test_sets) else [("test_sets", spec) for spec in args.test_sets]
+    specs = [("eval_set", args.eval_set), *(("test_sets", spec) for spec in args.test_sets or [])]
+    specs = [(option, spec) for option, spec in specs if spec not in (None, "none")]
     eval_rows, seen = None, {}
     for option, spec in specs:
         name, test_set = parse_test_set(spec, option)
@@ -177,18 +177,16 @@ def _drop_test_problems(funnel: Funnel, args: PromptArguments) -> "Dataset | Non
 
 
 def _drop_duplicates(funnel: Funnel, args: PromptArguments) -> None:
-    first, answers = {}, {}
-    for index, (key, answer) in enumerate(zip(funnel.columns["key"], funnel.columns["answer"])):
+    keys, first, answers = funnel.columns["key"], {}, defaultdict(set)
+    for index, (key, answer) in enumerate(zip(keys, funnel.columns["answer"])):
         first.setdefault(key, index)
-        answers.setdefault(key, set()).add(answer)
-    number = len(funnel.columns["key"]) - len(first)
-    conflicts = sum(len(different) > 1 for different in answers.values())
-    if number:
+        answers[key].add(answer)
+    if len(keys) > len(first):
         kept = "kept" if args.keep_duplicates else "dropped, the first of each kept"
-        funnel.report.facts.append(("rows whose problem occurred before", f"{number:,} ({kept})"))
+        conflicts = sum(len(different) > 1 for different in answers.values())
+        funnel.report.facts.append(("rows whose problem occurred before", f"{len(keys) - len(first):,} ({kept})"))
         funnel.report.facts.append(("problems that occur with different answers", f"{conflicts:,}"))
     if not args.keep_duplicates:
-        keys = funnel.columns["key"]
         funnel.keep("problem occurred before", [first[key] == index for index, key in enumerate(keys)])
 
 
@@ -208,46 +206,44 @@ def _keep_short(
 
 
 def _build(funnel: Funnel, args: PromptArguments, name: str) -> "Dataset":
+    from datasets import Features, List, Value
+
     columns, path = funnel.columns, Path(args.dataset_name).expanduser()
     source = path.name if path.exists() else args.dataset_name
 
-    def row_of(row: dict[str, Any], index: int) -> dict[str, Any]:
-        built = {"prompt": cell(row, args.prompt_column), "solution": columns["answer"][index]}
-        built["source"] = f"{source}/{row['source']}" if row.get("source") else source
-        if "level" in columns:
-            built["level"] = columns["level"][index]
-        if args.generations:
-            texts = [row[GENERATIONS][i] for i in columns["chosen"][index]]
-            built["trajectory"] = texts[0]
-            built |= {"trajectories": texts} if args.all_generations else {}
-        elif args.trajectory_column:
-            where = f"The trajectory (column '{args.trajectory_column}') of row {index} of those kept of {name}"
-            built["trajectory"] = text_of(cell(row, args.trajectory_column), where)
-        return built | {column: cell(row, column) for column in args.keep_columns or []}
-
-    dataset = funnel.dataset.map(
-        row_of,
-        with_indices=True,
-        remove_columns=funnel.dataset.column_names,
-        features=_features(funnel, args),
-        load_from_cache_file=False,
-        desc="Building rows",
-    )
-    return build_prompt_dataset(dataset, **_prompt_options(args), name=name)
-
-
-def _features(funnel: Funnel, args: PromptArguments) -> "Features":
-    from datasets import Features, List, Value
-
     given, text = funnel.dataset.features, Value("string")
-    features = Features({"prompt": cell(given, args.prompt_column), "solution": text, "source": text})
-    if "level" in funnel.columns:
+    features = {"prompt": cell(given, args.prompt_column), "solution": text, "source": text}
+    if "level" in columns:
         features["level"] = Value("int64")
     if args.generations or args.trajectory_column:
         features["trajectory"] = text
     if args.all_generations:
         features["trajectories"] = List(text)
-    return Features({**features, **{column: cell(given, column) for column in args.keep_columns or []}})
+    features |= {column: cell(given, column) for column in args.keep_columns or []}
+
+    def row_of(row: dict[str, Any], index: int) -> dict[str, Any]:
+        built = {name: cell(row, name) for name in args.keep_columns or []}
+        built |= {"prompt": cell(row, args.prompt_column), "solution": columns["answer"][index]}
+        built["source"] = f"{source}/{row['source']}" if row.get("source") else source
+        if "level" in columns:
+            built["level"] = columns["level"][index]
+        if args.generations:
+            built["trajectories"] = [row[GENERATIONS][i] for i in columns["chosen"][index]]
+            built["trajectory"] = built["trajectories"][0]
+        elif args.trajectory_column:
+            where = f"The trajectory (column '{args.trajectory_column}') of row {index} of those kept of {name}"
+            built["trajectory"] = text_of(cell(row, args.trajectory_column), where)
+        return {column: built[column] for column in features}
+
+    dataset = funnel.dataset.map(
+        row_of,
+        with_indices=True,
+        remove_columns=funnel.dataset.column_names,
+        features=Features(features),
+        load_from_cache_file=False,
+        desc="Building rows",
+    )
+    return build_prompt_dataset(dataset, **_prompt_options(args), name=name)
 
 
 def _prompt_options(args: PromptArguments) -> dict[str, Any]:
@@ -279,11 +275,9 @@ def _build_eval(rows: "Dataset", args: PromptArguments) -> "Dataset":
 
 def _add_facts(report: Report, dataset: "Dataset") -> None:
     if "level" in dataset.column_names:
-        counts = Counter(dataset["level"])
-        known = sorted(level for level in counts if level is not None)
-        counted = [f"level {level}: {counts[level]:,}" for level in known]
-        counted += [f"unknown: {counts[None]:,}"] if None in counts else []
-        report.facts.append(("rows by level", ", ".join(counted)))
+        counts = sorted(Counter(dataset["level"]).items(), key=lambda item: (item[0] is None, item[0]))
+        names = (f"{'unknown' if level is None else f'level {level}'}: {number:,}" for level, number in counts)
+        report.facts.append(("rows by level", ", ".join(names)))
     if "trajectory" in dataset.column_names:
         texts = [text for text in dataset["trajectory"] if text is not None]
         report.facts.append(("rows with a trajectory", f"{len(texts):,}"))

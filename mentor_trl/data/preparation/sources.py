@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...rewards import ungradable
+from ..cells import answer_of
 from ..loading import DataError, file_type, load_dataset_dict, select_split
-from ..problems import TEST_SETS, TestSet, answer_of
+from ..problems import TEST_SETS, TestSet, rows_of
 
 
 if TYPE_CHECKING:
@@ -43,16 +44,39 @@ def parse_test_set(spec: str, option: str) -> tuple[str, TestSet]:
 def load_test_set(name: str, test_set: TestSet, option: str) -> "Dataset":
     """Load the rows of a test set."""
     try:
-        splits = load_dataset_dict(test_set.path, test_set.config)
+        return rows_of(test_set, load_dataset_dict(test_set.path, test_set.config))
     except DataError as error:
         raise DataError(f"Test set '{name}' of `{option}`: {error} (or give `{option}` {name}=PATH)") from error
-    split = test_set.split or ("test" if "test" in splits else next(iter(splits)))
-    if test_set.split is None and split != "test" and len(splits) > 1:
+
+
+def load_rows(args: Any, columns: Iterable[str] = ()) -> "tuple[DatasetDict, Dataset]":
+    """Load the dataset that the options name, and its split `dataset_split`, which must have these columns."""
+    if not args.dataset_name:
+        raise DataError("No dataset is given; set `dataset_name` to a Hub id, a file or a folder")
+    splits = load_dataset_dict(args.dataset_name, args.dataset_config)
+    rows, name = select_split(splits, args.dataset_split, "dataset_split"), name_of(args)
+    absent = next((column for column in columns if column not in rows.column_names), None)
+    if absent:
         raise DataError(
-            f"Test set '{name}' ({test_set.path}) has the splits {', '.join(splits)} and none of them is 'test'; give "
-            "the path of the file that holds the test problems"
+            f"{name} has no column '{absent}', only {rows.column_names}; `mentor-trl data custom` makes a prompt "
+            "dataset of it, and `mentor-trl data trajectories` the trajectories"
         )
-    return select_split(splits, split, option)
+    if len(rows) == 0:
+        raise DataError(f"There are no rows in {name}; check the file, or choose another split")
+    return splits, rows
+
+
+def name_of(args: Any) -> str:
+    """What error messages call the rows of [`load_rows`]."""
+    return f"{args.dataset_name} (split '{args.dataset_split}')"
+
+
+def check_counts(args: Any, *options: str) -> None:
+    """Refuse what is to be 1 or more, where it is set."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise DataError(f"`{option}` is {value}; it must be 1 or more")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -95,7 +119,7 @@ def answers_of(values: Iterable[Any], delimiter: str | None, column: str) -> lis
     Return the bare answers of a solution column, with `None` where a cell holds none.
 
     Where most cells have a `\boxed{}`, they are worked solutions, and one without a box has no answer. The others are
-    read by [`~mentor_trl.data.problems.answer_of`].
+    read by [`~mentor_trl.data.cells.answer_of`].
     """
     values = list(values)
     boxed = [isinstance(value, str) and "\\boxed" in value for value in values]
@@ -106,21 +130,15 @@ def answers_of(values: Iterable[Any], delimiter: str | None, column: str) -> lis
     ]
 
 
-def are_verifiable(answers: list[str]) -> list[bool]:
-    """Say of each answer whether it can be graded; `accuracy_reward` skips the others."""
-    bad = set(ungradable(answers))
-    return [index not in bad for index in range(len(answers))]
-
-
 def count_unverifiable(dataset: "DatasetDict") -> list[tuple[str, str]]:
     """Count the answers of each split that cannot be graded, as facts of a report."""
     facts = []
     for split, rows in dataset.items():
         if "solution" not in rows.column_names:
             continue
-        answers = [answer_of(solution) or "" for solution in rows["solution"]]
-        bad = [answer for answer, good in zip(answers, are_verifiable(answers)) if not good]
-        example = f", as {bad[0]!r:.80}" if bad else ""
+        answers = list(rows["solution"])
+        bad = ungradable(answers)
+        example = f", as {answers[bad[0]]!r:.80}" if bad else ""
         name = f"answers of `{split}` that cannot be graded, which `accuracy_reward` skips"
         facts.append((name, f"{len(bad):,} of {len(answers):,}{example}"))
     return facts
