@@ -174,7 +174,7 @@ def test_vocabularies_padded_differently(sizes, engines):
 
 def test_context_is_checked(policy, expert, engines):
     sampler = engines(policy, expert, **SMALL)
-    with pytest.raises(ValueError, match=r"row 0 \(60 tokens\).*64 tokens"):
+    with pytest.raises(ValueError, match="A prompt of 60 tokens .* context of 64 tokens"):
         sampler.sample(MixedRequest([[1] * 60], [2.0], 5, ()))
 
 
