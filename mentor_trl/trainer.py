@@ -229,7 +229,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             return generate()
         forward = TokenPass(self._forward, self._tokenizer.pad_token_id, self.args.per_device_train_batch_size)
         entropies, profile = partial(policy_entropies, forward, self.processes), partial(profiling_context, self)
-        rollouts = Rollouts(generate, self.engine.session, entropies, profile)
+        rollouts = Rollouts(generate, self.engine.session, entropies, profile, self.eos_token_ids)
         self.batch = self.algorithm.rollout(prompt_ids, self.batch, rollouts)
         return self.batch.completion_ids, self.batch.engine_logps
 

@@ -72,7 +72,7 @@ def report(trainer) -> dict:
         "history": history(trainer),
         "weights": weights(trainer),
         "guidance": trainer.algorithm.guidance.state_dict(),
-        "seeds": [trainer.algorithm._request([[1]], 1.0, source).seed for source in (0, 1)],
+        "seeds": [trainer.algorithm.seed(source) for source in (0, 1)],
     }
 
 

@@ -42,6 +42,7 @@ class Rollouts:
     # Collective.
     entropies: Callable[[list[list[int]], list[list[int]]], torch.Tensor]
     profile: Callable[[str], AbstractContextManager]  # times what happens inside under a name
+    stop_token_ids: Sequence[int] = ()
 
 
 class Algorithm:

@@ -83,10 +83,10 @@ class Mentor(Algorithm):
         prompts = [[prompt_ids[row] for row in part] for part in rows]
         with rollouts.session() as session:
             with rollouts.profile("mentor.on_policy"):
-                on_policy = session.sample(self._request(prompts[0], float("inf"), 0))
+                on_policy = session.sample(self._request(prompts[0], float("inf"), 0, rollouts))
             self.guidance.update(self._entropies(prompts[0], on_policy, rollouts))
             with rollouts.profile("mentor.mixed"):
-                mixed = session.sample(self._request(prompts[1], self.guidance.gamma, 1))
+                mixed = session.sample(self._request(prompts[1], self.guidance.gamma, 1, rollouts))
         sampled = list(zip(rows, (on_policy, mixed)))
         count = len(prompt_ids)
         completion_ids = scatter([(part, rollout.completion_ids) for part, rollout in sampled], count)
@@ -105,20 +105,24 @@ class Mentor(Algorithm):
             entropies = rollouts.entropies(prompt_ids, on_policy.completion_ids)
         return processes.gather_tokens(entropies)
 
-    def _request(self, prompt_ids: list[list[int]], gamma: float, source: int) -> MixedRequest:
-        args, guidance = self.args, self.guidance
-        entropy = [args.seed, self.context.processes.index, guidance.batches, source]
+    def _request(self, prompt_ids: list[list[int]], gamma: float, source: int, rollouts: Rollouts) -> MixedRequest:
+        args = self.args
         return MixedRequest(
             prompt_ids=prompt_ids,
             gamma=[gamma] * len(prompt_ids),
             max_new_tokens=args.max_completion_length,
-            stop_token_ids=tuple(self.context.stop_token_ids),
+            stop_token_ids=tuple(rollouts.stop_token_ids),
             temperature=args.temperature,
             branch_rule=args.branch_rule,
-            share=guidance.share,
-            seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+            share=self.guidance.share,
+            seed=self.seed(source),
             score_all=args.correction_level == "mixture",
         )
+
+    def seed(self, source: int) -> int:
+        """Seed of the coming request for a source: of the run, the process and the batch."""
+        entropy = [self.args.seed, self.context.processes.index, self.guidance.batches, source]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
         alpha = {f"{PREFIX}alpha": batch.alpha}
