@@ -249,7 +249,10 @@ class Turns(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:  # the summary at the end
             return
-        entropy, guidance = logs.get("mentor/on_policy/entropy"), getattr(self.trainer, "guidance", None)
+        entropy, guidance = (
+            logs.get("mentor/on_policy/entropy"),
+            getattr(getattr(self.trainer, "algorithm", None), "guidance", None),
+        )
         if guidance is not None and guidance.fixed is None and self.options.quantile is None:
             guidance.fixed = entropy / self.options.weight
         sampling = sum(self.parts[name] for name in SAMPLING)

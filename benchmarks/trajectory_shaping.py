@@ -72,7 +72,7 @@ class MeasuringTrainer(MentorGRPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _compute_loss(self, model, inputs):
-        rows = inputs["mentor_trajectory"]
+        rows = inputs["mentor_source"] == 1
         alone = {**inputs, "advantages": torch.where(rows, inputs["advantages"], 0.0)}
         ours = self._gradient(model, super()._compute_loss(model, alone))
         part = {name: inputs[name][rows] for name in ("advantages", "old_per_token_logps", "completion_mask")}
