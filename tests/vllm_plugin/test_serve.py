@@ -11,7 +11,7 @@ import pytest
 
 from helpers import make_letter_tokenizer
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.answers import KeyRefused
+from mentor_trl.rollout.vllm.replies import KeyRefused
 from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
 from mentor_trl.rollout.vllm.weights import write_weights
 from mentor_trl.vllm_plugin.keys import default_key_file, read_key

@@ -18,7 +18,7 @@ from ...vllm_plugin.keys import key_of
 from ...vllm_plugin.options import INCOMPLETE
 from ..types import MixedRequest, MixedRollout
 from . import answers
-from .answers import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer
+from .replies import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
