@@ -30,17 +30,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class MentorArgumentParser(TrlParser):
     """
-    Parser whose options are the fields of dataclasses.
-
-    Args:
-        dataclass_types (`Iterable[type]`):
-            The dataclasses.
-        sections (`dict[str, type]`):
-            Title of each section of the help, and the class whose own fields it shows. Other fields come last.
-        launched (`bool`, *optional*, defaults to `True`):
-            Whether `accelerate launch` may start the script, whose options are then known too.
-        **kwargs:
-            Arguments of [`~trl.TrlParser`].
+    Parser whose options are the fields of dataclasses. A section of the help shows the own fields of a class; other
+    fields come last. Where `accelerate launch` may start the script (`launched`), its options are known too.
     """
 
     def __init__(
@@ -81,11 +72,8 @@ class MentorArgumentParser(TrlParser):
         """What a config file and the command line set; the latter wins. The file's `env` is left out."""
         config, rest = self._part_config(_split_config_flag(list(args)))
         actions = {action.dest: action for action in self._actions}
-        given = {
-            key: self._typed(actions[key], value) if key in actions else value
-            for key, value in config.items()
-            if key != "env"
-        }
+        config.pop("env", None)
+        given = {key: self._typed(actions[key], value) if key in actions else value for key, value in config.items()}
         unset = argparse.Namespace(**dict.fromkeys(actions, argparse.SUPPRESS))
         parsed, _ = self.parse_known_args(rest, unset)
         return given | {name: value for name, value in vars(parsed).items() if value is not argparse.SUPPRESS}
@@ -93,15 +81,10 @@ class MentorArgumentParser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take the values of a config file as defaults; returns the options meant for `accelerate launch`."""
         actions = {action.dest: action for action in self._actions}
-        launch_args = []
-        for key, value in config.items():
-            action = actions.get(key)
-            if action is None:
-                launch_args += self._launch_args_of(key, value)
-            else:
-                config[key] = self._typed(action, value)
-        super().set_defaults_with_config(**{key: value for key, value in config.items() if key in actions})
-        return launch_args
+        ours = {key: self._typed(actions[key], value) for key, value in config.items() if key in actions}
+        launch_args = [self._launch_args_of(key, value) for key, value in config.items() if key not in actions]
+        super().set_defaults_with_config(**ours)
+        return sum(launch_args, [])
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -212,8 +195,7 @@ class MentorArgumentParser(TrlParser):
 
 
 def _split_config_flag(args: list[str]) -> list[str]:
-    flag = "--config="
-    return [part for arg in args for part in (["--config", arg[len(flag) :]] if arg.startswith(flag) else [arg])]
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
 
 
 def _without(args: list[str], launch_args: list[str]) -> list[str]:

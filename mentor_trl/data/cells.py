@@ -22,9 +22,6 @@ def answer_text(value: Any, where: str = "The answer") -> str | None:
     """
     Return what a cell says as text, or `None` where it says nothing. A list is all of its answers.
 
-    Raises:
-        [`DataError`]: if the cell is neither, or a number whose digits are lost.
-
     >>> answer_text(27.0), answer_text(0.00001), answer_text(["3", 5]), answer_text(float("nan"))
     ('27', '0.00001', '3, 5', None)
     """
@@ -71,12 +68,7 @@ def text_of(value: Any, where: str) -> str | None:
 def find_column(
     columns: list[str], names: tuple[str, ...], option: str, dataset: str, near: tuple[str, ...] = ()
 ) -> str:
-    """
-    Return the first of `names` that is a column.
-
-    Raises:
-        [`DataError`]: naming the columns that there are and the option to set.
-    """
+    """Return the first of `names` that is a column; an error says which `option` to set, with `near` names first."""
     for name in names:
         if name in columns:
             return name

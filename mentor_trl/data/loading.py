@@ -34,7 +34,7 @@ def file_type(path: Path) -> str | None:
 
 def load_dataset_dict(name: str, config: str | None = None, streaming: bool = False) -> "DatasetDict":
     """
-    Load every split of a dataset.
+    Load every split of a dataset; a single file gives one, `train`.
 
     Args:
         name (`str`):
@@ -44,9 +44,6 @@ def load_dataset_dict(name: str, config: str | None = None, streaming: bool = Fa
             Configuration name of a Hub dataset.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to stream the rows instead of loading them.
-
-    Returns:
-        [`~datasets.DatasetDict`]: the splits. A single file gives one split, `train`.
 
     Raises:
         [`DataError`]: naming the file or folder that cannot be read, and the fix.
@@ -209,9 +206,9 @@ def _load_folder(path: Path, config: str | None, streaming: bool) -> "DatasetDic
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         dataset = read_dataset(lambda: load_from_disk(str(path)), name, "write it again with `save_to_disk`")
         dataset = DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
-        return (
-            dataset if not streaming else IterableDatasetDict({k: v.to_iterable_dataset() for k, v in dataset.items()})
-        )
+        if streaming:
+            return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in dataset.items()})
+        return dataset
     if (path / "README.md").exists():  # the card of a cloned repository may declare configurations
         return read_dataset(lambda: _load_repository(str(path), config, streaming), name, fix)
     data = [entry for entry in entries if file_type(entry)]
@@ -267,17 +264,7 @@ def _first_bad_json_line(name: str) -> str | None:
 
 
 def select_split(dataset: "DatasetDict", split: str, option: str) -> "Dataset":
-    """
-    Return one split of a dataset.
-
-    Args:
-        dataset ([`~datasets.DatasetDict`]):
-            The splits.
-        split (`str`):
-            Name of the split.
-        option (`str`):
-            Name of the option that `split` comes from, for the error message.
-    """
+    """Return one split of a dataset; `option`, for the error message, is the option that names it."""
     if split not in dataset:
         splits = ", ".join(f"'{name}'" for name in dataset)
         raise DataError(f"The dataset has no split '{split}', only {splits}; set `{option}` to one of them")

@@ -218,9 +218,6 @@ def load_prompt_datasets(
             Whether a reward function reads the solution.
         with_eval (`bool`, *optional*, defaults to `False`):
             Whether to load the evaluation split too.
-
-    Returns:
-        `tuple[Dataset, Dataset | None]`: training rows and evaluation rows.
     """
     dataset, name = _load(script_args, dataset_args)
     if script_args.conversational and not has_chat_template:

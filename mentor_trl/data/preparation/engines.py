@@ -82,9 +82,8 @@ def transformers_engine(args: TrajectoryArguments, tokenizer: "PreTrainedTokeniz
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seeds[0])
             output = expert.generate(**batch)[:, longest:].tolist()
-        return [
-            [response(ids) for ids in output[start : start + args.num]] for start in range(0, len(output), args.num)
-        ]
+        responses = [response(ids) for ids in output]
+        return [responses[start : start + args.num] for start in range(0, len(output), args.num)]
 
     return draw
 

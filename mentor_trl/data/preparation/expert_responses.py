@@ -71,9 +71,6 @@ def prepare_trajectories(
 
     The responses are kept in the store, beside where the dataset will go, until it is written. A given `engine` draws
     instead of the one that `args` names.
-
-    Raises:
-        [`~mentor_trl.data.DataError`]: naming the option or column that is wrong.
     """
     from tqdm.auto import tqdm
 

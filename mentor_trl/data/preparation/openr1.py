@@ -37,10 +37,8 @@ def keep_generations(
         whole = row.get(COMPLETE) or [True] * len(marks)
         complete = [i for i in correct if whole[i]]
         # A tokenizer's warning that a text is longer than the model's context is no news here.
-        lengths = {
-            i: len(tokenizer(generations[i], add_special_tokens=False, verbose=False).input_ids) for i in complete
-        }
-        chosen = [i for i in complete if lengths[i] <= max_tokens]
+        options = {"add_special_tokens": False, "verbose": False}
+        chosen = [i for i in complete if len(tokenizer(generations[i], **options).input_ids) <= max_tokens]
         reason = INCORRECT if not correct else INCOMPLETE if not complete else None if chosen else too_long
         return {"chosen": chosen, "reason": reason}
 

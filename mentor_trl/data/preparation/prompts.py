@@ -38,12 +38,7 @@ _LEVEL = re.compile(r"(?:level\s*)?(\d+)(?:\.0)?", re.IGNORECASE)
 
 
 def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
-    """
-    Make a prompt dataset: the split `train`, and `test` where there is an evaluation set.
-
-    Raises:
-        [`~mentor_trl.data.DataError`]: naming the option or row that is wrong.
-    """
+    """Make a prompt dataset: the split `train`, and `test` where there is an evaluation set."""
     from datasets import DatasetDict
 
     args = dataclasses.replace(args)  # columns that are found are filled in
@@ -64,15 +59,18 @@ def prepare_prompts(args: PromptArguments) -> "tuple[DatasetDict, Report]":
     if args.verifiable_only:
         bad = set(ungradable(funnel.columns["answer"]))
         funnel.keep("answer that math-verify cannot parse", [i not in bad for i in range(funnel.report.kept)])
-    train = None if not funnel.report.kept else _keep_short(funnel, args, tokenizer, name)
+    if funnel.report.kept:
+        _build(funnel, args, name)
+        _keep_short(funnel, args, tokenizer)
     if not funnel.report.kept:
         steps = ", ".join(f"{step} ({dropped:,})" for step, dropped in funnel.report.steps if dropped)
         raise DataError(f"No row of {name} is left of {funnel.report.loaded:,}; dropped were: {steps}")
-    splits = {"train": train}
+    _add_facts(funnel)
+    splits = DatasetDict({"train": funnel.dataset})
     if eval_rows is not None:
         splits["test"] = _build_eval(eval_rows, args)
         funnel.report.facts.append(("rows of the split `test`", f"{len(splits['test']):,} ({args.eval_set})"))
-    return DatasetDict(splits), funnel.report
+    return splits, funnel.report
 
 
 def _measures(args: PromptArguments) -> bool:
@@ -128,7 +126,7 @@ def _find_columns(funnel: Funnel, args: PromptArguments, name: str) -> None:
 
 def parse_level(value: Any) -> int | None:
     """
-    Return the level that a cell names, or `None` where it names none.
+    Return the level that a cell names, or `None`.
 
     >>> parse_level("Level 5"), parse_level(3), parse_level(3.0), parse_level("Level ?")
     (5, 3, 3, None)
@@ -142,16 +140,14 @@ def _keep_levels(funnel: Funnel, args: PromptArguments, name: str) -> None:
         return
     if "level" not in funnel.columns:
         raise DataError("`levels` needs the column of the level; set `level_column`")
-    counts = Counter(funnel.columns["level"])
-    known = sorted(level for level in counts if level is not None)
-    absent = sorted(set(args.levels) - set(known))
+    wanted, known = set(args.levels), set(funnel.columns["level"]) - {None}
+    absent = sorted(wanted - known)
     if absent:
         raise DataError(
-            f"`levels` names {absent}, and the column '{args.level_column}' of {name} has the levels {known} only; "
+            f"`levels` names {absent}, and the column '{args.level_column}' of {name} has the levels {sorted(known)}; "
             "choose among those, or set `level_column` to another column"
         )
     funnel.keep("level unknown", [level is not None for level in funnel.columns["level"]])
-    wanted = set(args.levels)
     funnel.keep(f"level not in {sorted(wanted)}", [level in wanted for level in funnel.columns["level"]])
 
 
@@ -190,22 +186,17 @@ def _drop_duplicates(funnel: Funnel, args: PromptArguments) -> None:
         funnel.keep("problem occurred before", [first[key] == index for index, key in enumerate(keys)])
 
 
-def _keep_short(
-    funnel: Funnel, args: PromptArguments, tokenizer: "PreTrainedTokenizerBase | None", name: str
-) -> "Dataset":
-    dataset = _build(funnel, args, name)
+def _keep_short(funnel: Funnel, args: PromptArguments, tokenizer: "PreTrainedTokenizerBase | None") -> None:
     if args.max_prompt_tokens is not None:
-        short = [len(ids) <= args.max_prompt_tokens for ids in render_prompts(dataset["prompt"], tokenizer)]
-        funnel.keep(f"prompt of more than {args.max_prompt_tokens:,} tokens", short)
-        dataset = dataset.select([index for index, keep in enumerate(short) if keep])
-    if args.max_samples is not None and len(dataset) > args.max_samples:
-        funnel.report.steps.append((f"beyond the first {args.max_samples:,}", len(dataset) - args.max_samples))
-        dataset = dataset.select(range(args.max_samples))
-    _add_facts(funnel.report, dataset)
-    return dataset
+        lengths = map(len, render_prompts(funnel.dataset["prompt"], tokenizer))
+        step = f"prompt of more than {args.max_prompt_tokens:,} tokens"
+        funnel.keep(step, [length <= args.max_prompt_tokens for length in lengths])
+    if args.max_samples is not None and len(funnel.dataset) > args.max_samples:
+        first = [index < args.max_samples for index in range(len(funnel.dataset))]
+        funnel.keep(f"beyond the first {args.max_samples:,}", first)
 
 
-def _build(funnel: Funnel, args: PromptArguments, name: str) -> "Dataset":
+def _build(funnel: Funnel, args: PromptArguments, name: str) -> None:
     from datasets import Features, List, Value
 
     columns, path = funnel.columns, Path(args.dataset_name).expanduser()
@@ -243,7 +234,7 @@ def _build(funnel: Funnel, args: PromptArguments, name: str) -> "Dataset":
         load_from_cache_file=False,
         desc="Building rows",
     )
-    return build_prompt_dataset(dataset, **_prompt_options(args), name=name)
+    funnel.dataset = build_prompt_dataset(dataset, **_prompt_options(args), name=name)
 
 
 def _prompt_options(args: PromptArguments) -> dict[str, Any]:
@@ -273,7 +264,8 @@ def _build_eval(rows: "Dataset", args: PromptArguments) -> "Dataset":
     return build_prompt_dataset(Dataset.from_dict(built), **_prompt_options(args), name=f"the test set {name}")
 
 
-def _add_facts(report: Report, dataset: "Dataset") -> None:
+def _add_facts(funnel: Funnel) -> None:
+    report, dataset = funnel.report, funnel.dataset
     if "level" in dataset.column_names:
         counts = sorted(Counter(dataset["level"]).items(), key=lambda item: (item[0] is None, item[0]))
         names = (f"{'unknown' if level is None else f'level {level}'}: {number:,}" for level, number in counts)
