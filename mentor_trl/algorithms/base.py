@@ -134,52 +134,26 @@ class Algorithm:
 
     def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
         """
-        Decide the source of each row.
-
-        Args:
-            inputs (`list[dict[str, Any]]`):
-                Rows of this process.
-            first (`int`):
-                Global index of the first one. Groups are `num_generations` consecutive rows of all processes.
+        Decide the source of each row of this process, of which `first` is the global index of the first. Groups are
+        `num_generations` consecutive rows of all processes.
         """
         return RolloutBatch(self.sources, torch.zeros(len(inputs), dtype=torch.long))
 
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
-        """
-        Sample the planned rows.
-
-        Args:
-            prompt_ids (`list[list[int]]`):
-                Tokens of the prompts.
-            batch ([`~mentor_trl.training.batch.RolloutBatch`]):
-                Plan.
-            rollouts ([`Rollouts`]):
-                Ways to sample.
-        """
+        """Sample the planned rows behind the tokens of their prompts."""
         return batch.sampled(prompt_ids, *rollouts.generate())
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
         """
         Say what each row or token is worth. Products (rho A) and sums (A + log s - log p) alike are advantages of
         shape `(B, T)`.
-
-        Args:
-            batch ([`~mentor_trl.training.batch.RolloutBatch`]):
-                Sampled rows with their rewards.
-            scored ([`~mentor_trl.training.batch.Scored`]):
-                What TRL made of them.
         """
         return Credit(scored.advantages_B, self.context.processes.gather(scored.advantages_B), {})
 
     def reweigh(self, inputs: dict[str, Any], logps_B_T: torch.Tensor) -> Reweighed | None:
         """
-        Weights that need the forward pass of the loss itself.
-
-        Args:
-            inputs (`dict[str, Any]`):
-                Batch of the loss, with the sources of its rows as `mentor_source`.
-            logps_B_T (`torch.Tensor` of shape `(B, T)`):
-                Log-probabilities of that pass, detached.
+        Weights that need the forward pass of the loss itself: its batch has the sources of rows as `mentor_source`, and
+        its log-probabilities come detached.
         """
         return None
 

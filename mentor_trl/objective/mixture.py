@@ -42,16 +42,7 @@ def match_vocabulary(logits: torch.Tensor, size: int, num_tokens: int | None = N
 
 
 def entropy_from_logps(logps: torch.Tensor) -> torch.Tensor:
-    """
-    Entropy H = -sum p log p in nats.
-
-    Args:
-        logps (`torch.Tensor` of shape `(..., V)`):
-            Normalized log-probabilities; -inf is allowed.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`.
-    """
+    """Entropy H = -sum p log p in nats, `(...)`, of normalized log-probabilities `(..., V)`; -inf is allowed."""
     return torch.special.entr(logps.exp()).sum(dim=-1)
 
 
@@ -105,49 +96,22 @@ def branch_weight(
 
 
 def draw_coin(weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """
-    Draw z ~ Bernoulli(w). A weight of 0 never branches and a weight of 1 always does.
-
-    Args:
-        weight (`torch.Tensor` of shape `(...)`):
-            Weights in [0, 1].
-        generator (`torch.Generator`, *optional*):
-            Source of randomness.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, `bool`.
-    """
+    """Draw z ~ Bernoulli(w), `(...)` `bool`. A weight of 0 never branches and a weight of 1 always does."""
     return torch.rand(weight.shape, generator=generator, device=weight.device) < weight
 
 
 def acceptance_probability(logp: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
     """
-    Probability min(1, s(y) / p(y)) that a draft y ~ p stands at a branch point.
-
-    Args:
-        logp (`torch.Tensor` of shape `(...)`):
-            log p(y). Finite, as y was drawn from p.
-        logs (`torch.Tensor` of shape `(...)`):
-            log s(y); may be -inf.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`.
+    Probability min(1, s(y) / p(y)) that a draft y ~ p stands at a branch point, from log p(y) (finite, as y was drawn
+    from p) and log s(y) (may be -inf), `(...)` each.
     """
     return (logs - logp).clamp(max=0.0).exp()
 
 
 def residual(probs: torch.Tensor, expert_probs: torch.Tensor) -> torch.Tensor:
     """
-    Unnormalized residual (s - p)+, from which a rejected draft is replaced. Its mass is the total variation of p, s.
-
-    Args:
-        probs (`torch.Tensor` of shape `(..., V)`):
-            Policy probabilities.
-        expert_probs (`torch.Tensor` of shape `(..., V)`):
-            Expert probabilities.
-
-    Returns:
-        `torch.Tensor` of shape `(..., V)`.
+    Unnormalized residual (s - p)+ `(..., V)` of probabilities, from which a rejected draft is replaced. Its mass is
+    the total variation of p, s.
     """
     return (expert_probs - probs).clamp(min=0.0)
 
@@ -191,18 +155,8 @@ def couple(
 
 def mixture_logps(logp: torch.Tensor, logs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
-    log m(y) = log((1 - w) p(y) + w s(y)).
-
-    Args:
-        logp (`torch.Tensor` of shape `(...)`):
-            log p(y).
-        logs (`torch.Tensor` of shape `(...)`):
-            log s(y). Not read where w = 0, where it may be NaN.
-        weight (`torch.Tensor` of shape `(...)`):
-            w in [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(...)`.
+    log m(y) = log((1 - w) p(y) + w s(y)), `(...)`, from log p(y), log s(y) and w in [0, 1]. log s is not read where
+    w = 0, where it may be NaN.
     """
     mixed = torch.logaddexp(torch.log1p(-weight) + logp, weight.log() + logs)
     return torch.where(weight == 0.0, logp, torch.where(weight == 1.0, logs, mixed))

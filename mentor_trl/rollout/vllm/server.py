@@ -17,7 +17,7 @@ from ...errors import SetupError
 from ...vllm_plugin.keys import key_of
 from ...vllm_plugin.options import INCOMPLETE
 from ..types import MixedRequest, MixedRollout
-from . import answers
+from . import replies
 from .replies import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
@@ -84,7 +84,7 @@ class ServerSampler:
         self._pushed: tuple[str | None, str] | None = None
         self._first: dict[str, Any] | None = None
         self.info = self._first = self.wait()
-        with answers.reading(self.url, "/v1/models", WrongServer):
+        with replies.reading(self.url, "/v1/models", WrongServer):
             self.served_name = self._run(self._retried, _ask, "/v1/models", "GET")["data"][0]["id"]
 
     def headers(self) -> dict[str, str]:
@@ -104,9 +104,9 @@ class ServerSampler:
     def check(self) -> dict[str, Any]:
         """Ask once what the server is: models, versions, vocabulary, draft length, context and weights."""
         info = self._run(_server_info)
-        answers.check_info(info, self.url, self.kind, self.num_tokens)
+        replies.check_info(info, self.url, self.kind, self.num_tokens)
         if self._first is not None:
-            answers.check_same(self._first, info, self.url)
+            replies.check_same(self._first, info, self.url)
         return info
 
     def wait(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class ServerSampler:
                 if time.monotonic() + pause > deadline:
                     raise ServerError(
                         f"No server answers at {self.url} ({type(error).__name__}: {error}), after "
-                        f"{self.patience.recovery:.0f} s of trying. {answers.ADVICE}, and look at its log if it was "
+                        f"{self.patience.recovery:.0f} s of trying. {replies.ADVICE}, and look at its log if it was "
                         "running."
                     ) from error
             time.sleep(pause)
@@ -212,7 +212,7 @@ class ServerSampler:
                 self._recover()
             done |= self._run(self._sample_rows, request, missing)
         completions, values = zip(*(done[row] for row in sorted(done))) if done else ((), ())
-        with answers.reading(self.url, "/v1/completions"):
+        with replies.reading(self.url, "/v1/completions"):
             return assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
 
     def _recover(self) -> None:
@@ -240,8 +240,8 @@ class ServerSampler:
                     answer = await _ask(client, "/v1/completions", json=self._body(request, row, key))
                 except TRANSIENT:
                     return None
-            with answers.reading(self.url, "/v1/completions"):
-                return answers.completion(answer, self.info, request, row)
+            with replies.reading(self.url, "/v1/completions"):
+                return replies.completion(answer, self.info, request, row)
 
         completed = await asyncio.gather(*map(complete, rows, keys))
         mixed = self.info["kind"] == "mixed"
@@ -250,7 +250,7 @@ class ServerSampler:
             found = await self._retried(client, _rpc, method, *args)
         except Exhausted:
             return {}
-        with answers.reading(self.url, method):
+        with replies.reading(self.url, method):
             # A server that was restarted in the middle has lost the name of the weights with the weights
             if self._pushed is not None and found["weights_version"] != self._pushed[1]:
                 return {}
@@ -334,7 +334,7 @@ def checked_address(url: str) -> str:
 
 async def _ask(client: httpx.AsyncClient, path: str, method: str = "POST", **kwargs: Any) -> Any:
     try:
-        return answers.content(await client.request(method, path, **kwargs))
+        return replies.content(await client.request(method, path, **kwargs))
     except httpx.DecodingError as error:
         raise WrongServer(f"{client.base_url} answered {path} in an encoding that it is not: {error}.") from error
 
@@ -342,7 +342,7 @@ async def _ask(client: httpx.AsyncClient, path: str, method: str = "POST", **kwa
 async def _rpc(client: httpx.AsyncClient, method: str, *args: Any) -> Any:
     """What the first worker answers to a method of the worker extension."""
     answer = await _ask(client, "/collective_rpc", json={"method": method, "args": list(args)})
-    with answers.reading(str(client.base_url), method):
+    with replies.reading(str(client.base_url), method):
         for result in answer["results"]:
             if isinstance(result, dict) and "error" in result:
                 raise ServerError(f"{client.base_url} could not run {method}: {result['error']}.")
@@ -355,13 +355,13 @@ async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
     if health.status_code >= 500:
         raise ServerError(f"{url} is not healthy: {health.status_code} {health.text[:300]}")
     try:
-        info = answers.check_fields(await _rpc(client, "mentor_info"), url)
+        info = replies.check_fields(await _rpc(client, "mentor_info"), url)
         paused = await _ask(client, "/is_paused", "GET")
-        with answers.reading(url, "/is_paused"):
+        with replies.reading(url, "/is_paused"):
             return {**info, "paused": bool(paused["is_paused"])}
     except KeyRefused:
         raise
     except (ServerError, Failed) as error:
         raise WrongServer(
-            f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {answers.ADVICE}."
+            f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {replies.ADVICE}."
         ) from error
