@@ -27,9 +27,6 @@ def train(args: list[str]) -> int:
     from mentor_trl.cli.train import make_parser
 
     parser = make_parser(light=True)
-    if "-h" in args or "--help" in args:
-        parser.print_help()
-        return 0
     if not args:
         parser.error(
             "nothing is set: give --config FILE.yaml (recipes/ holds some), or at least --model_name_or_path, "
@@ -116,9 +113,6 @@ def evaluate(args: list[str]) -> int:
     from mentor_trl.cli.eval import make_parser, run
 
     parser = make_parser()
-    if "-h" in args or "--help" in args:
-        parser.print_help()
-        return 0
     launch_args, script_args = parser.split_launch_args(args)
     return launch_script("eval.py", launch_args, script_args) if launch_args else run(script_args)
 

@@ -76,7 +76,7 @@ TEST_SETS: dict[str, TestSet] = {
 
 
 def load_problems(test_set: str, data_dir: str | None = None, **_: Any) -> "dict[str, Dataset]":
-    """Load a test set, for lm-eval, as one split `test` with `question`, `answer` and `choices` (their number)."""
+    """Load a test set for lm-eval: one split `test`, of columns `question`, `answer` and `choices` (how many)."""
     from datasets import Dataset
 
     found = TEST_SETS[test_set]
