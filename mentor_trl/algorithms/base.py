@@ -152,8 +152,8 @@ class Algorithm:
 
     def reweigh(self, inputs: dict[str, Any], logps_B_T: torch.Tensor) -> Reweighed | None:
         """
-        Weights that need the forward pass of the loss itself. Its batch has the sources of rows as `mentor_source`, its
-        log-probabilities come detached.
+        Weights that need the forward pass of the loss itself. Its batch has the sources of rows as `mentor_source`;
+        its log-probabilities come detached.
         """
         return None
 
