@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from mentor_trl.cli.main import choose_command, command_parser
 from mentor_trl.cli.parser import MentorArgumentParser
-from mentor_trl.errors import SetupError
 
 
 if TYPE_CHECKING:
@@ -74,16 +73,11 @@ def main(name: str, args: Any, output: "OutputArguments", command: str) -> None:
 
 
 def run(args: list[str]) -> int:
-    """Parse the command line and make the data; a mistake of the user ends in one line on stderr and exit code 2."""
+    """Parse the command line and make the data."""
     description = "Make training data for MENTOR and its baselines."
     commands = {name: text for name, (_, text) in COMMANDS.items()}
     name = choose_command(command_parser("mentor-trl data", description, commands), args)
     if name is None:
         return 0
-    parser = make_parser(name)
-    parsed = parser.parse_args_and_config(args[1:])
-    try:
-        main(name, *parsed, command=shlex.join(["mentor-trl", "data", *args]))
-    except SetupError as error:
-        parser.error(str(error))
-    return 0
+    command = shlex.join(["mentor-trl", "data", *args])
+    return make_parser(name).run(args[1:], lambda options, output: main(name, options, output, command))

@@ -198,14 +198,8 @@ def _publish(results: dict[str, Any], report_args: EvalReportArguments) -> None:
 
 
 def run(args: list[str] | None = None) -> int:
-    """Parse the command line and evaluate; a mistake of the user ends in one line on stderr and exit code 2."""
-    parser = make_parser()
-    parsed = parser.parse_args_and_config(args)
-    try:
-        main(*parsed)
-    except SetupError as error:
-        parser.error(str(error))
-    return 0
+    """Parse the command line and evaluate."""
+    return make_parser().run(args, main)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from trl import TrlParser
+
+from mentor_trl.errors import EngineError, SetupError
 
 
 # Read by TRL's own CLI from the same place; it becomes `accelerate launch --config_file`.
@@ -67,6 +69,14 @@ class MentorArgumentParser(TrlParser):
             return super().parse_args_and_config(args, fail_with_unknown_args=fail_with_unknown_args)
         except (ValueError, ImportError, OSError) as error:
             self.error(str(error))
+
+    def run(self, args: list[str] | None, main: Callable[..., None]) -> int:
+        """Run `main` with the parsed options; a mistake of the user ends in one line on stderr and exit code 2."""
+        try:
+            main(*self.parse_args_and_config(args))
+        except (SetupError, EngineError) as error:
+            self.error(str(error))
+        return 0
 
     def given_options(self, args: Iterable[str]) -> dict[str, Any]:
         """What a config file and the command line set; the latter wins. The file's `env` is left out."""

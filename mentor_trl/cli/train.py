@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_trl.errors import EngineError, SetupError
+from mentor_trl.errors import SetupError
 
 
 if TYPE_CHECKING:
@@ -301,14 +301,9 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
 
 
 def run(args: list[str] | None = None) -> int:
-    """Parse the command line and train; a mistake of the user ends in one line on stderr and exit code 2."""
-    parser = make_parser()
-    parsed = parser.parse_args_and_config(args)
-    try:
-        main(*parsed, recipe=parser.given_options(sys.argv[1:] if args is None else args))
-    except (SetupError, EngineError) as error:
-        parser.error(str(error))
-    return 0
+    """Parse the command line and train."""
+    parser, args = make_parser(), sys.argv[1:] if args is None else args
+    return parser.run(args, lambda *parsed: main(*parsed, recipe=parser.given_options(args)))
 
 
 if __name__ == "__main__":
