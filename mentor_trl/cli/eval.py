@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mentor_trl.data.preparation.settings import option
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS
+from mentor_trl.files import write_whole
 from mentor_trl.rewards import GRADER_VERSION
 
 
@@ -179,8 +180,8 @@ def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_ar
         results = collect(model_args.model, _settings_record(model_args, settings), summaries)
         report = to_markdown(results, report_args.paper_model)
         # After each set, so that an interrupted run leaves what it has.
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (folder / "results.md").write_text(report, encoding="utf-8")
+        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(folder / "results.md", report)
     if summaries:
         print(report)
         print(f"Results and samples are in {folder}.")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from . import PAPER_TASKS, TASKS
 from .pass_at_k import Estimate, average, estimate, ks_to_report
 
@@ -130,5 +131,5 @@ def to_table(rows: Sequence[Sequence[str]]) -> str:
 def write_samples(run: TaskRun, folder: Path) -> Path:
     """Write the samples of a set, one problem a line, to `samples_<task>.jsonl` of a folder."""
     path = folder / f"samples_{run.task}.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.samples), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.samples))
     return path

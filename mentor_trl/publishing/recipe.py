@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..files import write_whole
+
 
 FILE = "recipe.yaml"
 PUBLISHED = "assets/recipe.yaml"
@@ -56,7 +58,7 @@ def save(options: dict[str, Any], folder: str | Path) -> Path:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(kept, sort_keys=True, allow_unicode=True, width=119)
-        path.write_text(f"{head}\n{text}", encoding="utf-8")
+        write_whole(path, f"{head}\n{text}")
     return path
 
 
