@@ -18,18 +18,9 @@ import torch
 
 def match_vocabulary(logits: torch.Tensor, size: int, num_tokens: int | None = None) -> torch.Tensor:
     """
-    Bring an expert's logits to the policy's vocabulary size, where the embeddings are padded differently.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., V_expert)`):
-            Expert logits.
-        size (`int`):
-            Number of rows of the policy's output embedding.
-        num_tokens (`int`, *optional*):
-            Number of ids that the tokenizer defines. Rows from there on are padding, which the expert never emits.
-
-    Returns:
-        `torch.Tensor` of shape `(..., size)`: logits, -inf where the expert has no token.
+    Bring an expert's logits `(..., V_expert)` to the policy's vocabulary size, where the embeddings are padded
+    differently; -inf where the expert has no token. Rows from `num_tokens` on, the number of ids that the tokenizer
+    defines, are padding, which the expert never emits.
 
     Example:
     ```python
@@ -120,21 +111,9 @@ def couple(
     draft: torch.Tensor, logps: torch.Tensor, logs: torch.Tensor, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Maximal coupling at branch points: given drafts y ~ p, return tokens distributed exactly as s that differ from the
-    drafts as rarely as possible.
-
-    Args:
-        draft (`torch.Tensor` of shape `(N,)`):
-            Token ids drawn from p.
-        logps (`torch.Tensor` of shape `(N, V)`):
-            Policy log-probabilities.
-        logs (`torch.Tensor` of shape `(N, V)`):
-            Expert log-probabilities.
-        generator (`torch.Generator`, *optional*):
-            Source of randomness.
-
-    Returns:
-        `tuple` of the tokens, `(N,)`, and of whether each one replaced its draft, `(N,)` `bool`.
+    Maximal coupling at branch points: given drafts y ~ p `(N,)` and the log-probabilities of policy and expert
+    `(N, V)`, return tokens distributed exactly as s that differ from the drafts as rarely as possible, `(N,)`, and
+    whether each one replaced its draft, `(N,)` `bool`.
     """
     index = draft.unsqueeze(-1)
     accept = acceptance_probability(logps.gather(-1, index), logs.gather(-1, index)).squeeze(-1)
