@@ -55,7 +55,7 @@ def test_training_step_in_process(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_training_step_with_a_server(tmp_path):
-    _, results = run_training_step(tmp_path, "--engine", "server", "--eager", "--memory", "0.05")
+    _, results = run_training_step(tmp_path, "--engine", "server", "--eager", "--memory", "0.1")
     plain, mentor, local = results["summary"]
     assert "mentor/weight" in mentor and "mentor/weight" not in plain and "mentor/weight" not in local
     assert plain["weights"] > 0.0 and mentor["weights"] > 0.0 and local["weights"] == 0.0

@@ -104,8 +104,8 @@ def test_a_second_server_for_the_policy_alone(folders, server, tmp_path):
 def test_a_server_that_is_killed_and_restarted(folders, server, tmp_path):
     """In the middle of a batch; the run goes on with whole groups and the current weights."""
     trainer = trainer_of(tmp_path, folders, server, max_steps=4, max_completion_length=32)
-    engine, killed = trainer.vllm_generation, threading.Event()
-    sample = engine._sample_all
+    engine, killed = trainer.vllm_generation.sampler, threading.Event()
+    sample = engine.sample
 
     def strike():
         time.sleep(0.15)
@@ -118,7 +118,7 @@ def test_a_server_that_is_killed_and_restarted(folders, server, tmp_path):
             threading.Thread(target=strike).start()
         return sample(request)
 
-    engine._sample_all = struck
+    engine.sample = struck
     trainer.train()
     server.wait_until_ready()
     assert killed.is_set() and trainer.state.global_step == 4 and len(trainer.batches) == 4
