@@ -10,7 +10,7 @@ from helpers import make_tiny_model
 from mentor_trl.rollout import LocalSampler
 from mentor_trl.rollout.vllm import backend as generation
 from mentor_trl.rollout.vllm.server import Patience, ServerError
-from mentor_trl.vllm_plugin.options import model_shape
+from mentor_trl.vllm_server.options import model_shape
 from trainer_helpers import RecordingTrainer, make_trainer
 
 

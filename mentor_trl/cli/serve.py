@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import EngineError, SetupError
-from ..vllm_plugin.guard import HOSTS, ORIGINS, MixedGuard, PolicyGuard
-from ..vllm_plugin.keys import KEY, KEY_FILE, checked_key, default_key_file, read_key, store_key
-from ..vllm_plugin.options import WORKER_EXTENSION, engine_environment, engine_options
+from ..vllm_plugin.shared_options import WORKER_EXTENSION, engine_options
+from ..vllm_server.guard import HOSTS, ORIGINS, MixedGuard, PolicyGuard
+from ..vllm_server.keys import KEY, KEY_FILE, checked_key, default_key_file, read_key, store_key
+from ..vllm_server.options import engine_environment
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

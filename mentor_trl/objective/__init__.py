@@ -1,6 +1,7 @@
 """The method as pure tensor functions: no model, no trainer, no I/O."""
 
 from .advantages import mixed_policy_advantages
+from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
 from .mixture import (
     BRANCH_RULES,
@@ -24,6 +25,7 @@ __all__ = [
     "acceptance_probability",
     "alpha_at",
     "branch_weight",
+    "coin_uniforms",
     "correction_weights",
     "couple",
     "draw_coin",
@@ -33,6 +35,7 @@ __all__ = [
     "match_vocabulary",
     "mixed_policy_advantages",
     "mixture_logps",
+    "request_seed",
     "residual",
     "shaping_weights",
 ]

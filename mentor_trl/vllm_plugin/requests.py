@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..objective import BRANCH_RULES
-from .options import GAMMA, RECORD, RULE, SCORE, SHARE
+from ..vllm_server.options import GAMMA, RULE, SHARE
+from .shared_options import RECORD, SCORE
 
 
 # Parameters, and the values at which they leave the models' distributions alone

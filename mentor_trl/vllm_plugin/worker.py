@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..version import __version__
+from ..vllm_server.identity import distrust, files_digest, weights_digest
+from ..vllm_server.options import INCOMPLETE, model_shape
 from .hooks import asked_for, install_worker
-from .identity import distrust, files_digest, weights_digest
-from .options import INCOMPLETE, model_shape
 
 
 install_worker()

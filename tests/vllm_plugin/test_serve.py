@@ -14,7 +14,7 @@ from mentor_trl.rollout import MixedRequest
 from mentor_trl.rollout.vllm.replies import KeyRefused
 from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
 from mentor_trl.rollout.vllm.weights import write_weights
-from mentor_trl.vllm_plugin.keys import default_key_file, read_key
+from mentor_trl.vllm_server.keys import default_key_file, read_key
 from server_process import SERVER_OPTIONS, free_port, serving, serving_models
 from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model

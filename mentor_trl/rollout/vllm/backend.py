@@ -22,8 +22,8 @@ from ...config import MentorGRPOConfig
 from ...errors import EngineError, SetupError
 from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
-from ...vllm_plugin.identity import files_digest
-from ...vllm_plugin.options import model_shape
+from ...vllm_server.identity import files_digest
+from ...vllm_server.options import model_shape
 from ..types import MixedRequest, MixedRollout
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ...vllm_plugin.options import engine_environment, engine_options
+from ...vllm_plugin.shared_options import engine_options
+from ...vllm_server.options import engine_environment
 from ..types import MixedRequest, MixedRollout
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 

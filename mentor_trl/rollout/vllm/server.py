@@ -14,8 +14,8 @@ import httpx
 import torch
 
 from ...errors import SetupError
-from ...vllm_plugin.keys import key_of
-from ...vllm_plugin.options import INCOMPLETE
+from ...vllm_server.keys import key_of
+from ...vllm_server.options import INCOMPLETE
 from ..types import MixedRequest, MixedRollout
 from . import replies
 from .replies import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer

@@ -7,8 +7,9 @@ import torch
 
 from ...experts.compatibility import check_context
 from ...objective import mixture_logps
-from ...vllm_plugin.options import GAMMA, RECORD, RULE, SCORE, SHARE
 from ...vllm_plugin.records import VALUES, unpack
+from ...vllm_plugin.shared_options import RECORD, SCORE
+from ...vllm_server.options import GAMMA, RULE, SHARE
 from ..types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
 
 
