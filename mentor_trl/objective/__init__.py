@@ -14,6 +14,7 @@ from .mixture import (
     residual,
 )
 from .schedule import ALPHA_SCHEDULES, alpha_at, entropy_threshold
+from .sentences import near_sentence_end, sentence_endings
 from .shaping import shaping_weights
 
 
@@ -33,6 +34,8 @@ __all__ = [
     "match_vocabulary",
     "mixed_policy_advantages",
     "mixture_logps",
+    "near_sentence_end",
     "residual",
+    "sentence_endings",
     "shaping_weights",
 ]
