@@ -13,7 +13,16 @@ from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
-WEIGHT_SYNCS = ("auto", "nccl", "folder")
+THRESHOLD_SOURCES = ("previous", "current")
+WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
+LOADING_OPTIONS = (
+    "expert_model_init_kwargs",
+    "expert_model_revision",
+    "expert_dtype",
+    "expert_load_in_4bit",
+    "expert_load_in_8bit",
+)
+"""Fields that say how this process loads an expert."""
 
 
 def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
@@ -62,6 +71,20 @@ class MentorGRPOConfig(GRPOConfig):
     )
     expert_load_in_4bit: bool = option(False, "Whether to load the expert in 4 bits (needs bitsandbytes).")
     expert_load_in_8bit: bool = option(False, "Whether to load the expert in 8 bits (needs bitsandbytes).")
+    expert_base_url: str | None = option(
+        None,
+        "Address of a stock vLLM server of the expert (`vllm serve EXPERT --logprobs-mode processed_logprobs`), or "
+        "several addresses of equal servers, separated by commas. The expert is then asked there, one token at a "
+        "branch point; the policy is sampled in this process, or with `use_vllm` by vLLM.",
+    )
+    expert_served_model_name: str | None = option(
+        None, "Name under which that server serves the expert. If not set, the first that it lists."
+    )
+    expert_api_key_file: str | None = option(
+        None,
+        "File with the key of that server. If not set, the key is in the environment variable "
+        "`MENTOR_TRL_EXPERT_API_KEY`, if it has one.",
+    )
     extend_stop_tokens: bool = option(
         False,
         "Whether end-of-sequence tokens of the expert that the policy does not have end a completion of either "
@@ -77,14 +100,32 @@ class MentorGRPOConfig(GRPOConfig):
     branch_rule: str = option(
         "entropy",
         "Weight w of the expert at a token whose policy entropy is H (nats): `'entropy'`, w = min(1, H / gamma), the "
-        "paper's; `'threshold'`, w = 1 where H >= gamma and else 0; `'random'`, w is everywhere the mean weight of "
-        "`'entropy'` over the batch's on-policy tokens (a control that does not look at the entropy); `'always'`, w "
+        "paper's; `'threshold'`, w = 1 where H >= gamma and else 0; `'random'`, w is everywhere `branch_share`; "
+        "`'sentence'`, w is `branch_share` at the first `branch_span` tokens of a sentence and else 0; `'always'`, w "
         "= 1.",
         choices=BRANCH_RULES,
     )
+    branch_share: float | None = option(
+        None,
+        "Weight of the branch rules `'random'` and `'sentence'`. If not set, 1 for `'sentence'`, and for `'random'` "
+        "the mean weight of `'entropy'` over the batch's on-policy tokens (a control that does not look at the "
+        "entropy).",
+    )
+    branch_span: int = option(
+        4,
+        "Number of first tokens of a sentence that branch with `branch_rule='sentence'`: those that stand at most so "
+        "many behind a token that ends a sentence or line, the prompt's included.",
+    )
     entropy_quantile: float = option(
         0.95,
-        "gamma is this quantile of the token entropies of the on-policy rollouts of the same rollout batch.",
+        "gamma is this quantile of the token entropies of the on-policy rollouts of a rollout batch.",
+    )
+    entropy_threshold_from: str = option(
+        "current",
+        "Rollout batch whose on-policy rollouts give gamma: `'current'`, the same one, whose mixed rollouts are "
+        "sampled after them; `'previous'` (the paper), the one before, so that all are sampled at once. The first "
+        "batch takes its own.",
+        choices=THRESHOLD_SOURCES,
     )
     entropy_threshold_min: float = option(0.1, "Lower bound of gamma, in nats.")
     entropy_threshold: float | None = option(None, "Fixed gamma, in nats, instead of the quantile.")
@@ -121,7 +162,8 @@ class MentorGRPOConfig(GRPOConfig):
     vllm_weight_sync: str = option(
         "auto",
         "How the policy's weights reach a server: `'nccl'`; `'folder'`, safetensors files in `vllm_weight_sync_dir`; "
-        "or `'auto'`, NCCL from a CUDA device and else the folder.",
+        "`'adapter'`, only the LoRA adapter, in that folder, with `expert_base_url` (the base may be quantized); or "
+        "`'auto'`, NCCL from a CUDA device and else the folder.",
         choices=WEIGHT_SYNCS,
     )
     vllm_weight_sync_dir: str | None = option(
@@ -200,10 +242,12 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_trajectories()
         if self.num_mixed_generations > 0:
             self._check_sampling()
+            self._check_expert_server()
 
     def _check_choices(self) -> None:
         for name, choices in (
             ("branch_rule", BRANCH_RULES),
+            ("entropy_threshold_from", THRESHOLD_SOURCES),
             ("alpha_schedule", ALPHA_SCHEDULES),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
@@ -266,6 +310,12 @@ class MentorGRPOConfig(GRPOConfig):
             "entropy_threshold",
             "a positive number of nats, or unset to use `entropy_quantile`",
         )
+        require(
+            self.branch_share is None or 0.0 < self.branch_share <= 1.0,
+            "branch_share",
+            "above 0 and at most 1, or unset",
+        )
+        require(self.branch_span >= 1, "branch_span", "at least 1")
         require(self.vllm_read_timeout > 0.0, "vllm_read_timeout", "a positive number of seconds")
         require(self.draft_length >= 1, "draft_length", "at least 1")
         require(self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1")
@@ -320,6 +370,44 @@ class MentorGRPOConfig(GRPOConfig):
             )
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is unset; mixed rollouts need a limit, e.g. 512.")
+
+    def _check_expert_server(self) -> None:
+        """What an expert that is asked at branch points only does not allow."""
+        if self.branch_share is not None and self.branch_rule not in ("random", "sentence"):
+            raise ValueError(
+                f"`branch_share={self.branch_share}` has no meaning for `branch_rule={self.branch_rule!r}`. Unset it, "
+                "or choose 'random' or 'sentence'."
+            )
+        if self.expert_base_url is None:
+            if self.vllm_weight_sync == "adapter":
+                raise ValueError(
+                    "`vllm_weight_sync='adapter'` needs a policy that is served alone. Set `expert_base_url` to a "
+                    "server of the expert, or choose 'auto': the engine of policy and expert takes whole weights."
+                )
+            return
+        if self.expert_model_name_or_path is not None:
+            raise ValueError(
+                f"The expert is given twice, as `expert_base_url={self.expert_base_url!r}` and as "
+                f"`expert_model_name_or_path={self.expert_model_name_or_path!r}`. Keep one."
+            )
+        for name in LOADING_OPTIONS:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` applies to an expert that this process loads, and that of "
+                    "`expert_base_url` is loaded by its server. Unset it, and pass vLLM's own options there."
+                )
+        if self.correction_level == "mixture":
+            raise ValueError(
+                "`correction_level='mixture'` needs the expert's log-probability at every token, and an expert on a "
+                "server (`expert_base_url`) is asked at branch points only. Set it to 'conditional', or name the "
+                "expert in `expert_model_name_or_path`."
+            )
+        if self.vllm_policy_server_base_url is not None:
+            raise ValueError(
+                f"`vllm_policy_server_base_url={self.vllm_policy_server_base_url!r}` is a second server beside one of "
+                "policy and expert. With `expert_base_url` name all servers of the policy in `vllm_server_base_url`, "
+                "separated by commas."
+            )
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ from .publishing.hub import model_files_only
 from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
+from .rollout.progress import SamplingProgress
 from .training.batch import Credit, RolloutBatch, Scored
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
 from .training.forward import TokenPass, policy_entropies
@@ -47,8 +48,8 @@ class MentorGRPOTrainer(GRPOTrainer):
     [`~mentor_trl.algorithms.Algorithm`], and this class only lends it TRL's hooks.
 
     Everything that [`~trl.GRPOTrainer`] documents holds; what an algorithm or engine does not support is refused at
-    construction. Evaluation never uses the expert. With `use_vllm` one vLLM engine speaks for policy and expert, in a
-    server (`mentor-trl serve`) or in this process, and the expert is a name, not a model.
+    construction. Evaluation never uses the expert. It is a model in this process; with `use_vllm` a name, and one vLLM
+    engine, here or in a server (`mentor-trl serve`), holds it too; with `expert_base_url` a stock vLLM server.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
@@ -222,14 +223,14 @@ class MentorGRPOTrainer(GRPOTrainer):
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        generate = partial(
-            super()._generate_single_turn, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-        )
+        given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        generate = partial(super()._generate_single_turn, *given)
         if self._mode == "eval":
             return generate()
         forward = TokenPass(self._forward, self._tokenizer.pad_token_id, self.args.per_device_train_batch_size)
         entropies, profile = partial(policy_entropies, forward, self.processes), partial(profiling_context, self)
-        rollouts = Rollouts(generate, self.engine.session, entropies, profile, self.eos_token_ids)
+        progress = partial(SamplingProgress, disable=self.args.disable_tqdm or not self.is_world_process_zero())
+        rollouts = Rollouts(generate, self.engine.session, entropies, profile, self.eos_token_ids, progress)
         self.batch = self.algorithm.rollout(prompt_ids, self.batch, rollouts)
         return self.batch.completion_ids, self.batch.engine_logps
 
@@ -248,12 +249,11 @@ class MentorGRPOTrainer(GRPOTrainer):
         rewards_N = (rewards_N_F * self.reward_weights.to(rewards_N_F.device)).nansum(dim=1)
         logps = output.get("old_per_token_logps")
         if logps is None and self.algorithm.needs_policy_logps:
-            logps, _, _ = self._forward(
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                mask.size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )
+            pairs = ([output[f"prompt_{what}"], output[f"completion_{what}"]] for what in ("ids", "mask"))
+            tokens, attention = (torch.cat(pair, dim=1) for pair in pairs)
+            rows = self.args.per_device_train_batch_size
+            logps, _, _ = self._forward(tokens, attention, mask.size(1), batch_size=rows)
+        self.batch = self.batch.completed(logps, mask)
         return Scored(
             rewards_N=rewards_N.masked_fill(rewards_N_F.isnan().all(dim=1), torch.nan),
             source_N=self.processes.gather(self.batch.source_B),

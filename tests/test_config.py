@@ -46,7 +46,7 @@ def test_defaults_are_the_papers_group_and_schedule():
         ({"correction_exponent": -1.0}, "0 or more"),
         ({"correction_constant": 0.0}, "positive"),
         ({"expert_load_in_4bit": True, "expert_load_in_8bit": True}, "False where `expert_load_in_8bit` is True"),
-        ({"branch_rule": "x"}, "choose one of 'entropy', 'threshold', 'random', 'always'"),
+        ({"branch_rule": "x"}, "choose one of 'entropy', 'threshold', 'random', 'sentence', 'always'"),
         ({"alpha_schedule": "x"}, "choose one of 'cosine', 'linear', 'constant'"),
         ({"correction": "x"}, "choose one of 'temper', 'clip', 'mask', 'saturate'"),
         ({"correction_level": "x"}, "choose one of 'conditional', 'mixture'"),

@@ -11,7 +11,8 @@ from trl import GRPOTrainer
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
 from ..experts.port import Expert
-from ..rollout.types import MixedSampler
+from ..rollout.progress import SamplingProgress
+from ..rollout.types import MixedSampler, Progress
 from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
 from ..training.processes import Processes
 from .requirements import check_dataset
@@ -43,6 +44,8 @@ class Rollouts:
     entropies: Callable[[list[list[int]], list[list[int]]], torch.Tensor]
     profile: Callable[[str], AbstractContextManager]  # times what happens inside under a name
     stop_token_ids: Sequence[int] = ()
+    # Shows how far the sampling of so many rows of a name is; yields what a session's `sample` takes as `progress`
+    progress: Callable[[int, str], AbstractContextManager[Progress]] = SamplingProgress
 
 
 class Algorithm:

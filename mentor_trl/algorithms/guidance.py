@@ -22,9 +22,10 @@ class Guidance:
         batches (`int`, *optional*, defaults to `0`):
             Rollout batches generated so far.
         gamma (`float`, *optional*):
-            Threshold of the last rollout batch with mixed rows, in nats.
+            Threshold from the last rollout batch with mixed rows, in nats.
         share (`float`, *optional*, defaults to `0.0`):
-            Mean of min(1, H / gamma) over that batch's on-policy tokens: the weight of the branch rule `"random"`.
+            Mean of min(1, H / gamma) over that batch's on-policy tokens: the weight of the branch rule `"random"`,
+            where it is not set.
     """
 
     schedule: str = "cosine"

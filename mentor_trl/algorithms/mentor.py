@@ -2,11 +2,14 @@
 [MENTOR](https://huggingface.co/papers/2510.04140): some rows of each group are drawn from the mixed policy
 m = (1 - w) p + w s, whose weight w follows the policy's entropy.
 
-On-policy rows come first, their entropies give the threshold gamma, and mixed rows follow. Mixed rows have advantages
-of their own (Eq. 11), and their expert tokens are corrected for being off-policy.
+On-policy rows come first, their entropies give the threshold gamma, and mixed rows follow; or all come at once, under
+the gamma of the batch before. Mixed rows have advantages of their own (Eq. 11), and their expert tokens are corrected
+for being off-policy.
 """
 
+import math
 import warnings
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
-from ..objective import correction_weights, fold_correction, mixed_policy_advantages
+from ..objective import correction_weights, fold_correction, mixed_policy_advantages, sentence_endings
 from ..rollout.types import MixedRequest, MixedRollout, mixed_rows
 from ..training.batch import Credit, Part, RolloutBatch, Scored, scatter
 from ..training.metrics import PREFIX, guidance_metrics, share_without_spread, speed_metric
@@ -82,42 +85,79 @@ class Mentor(Algorithm):
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
         prompts = [[prompt_ids[row] for row in part] for part in rows]
         with rollouts.session() as session:
-            with rollouts.profile("mentor.on_policy"):
-                on_policy = session.sample(self._request(prompts[0], float("inf"), 0, rollouts))
-            self.guidance.update(self._entropies(prompts[0], on_policy, rollouts))
-            with rollouts.profile("mentor.mixed"):
-                mixed = session.sample(self._request(prompts[1], self.guidance.gamma, 1, rollouts))
-        sampled = list(zip(rows, (on_policy, mixed)))
-        count = len(prompt_ids)
-        completion_ids = scatter([(part, rollout.completion_ids) for part, rollout in sampled], count)
+            sample = self._sample_at_once if self._threshold_is_known else self._sample_in_turn
+            gamma, sampled = sample(prompts, session, rollouts)
+        self.needs_policy_logps = not self.context.processes.everywhere(sampled[1].logps_at_branches)
+        count, pairs = len(prompt_ids), list(zip(rows, sampled))
+        completion_ids = scatter([(part, rollout.completion_ids) for part, rollout in pairs], count)
         logps = None
         if self.args.use_vllm:
-            logps = scatter([(part, rollout.policy_logps()) for part, rollout in sampled], count)
-        parts = tuple(Part(source, part, rollout) for source, (part, rollout) in zip(self.sources, sampled))
-        return batch.sampled(prompt_ids, completion_ids, logps, parts, gamma=self.guidance.gamma)
+            logps = scatter([(part, rollout.policy_logps()) for part, rollout in pairs], count)
+        parts = tuple(Part(source, part, rollout) for source, (part, rollout) in zip(self.sources, pairs))
+        return batch.sampled(prompt_ids, completion_ids, logps, parts, gamma=gamma)
+
+    @property
+    def _threshold_is_known(self) -> bool:
+        return self.args.entropy_threshold_from == "previous" and self.guidance.gamma is not None
+
+    def _sample_in_turn(self, prompts, session, rollouts: Rollouts) -> tuple[float, list[MixedRollout]]:
+        """On-policy rows, gamma from their entropies, then mixed rows."""
+        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(prompts[0]), "On-policy rows") as progress:
+            request = self._request(prompts[0], [math.inf] * len(prompts[0]), 0, rollouts)
+            on_policy = session.sample(request, progress)
+        self.guidance.update(self._entropies(prompts[0], on_policy, rollouts))
+        gamma = self.guidance.gamma
+        with rollouts.profile("mentor.mixed"), rollouts.progress(len(prompts[1]), "Mixed rows") as progress:
+            mixed = session.sample(self._request(prompts[1], [gamma] * len(prompts[1]), 1, rollouts), progress)
+        return gamma, [on_policy, mixed]
+
+    def _sample_at_once(self, prompts, session, rollouts: Rollouts) -> tuple[float, list[MixedRollout]]:
+        """All rows under the gamma of the batch before, and the next one's from this batch's on-policy rows."""
+        gamma, counts = self.guidance.gamma, [len(part) for part in prompts]
+        gammas = [math.inf] * counts[0] + [gamma] * counts[1]
+        with rollouts.profile("mentor.rollouts"), rollouts.progress(len(gammas), "Rows") as progress:
+            request = self._request(prompts[0] + prompts[1], gammas, 0, rollouts)
+            sampled = session.sample(request, progress).split(counts)
+        self.guidance.update(self._entropies(prompts[0], sampled[0], rollouts))
+        return gamma, sampled
 
     def _entropies(self, prompt_ids, on_policy: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
         """Entropies of the on-policy tokens of all processes: the engine's, or those of the training model."""
         processes = self.context.processes
-        if processes.everywhere(on_policy.has_entropies):
+        if processes.everywhere(on_policy.entropies is not None):
             entropies = on_policy.entropies[on_policy.mask]
         else:
             entropies = rollouts.entropies(prompt_ids, on_policy.completion_ids)
         return processes.gather_tokens(entropies)
 
-    def _request(self, prompt_ids: list[list[int]], gamma: float, source: int, rollouts: Rollouts) -> MixedRequest:
+    def _request(self, prompt_ids: list[list[int]], gamma: list[float], source: int, rollouts: Rollouts):
         args = self.args
         return MixedRequest(
             prompt_ids=prompt_ids,
-            gamma=[gamma] * len(prompt_ids),
+            gamma=gamma,
             max_new_tokens=args.max_completion_length,
             stop_token_ids=tuple(rollouts.stop_token_ids),
             temperature=args.temperature,
             branch_rule=args.branch_rule,
-            share=self.guidance.share,
+            share=self._share,
+            span=args.branch_span,
+            sentence_ids=self._sentence_ids,
             seed=self.seed(source),
             score_all=args.correction_level == "mixture",
         )
+
+    @property
+    def _share(self) -> float:
+        """Weight of the rules that do not look at the entropy."""
+        if self.args.branch_share is not None:
+            return self.args.branch_share
+        return 1.0 if self.args.branch_rule == "sentence" else self.guidance.share
+
+    @cached_property
+    def _sentence_ids(self) -> tuple[int, ...]:
+        if self.args.branch_rule != "sentence":
+            return ()
+        return tuple(sentence_endings(self.context.tokenizer))
 
     def seed(self, source: int) -> int:
         """Seed of the coming request for a source: of the run, the process and the batch."""
@@ -155,8 +195,9 @@ class Mentor(Algorithm):
         """
         Ratios r, weights rho and corrected tokens of the mixed rows, `(rows, T)` each.
 
-        At a branch point p is that of the training model where TRL's engine-mismatch correction is on: it leaves these
-        tokens to us. Elsewhere, or where it is off, p is the engine's.
+        At a branch point p is that of the training model where TRL's engine-mismatch correction is on, which leaves
+        these tokens to us, or where the engine does not know it. Elsewhere p is the engine's. A token of unknown p, in
+        a row that the loss leaves out, is not corrected.
         """
         args, logps = self.args, rollout.logps
         if args.use_vllm and args.vllm_importance_sampling_correction:
@@ -166,7 +207,7 @@ class Mentor(Algorithm):
         if args.correction_level == "mixture":
             log_ratio, where = logps - rollout.mixed_logps, rollout.mask
         else:
-            log_ratio, where = logps - rollout.expert_logps, rollout.branch
+            log_ratio, where = logps - rollout.expert_logps, rollout.branch & ~logps.isnan()
         rho = correction_weights(
             log_ratio,
             where,

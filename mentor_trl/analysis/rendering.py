@@ -16,22 +16,31 @@ from rich.text import Text
 from ..training.rollout_log import RolloutRecord
 
 
-AGREED, REPLACED = "agreed", "replaced"
+AGREED, REPLACED, CHOSEN = "agreed", "replaced", "chosen"
 # Readable without colour as well: one is underlined, the other set in reverse. The colours are told apart by the
 # colour-blind, and differ in lightness.
-STYLES = {AGREED: "bold underline #3aa5dd", REPLACED: "bold #000000 on #e69f00"}
-BRACKETS = {AGREED: ("‹", "›"), REPLACED: ("«", "»")}
+STYLES = {AGREED: "bold underline #3aa5dd", REPLACED: "bold #000000 on #e69f00", CHOSEN: "bold #000000 on #8fd0a5"}
+BRACKETS = {AGREED: ("‹", "›"), REPLACED: ("«", "»"), CHOSEN: ("‹", "›")}
 LEGEND = {
     AGREED: "branch point: the expert chose, and agreed with the draft",
     REPLACED: "branch point: the expert replaced the draft",
+    CHOSEN: "branch point: the expert chose, and there was no draft",
 }
 
 
 def mark(record: RolloutRecord, position: int) -> str | None:
-    """What the expert did at a token: `"agreed"`, `"replaced"`, or `None`: it did not speak."""
-    if record.replaced[position]:
-        return REPLACED
-    return AGREED if record.branch[position] else None
+    """What the expert did at a token: `"agreed"`, `"replaced"`, `"chosen"`, or `None`: it did not speak."""
+    if not record.branch[position]:
+        return None
+    return {True: REPLACED, False: AGREED, None: CHOSEN}[record.replaced[position]]
+
+
+def _marks(record: RolloutRecord) -> list[str]:
+    """The marks that occur, in the order of their legend."""
+    found = {mark(record, position) for position in range(len(record.tokens))}
+    if CHOSEN in found:
+        return [CHOSEN]
+    return [AGREED, REPLACED]
 
 
 def visible(text: str) -> str:
@@ -50,9 +59,10 @@ def summary(record: RolloutRecord) -> list[str]:
     facts.append(f"advantage {record.advantage:+.3f}")
     if record.gamma is not None:
         facts += [f"gamma {record.gamma:.3f} nats", f"alpha {record.alpha:.3f}"]
-    tokens, branches, replaced = len(record.tokens), sum(record.branch), sum(record.replaced)
+    tokens, branches = len(record.tokens), sum(record.branch)
     counts = [f"{tokens} tokens", f"{branches} branch points{_share(branches, tokens)}"]
-    counts.append(f"{replaced} replaced{_share(replaced, tokens)}")
+    if None not in record.replaced:
+        counts.append(f"{sum(record.replaced)} replaced{_share(sum(record.replaced), tokens)}")
     mean = [value for value in record.entropies if value is not None]
     counts.append(f"mean entropy {sum(mean) / len(mean):.3f} nats" if mean else "no entropies")
     return [" · ".join(facts), " · ".join(counts)]
@@ -66,7 +76,8 @@ def to_list(records: Sequence[RolloutRecord]) -> Table:
     table.add_column("completion", min_width=12)  # gives way where there is no room
     for record in records:
         facts = [str(record.row), record.source, _reward(record), f"{record.advantage:+.3f}"]
-        counts = [str(len(record.tokens)), str(sum(record.branch)), str(sum(record.replaced))]
+        replaced = "" if None in record.replaced else str(sum(record.replaced))
+        counts = [str(len(record.tokens)), str(sum(record.branch)), replaced]
         start = visible("".join(record.tokens)[:200].replace("\n", " "))
         table.add_row(*facts, *counts, Text(start, no_wrap=True, overflow="ellipsis"))
     return table
@@ -79,8 +90,8 @@ def print_rollout(record: RolloutRecord, console: Console) -> None:
     for position, token in enumerate(record.tokens):
         kind = mark(record, position)
         completion.append_text(_marked(_shown(token, record.token_ids[position], kind), kind, plain))
-    for kind, meaning in LEGEND.items():
-        legend.append("\n").append_text(_marked("token", kind, plain)).append(f"  {meaning}")
+    for kind in _marks(record):
+        legend.append("\n").append_text(_marked("token", kind, plain)).append(f"  {LEGEND[kind]}")
     heading = lambda name: Text(f"\n{name}", style="bold")
     prompt = [heading("Prompt"), Text(visible(record.prompt))]
     parts = [header if plain else Panel(header), *prompt, heading("Completion"), completion, legend]
@@ -90,9 +101,8 @@ def print_rollout(record: RolloutRecord, console: Console) -> None:
 def to_html(records: Sequence[RolloutRecord], title: str = "Rollouts") -> str:
     """Render as one page of HTML that needs no other file; a token's title, shown on hover, holds its numbers."""
     template = Template(resources.files("mentor_trl.analysis").joinpath("rollout.html").read_text(encoding="utf-8"))
-    legend = "".join(
-        f'<span><span class="t {kind}">token</span> {html.escape(meaning)}</span>' for kind, meaning in LEGEND.items()
-    )
+    kinds = sorted({kind for record in records for kind in _marks(record)}, key=list(LEGEND).index)
+    legend = "".join(f'<span><span class="t {kind}">token</span> {html.escape(LEGEND[kind])}</span>' for kind in kinds)
     sections = "\n".join(map(_section, records)).strip()
     return template.substitute(title=html.escape(title), legend=legend, rollouts=sections)
 

@@ -15,6 +15,7 @@ from .mixture import (
     residual,
 )
 from .schedule import ALPHA_SCHEDULES, alpha_at, entropy_threshold
+from .sentences import near_sentence_end, sentence_endings
 from .shaping import shaping_weights
 
 
@@ -35,7 +36,9 @@ __all__ = [
     "match_vocabulary",
     "mixed_policy_advantages",
     "mixture_logps",
+    "near_sentence_end",
     "request_seed",
     "residual",
+    "sentence_endings",
     "shaping_weights",
 ]

@@ -38,12 +38,15 @@ def entropy_from_logps(logps: torch.Tensor) -> torch.Tensor:
 
 
 BRANCH_RULES: dict[str, Callable[..., torch.Tensor]] = {
-    "entropy": lambda entropy, gamma, share: (entropy / gamma).clamp(0.0, 1.0),
-    "threshold": lambda entropy, gamma, share: (entropy >= gamma).to(entropy.dtype),
-    "random": lambda entropy, gamma, share: share,
-    "always": lambda entropy, gamma, share: torch.ones_like(entropy),
+    "entropy": lambda entropy, gamma, share, near: (entropy / gamma).clamp(0.0, 1.0),
+    "threshold": lambda entropy, gamma, share, near: (entropy >= gamma).to(entropy.dtype),
+    "random": lambda entropy, gamma, share, near: share,
+    "sentence": lambda entropy, gamma, share, near: torch.where(near, share, torch.zeros_like(share)),
+    "always": lambda entropy, gamma, share, near: torch.ones_like(entropy),
 }
-"""Weight w of the expert from the policy's entropy H, the threshold gamma (nats) and the batch's mean weight."""
+"""
+Weight w of the expert from the policy's entropy H, the threshold gamma (nats), a share, and whether a sentence begins.
+"""
 
 
 def branch_weight(
@@ -51,6 +54,7 @@ def branch_weight(
     gamma: torch.Tensor | float,
     rule: str = "entropy",
     share: torch.Tensor | float = 0.0,
+    near: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Weight w of the expert at a token (Eq. 7). `gamma = inf` is the plain policy (w = 0) under every rule.
@@ -62,9 +66,12 @@ def branch_weight(
             Entropy threshold in nats, positive.
         rule (`str`, *optional*, defaults to `"entropy"`):
             `"entropy"`: min(1, H / gamma). `"threshold"`: 1 where H >= gamma, else 0. `"random"`: `share`, whatever
-            H is. `"always"`: 1.
+            H is. `"sentence"`: `share` at the first tokens of a sentence, else 0. `"always"`: 1.
         share (`torch.Tensor` or `float`, *optional*, defaults to `0.0`):
-            Weight of the rule `"random"`.
+            Weight of the rules `"random"` and `"sentence"`.
+        near (`torch.Tensor` of shape `(...)`, `bool`, *optional*):
+            Which tokens are the first of a sentence, see
+            [`~mentor_trl.objective.near_sentence_end`]; only the rule `"sentence"` reads it.
 
     Returns:
         `torch.Tensor` of shape `(...)` with values in [0, 1].
@@ -82,7 +89,7 @@ def branch_weight(
         raise ValueError(f"Unknown branch rule {rule!r}; choose one of {', '.join(map(repr, BRANCH_RULES))}.")
     gamma = torch.as_tensor(gamma, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
     share = torch.as_tensor(share, dtype=entropy.dtype, device=entropy.device).expand_as(entropy)
-    weight = BRANCH_RULES[rule](entropy, gamma, share)
+    weight = BRANCH_RULES[rule](entropy, gamma, share, near)
     return torch.where(gamma.isinf(), torch.zeros_like(weight), weight)
 
 

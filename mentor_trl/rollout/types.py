@@ -1,9 +1,11 @@
 """What every rollout engine takes and gives."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ..experts.port import Expert
@@ -12,6 +14,8 @@ from ..experts.port import Expert
 FLOAT_RECORDS = ("entropies", "weights", "logps", "expert_logps", "mixed_logps")
 BOOL_RECORDS = ("branch", "replaced")
 RECORDS = FLOAT_RECORDS + BOOL_RECORDS
+# Called while a request is sampled, with the rows finished and the tokens committed since the last call
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,16 @@ class MixedRequest:
         branch_rule (`str`, *optional*, defaults to `"entropy"`):
             See [`~mentor_trl.objective.branch_weight`].
         share (`float`, *optional*, defaults to `0.0`):
-            Weight of the branch rule `"random"`.
+            Weight of the branch rules `"random"` and `"sentence"`.
+        span (`int`, *optional*, defaults to `1`), sentence_ids (`tuple[int, ...]`, *optional*):
+            Of the branch rule `"sentence"`: how many first tokens of a sentence branch, and the ids behind which one
+            may begin ([`~mentor_trl.objective.sentence_endings`]).
         seed (`int`, *optional*, defaults to `0`):
             Seed of the request. The same request on the same weights gives the same rows.
         score_all (`bool`, *optional*, defaults to `False`):
             Whether log s and log m are returned at every token with w > 0 rather than at branch points only.
+        row_seeds (`tuple[int, ...]`, *optional*):
+            Seed of each row, below 2^62, for engines that draw each row by itself. Made from `seed` if not given.
     """
 
     prompt_ids: list[list[int]]
@@ -47,8 +56,11 @@ class MixedRequest:
     temperature: float = 1.0
     branch_rule: str = "entropy"
     share: float = 0.0
+    span: int = 1
+    sentence_ids: tuple[int, ...] = ()
     seed: int = 0
     score_all: bool = False
+    row_seeds: tuple[int, ...] = ()
 
     def __post_init__(self):
         if len(self.prompt_ids) != len(self.gamma):
@@ -63,6 +75,11 @@ class MixedRequest:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if not self.temperature > 0.0:
             raise ValueError(f"temperature is {self.temperature}; it must be positive.")
+        if self.span < 1:
+            raise ValueError(f"span is {self.span}; it must be at least 1.")
+        if not self.row_seeds:
+            words = np.random.SeedSequence(self.seed).generate_state(len(self.prompt_ids), np.uint64)
+            object.__setattr__(self, "row_seeds", tuple(int(word >> np.uint64(2)) for word in words))
 
     @classmethod
     def merged(cls, requests: "list[MixedRequest]") -> "MixedRequest":
@@ -71,6 +88,7 @@ class MixedRequest:
             requests[0],
             prompt_ids=[ids for request in requests for ids in request.prompt_ids],
             gamma=[gamma for request in requests for gamma in request.gamma],
+            row_seeds=tuple(seed for request in requests for seed in request.row_seeds),
         )
 
     @property
@@ -83,24 +101,25 @@ class MixedRequest:
 class MixedRollout:
     """
     Completions and their per-token records. R rows; T is the longest completion; what lies beyond a row's completion
-    is NaN or `False`.
+    is NaN or `False`. A record that the engine does not have is `None`.
 
     Args:
         completion_ids (`list[list[int]]`):
             Token ids of each completion, with the stop token that ended it, if any.
-        entropies (`torch.Tensor` of shape `(R, T)`):
-            Policy entropy H in nats before each token; NaN everywhere where the engine does not return it.
-        weights (`torch.Tensor` of shape `(R, T)`):
-            Weight w of the expert.
         logps (`torch.Tensor` of shape `(R, T)`):
-            log p of the committed token, in nats.
+            log p of the committed token, in nats. NaN at branch points that the policy's engine did not read
+            (`logps_at_branches`).
         expert_logps (`torch.Tensor` of shape `(R, T)`):
             log s of the committed token; NaN where the expert was not asked.
-        mixed_logps (`torch.Tensor` of shape `(R, T)`):
-            log m of the committed token; NaN where the expert was not asked and w > 0.
         branch (`torch.Tensor` of shape `(R, T)`, `bool`):
             Branch points: the coin fell on the expert, and the token is an exact sample of s.
-        replaced (`torch.Tensor` of shape `(R, T)`, `bool`):
+        entropies (`torch.Tensor` of shape `(R, T)`, *optional*):
+            Policy entropy H in nats before each token.
+        weights (`torch.Tensor` of shape `(R, T)`, *optional*):
+            Weight w of the expert.
+        mixed_logps (`torch.Tensor` of shape `(R, T)`, *optional*):
+            log m of the committed token; NaN where the expert was not asked and w > 0.
+        replaced (`torch.Tensor` of shape `(R, T)`, `bool`, *optional*):
             Branch points whose token differs from the policy's draft.
         stats (`dict[str, float]`):
             Counts of the sampling: `tokens`, `drafted` (tokens), `rounds` (of a row), `batch_rounds` and
@@ -108,13 +127,13 @@ class MixedRollout:
     """
 
     completion_ids: list[list[int]]
-    entropies: torch.Tensor
-    weights: torch.Tensor
     logps: torch.Tensor
     expert_logps: torch.Tensor
-    mixed_logps: torch.Tensor
     branch: torch.Tensor
-    replaced: torch.Tensor
+    entropies: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    mixed_logps: torch.Tensor | None = None
+    replaced: torch.Tensor | None = None
     stats: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -124,9 +143,9 @@ class MixedRollout:
         return torch.arange(self.logps.size(1), device=self.logps.device) < lengths.unsqueeze(1)
 
     @property
-    def has_entropies(self) -> bool:
-        """Whether the engine returned the policy's entropies."""
-        return bool(self.entropies[self.mask].isfinite().all())
+    def logps_at_branches(self) -> bool:
+        """Whether log p is known at branch points, too."""
+        return not bool(self.logps[self.branch].isnan().any())
 
     def policy_logps(self) -> list[list[float | None]]:
         """
@@ -138,26 +157,36 @@ class MixedRollout:
             for ids, logps, branch in zip(self.completion_ids, self.logps.tolist(), self.branch.tolist())
         ]
 
+    @property
+    def records(self) -> dict[str, torch.Tensor]:
+        """The records that there are, by name."""
+        found = {name: getattr(self, name) for name in RECORDS}
+        return {name: values for name, values in found.items() if values is not None}
+
     def padded(self, length: int) -> "MixedRollout":
         """The same rollout with records of at least `length` positions."""
-        extra = max(length - self.entropies.size(1), 0)
+        extra = max(length - self.logps.size(1), 0)
         records = {}
-        for name in RECORDS:
-            values = getattr(self, name)
+        for name, values in self.records.items():
             fill = torch.nan if values.is_floating_point() else False
             records[name] = torch.nn.functional.pad(values, (0, extra), value=fill)
         return replace(self, **records)
 
     def split(self, counts: list[int]) -> list["MixedRollout"]:
-        """Rollouts of `counts` rows each. Every part has the `seconds` of the whole, and its own tokens."""
+        """Rollouts of `counts` rows each. Every part has its own tokens, and the time of the whole."""
         parts, first = [], 0
         for count in counts:
             rows = slice(first, first + count)
             ids = self.completion_ids[rows]
             longest = max(map(len, ids), default=0)
-            records = {name: getattr(self, name)[rows, :longest] for name in RECORDS}
-            stats = {"tokens": sum(map(len, ids)), "replaced": int(records["replaced"].sum())}
-            parts.append(MixedRollout(ids, **records, stats=stats | {"seconds": self.stats["seconds"]}))
+            records = {name: values[rows, :longest] for name, values in self.records.items()}
+            whole = {
+                name: self.stats[name] for name in ("seconds", "batch_rounds", "expert_rounds") if name in self.stats
+            }
+            stats = {"tokens": sum(map(len, ids)), **whole}
+            if "replaced" in records:
+                stats["replaced"] = int(records["replaced"].sum())
+            parts.append(MixedRollout(ids, **records, stats=stats))
             first += count
         return parts
 
@@ -165,7 +194,7 @@ class MixedRollout:
 class MixedSampler(Protocol):
     """Samples requests. Every engine draws from the same distribution; they differ in where the models live."""
 
-    def sample(self, request: MixedRequest) -> MixedRollout:
+    def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """Sample a request."""
         ...
 

@@ -44,6 +44,19 @@ class RolloutBatch:
         changes |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "engine_logps": engine_logps}
         return replace(self, parts=parts, **changes)
 
+    def completed(self, policy_logps_B_T: torch.Tensor | None, mask_B_T: torch.Tensor) -> "RolloutBatch":
+        """The record with log p of the training model at the branch points where the engine does not know it."""
+        if policy_logps_B_T is None:
+            return self
+        known = policy_logps_B_T.where(mask_B_T, torch.nan)
+        parts = []
+        for part in self.parts:
+            logps, branch = part.rollout.logps, part.rollout.branch
+            ours = known[part.rows, : logps.size(1)].to(logps)
+            filled = torch.where(branch & logps.isnan(), ours, logps)
+            parts.append(part._replace(rollout=replace(part.rollout, logps=filled)))
+        return replace(self, parts=tuple(parts))
+
 
 @dataclass(frozen=True)
 class Scored:

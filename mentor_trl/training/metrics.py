@@ -74,44 +74,53 @@ def guidance_metrics(
     corrected_B_T: torch.Tensor,
     reduce: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> dict[str, float]:
-    """What the expert did in the mixed rows of a rollout batch."""
+    """
+    What the expert did in the mixed rows of a rollout batch. What needs a record that the engine does not have is left
+    out.
+    """
     mask, stats = rollout.mask, rollout.stats
     ratios, rhos = ratio_B_T[corrected_B_T], rho_B_T[corrected_B_T]
-    replaced = rollout.replaced & corrected_B_T
     sums = {
         "tokens": mask.sum(),
-        "weight": rollout.weights[mask].sum(),
         "branch": rollout.branch.sum(),
-        "replaced": rollout.replaced.sum(),
-        "rounds": stats.get("rounds", 0),
-        "batch_rounds": stats.get("batch_rounds", 0),
-        "expert_rounds": stats.get("expert_rounds", 0),
         "corrected": corrected_B_T.sum(),
         "ratio": ratios.sum(),
         "small": (ratios < 0.1).sum(),
         "rho": rhos.sum(),
-        "corrected_replaced": replaced.sum(),
-        "ratio_replaced": ratio_B_T[replaced].sum(),
-        "rho_replaced": rho_B_T[replaced].sum(),
     }
+    shares = {
+        "branch_rate": ("branch", "tokens"),
+        "importance_ratio/mean": ("ratio", "corrected"),
+        "importance_ratio/below_0.1": ("small", "corrected"),
+        "correction/mean": ("rho", "corrected"),
+    }
+    if rollout.weights is not None:
+        sums["weight"] = rollout.weights[mask].sum()
+        shares["weight"] = ("weight", "tokens")
+    if rollout.replaced is not None:
+        replaced = rollout.replaced & corrected_B_T
+        sums |= {
+            "replaced": rollout.replaced.sum(),
+            "corrected_replaced": replaced.sum(),
+            "ratio_replaced": ratio_B_T[replaced].sum(),
+            "rho_replaced": rho_B_T[replaced].sum(),
+            **{name: stats.get(name, 0) for name in ("rounds", "batch_rounds", "expert_rounds")},
+        }
+        shares |= {
+            "replaced_rate": ("replaced", "tokens"),
+            "tokens_per_round": ("tokens", "rounds"),
+            "importance_ratio/replaced_mean": ("ratio_replaced", "corrected_replaced"),
+            "correction/replaced_mean": ("rho_replaced", "corrected_replaced"),
+        }
     total = dict(zip(sums, reduce(torch.tensor([float(v) for v in sums.values()]), "sum").tolist(), strict=True))
 
     def share(part: str, whole: str) -> float:
         return total[part] / total[whole] if total[whole] else math.nan
 
-    metrics = {
-        "weight": share("weight", "tokens"),
-        "branch_rate": share("branch", "tokens"),
-        "replaced_rate": share("replaced", "tokens"),
-        "acceptance": 1.0 - share("replaced", "tokens"),
-        "tokens_per_round": share("tokens", "rounds"),
-        "expert_calls_avoided": 1.0 - share("expert_rounds", "batch_rounds"),
-        "importance_ratio/mean": share("ratio", "corrected"),
-        "importance_ratio/below_0.1": share("small", "corrected"),
-        "importance_ratio/replaced_mean": share("ratio_replaced", "corrected_replaced"),
-        "correction/mean": share("rho", "corrected"),
-        "correction/replaced_mean": share("rho_replaced", "corrected_replaced"),
-    }
+    metrics = {name: share(*parts) for name, parts in shares.items()}
+    if rollout.replaced is not None:
+        metrics["acceptance"] = 1.0 - metrics["replaced_rate"]
+        metrics["expert_calls_avoided"] = 1.0 - share("expert_rounds", "batch_rounds")
     for kind, default in (("min", math.inf), ("max", -math.inf)):
         extreme = getattr(ratios, kind)().item() if ratios.numel() else default
         extreme = reduce(torch.tensor([extreme]), kind).item()

@@ -56,7 +56,7 @@ class RolloutRecord:
     expert_logps: list[float | None]
     rho: list[float | None]  # weight of the token after correction
     branch: list[bool]  # whether the expert chose the token
-    replaced: list[bool]  # whether it differs from the policy's draft
+    replaced: list[bool | None]  # whether it differs from the policy's draft
 
 
 def collect_records(
@@ -76,11 +76,13 @@ def collect_records(
             if limit is not None and row >= limit:
                 continue
             ids = list(rollout.completion_ids[position])
+            known = {name: values[position, : len(ids)].tolist() for name, values in rollout.records.items()}
+            unknown = [None] * len(ids)
             values = {
-                name: [_finite(value) for value in getattr(rollout, name)[position, : len(ids)].tolist()]
+                name: [_finite(value) for value in known[name]] if name in known else unknown
                 for name in ("entropies", "weights", "logps", "expert_logps")
             }
-            marks = {name: getattr(rollout, name)[position, : len(ids)].tolist() for name in ("branch", "replaced")}
+            marks = {name: known.get(name, unknown) for name in ("branch", "replaced")}
             records.append(
                 RolloutRecord(
                     step=step,

@@ -41,7 +41,8 @@ def make_rollout(ids: list[list[int]], branch: list[list[int]], replaced: list[l
     branch_B_T = pad(branch, 0).bool()
     expert = torch.where(branch_B_T, math.log(0.25), math.nan)
     marks = {"branch": branch_B_T, "replaced": pad(replaced, 0).bool()}
-    return MixedRollout(ids, number(0.5), number(0.25), number(math.log(0.5)), expert, expert, **marks)
+    numbers = {"entropies": number(0.5), "weights": number(0.25), "logps": number(math.log(0.5))}
+    return MixedRollout(ids, **numbers, expert_logps=expert, mixed_logps=expert, **marks)
 
 
 def make_record(tokens: list[str], branch: list[int] = (), replaced: list[int] = ()) -> RolloutRecord:

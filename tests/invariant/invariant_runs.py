@@ -83,7 +83,7 @@ def given_completions(prompts: list[str], trainer) -> dict[str, list]:
 class GivenRows(StandIn):
     """A server that says rows and records by heart."""
 
-    def sample(self, request) -> MixedRollout:
+    def sample(self, request, progress=None) -> MixedRollout:
         drawn = [
             given_row(prompt, place, gamma == float("inf"), len(self.versions))
             for prompt, place, gamma in zip(request.prompt_ids, places(request.prompt_ids), request.gamma)

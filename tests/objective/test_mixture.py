@@ -54,7 +54,7 @@ def test_branch_weight(rule, expected):
 
 
 def test_branch_weight_refuses_unknown_rule():
-    with pytest.raises(ValueError, match="'entropy', 'threshold', 'random', 'always'"):
+    with pytest.raises(ValueError, match="'entropy', 'threshold', 'random', 'sentence', 'always'"):
         branch_weight(torch.ones(1), 1.0, "sometimes")
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mentor_trl import accuracy_reward
 from mentor_trl.rollout import MixedRollout
+from mentor_trl.rollout.types import BOOL_RECORDS, FLOAT_RECORDS
 from mentor_trl.training.metrics import guidance_metrics, row_metrics, share_without_spread, token_metrics
 from trainer_helpers import make_trainer, prompts
 
@@ -112,7 +113,7 @@ def test_guidance_by_hand():
 
 def test_guidance_of_no_rows_and_of_no_branch_points():
     empty = torch.zeros(0, 4)
-    none = MixedRollout([], *[empty] * 5, empty.bool(), empty.bool(), {})
+    none = MixedRollout([], **dict.fromkeys(FLOAT_RECORDS, empty), **dict.fromkeys(BOOL_RECORDS, empty.bool()))
     metrics = guidance_metrics(none, empty, empty, empty.bool(), lambda values, how: values)
     assert all(math.isnan(value) for value in metrics.values())
 

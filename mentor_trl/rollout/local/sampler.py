@@ -21,7 +21,7 @@ import torch
 from ...experts.compatibility import check_context
 from ...experts.port import Points
 from ...objective import branch_weight, draw_coin, entropy_from_logps, mixture_logps
-from ..types import BOOL_RECORDS, FLOAT_RECORDS, RECORDS, MixedRequest, MixedRollout
+from ..types import BOOL_RECORDS, FLOAT_RECORDS, RECORDS, MixedRequest, MixedRollout, Progress
 from .decoder import FIRST_RESERVE, Decoder, inference, refuse_nan
 from .in_process import InProcessExpert
 
@@ -101,7 +101,7 @@ class LocalSession:
         if sampler.expert is not None:
             self.expert = InProcessExpert(sampler.expert, self.policy.vocab_size, sampler.num_tokens, autocast)
 
-    def sample(self, request: MixedRequest) -> MixedRollout:
+    def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """
         Sample a request.
 

@@ -24,7 +24,7 @@ from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
 from ...vllm_server.identity import files_digest
 from ...vllm_server.options import model_shape
-from ..types import MixedRequest, MixedRollout
+from ..types import MixedRequest, MixedRollout, Progress
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient
 from .server import Patience, PolicyServerSampler, ServerSampler, WeightsLost
@@ -262,20 +262,20 @@ class MixedVLLMGeneration(VLLMGeneration):
         logps = [[[logp] for logp in row] for row in rollout.policy_logps()]
         return prompts, rollout.completion_ids, logps, None
 
-    def sample(self, request: MixedRequest) -> MixedRollout:
+    def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """
         Sample the rows of this process. In server mode all processes call this together, with any number of rows, and
         what is not per row must be the same on all. A failing server is a [`ServerError`] on all.
         """
         if self.mode == "colocate":
-            return self.sampler.sample(request)
+            return self.sampler.sample(request, progress)
         requests = gather_object([request])
         counts = [len(part.prompt_ids) for part in requests]
 
         def sample_all() -> list[MixedRollout]:
             plain = self.policy_sampler is not None and all(part.plain for part in requests)
             with (self.policy_sampler if plain else self.sampler).session() as session:
-                return session.sample(MixedRequest.merged(requests)).split(counts)
+                return session.sample(MixedRequest.merged(requests), progress).split(counts)
 
         for _ in range(Patience.attempts):
             try:

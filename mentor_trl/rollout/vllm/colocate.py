@@ -4,13 +4,14 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from ...vllm_plugin.shared_options import engine_options
 from ...vllm_server.options import engine_environment
-from ..types import MixedRequest, MixedRollout
+from ..types import MixedRequest, MixedRollout, Progress
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
@@ -114,7 +115,7 @@ class ColocateSampler:
                 pass
         self.llm.reset_prefix_cache()
 
-    def sample(self, request: MixedRequest) -> MixedRollout:
+    def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """
         Sample a request.
 
@@ -140,11 +141,29 @@ class ColocateSampler:
             for row, key in enumerate(keys)
         ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in request.prompt_ids]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=partial(_Bar, progress) if progress else False)
         completions = [list(output.outputs[0].token_ids) for output in outputs]
+        if progress:
+            progress(0, sum(map(len, completions)))
         records = self.llm.collective_rpc("mentor_take_records", args=(keys,))[0]["rows"]
         values = [
             match_record(record, ids, len(prompt), row)
             for row, (record, ids, prompt) in enumerate(zip(records, completions, request.prompt_ids))
         ]
         return assemble(request, completions, values, {"seconds": time.perf_counter() - started})
+
+
+class _Bar:
+    """What vLLM takes for a progress bar, of which only the finished rows are passed on."""
+
+    def __init__(self, progress: Progress, **kwargs: Any):
+        self.progress, self.postfix = progress, ""
+
+    def update(self, rows: int) -> None:
+        self.progress(rows, 0)
+
+    def refresh(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

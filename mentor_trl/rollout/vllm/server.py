@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from ...errors import SetupError
 from ...vllm_server.keys import key_of
 from ...vllm_server.options import INCOMPLETE
-from ..types import MixedRequest, MixedRollout
+from ..types import MixedRequest, MixedRollout, Progress
 from . import replies
 from .replies import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
@@ -179,7 +179,7 @@ class ServerSampler:
     def _call(self, method: str, *args: Any) -> Any:
         return self._run(self._retried, _rpc, method, *args)
 
-    def sample(self, request: MixedRequest) -> MixedRollout:
+    def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """
         Sample a request. Rows that a failing server loses are sampled again, each by a single server process and with
         the current weights, so that every row is whole.
@@ -210,10 +210,11 @@ class ServerSampler:
                 )
             if attempt:
                 self._recover()
-            done |= self._run(self._sample_rows, request, missing)
+            done |= self._run(self._sample_rows, request, missing, progress)
         completions, values = zip(*(done[row] for row in sorted(done))) if done else ((), ())
         with replies.reading(self.url, "/v1/completions"):
-            return assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
+            rollout = assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
+        return rollout if self.info["kind"] == "mixed" else replace(rollout, entropies=None)
 
     def _recover(self) -> None:
         """Wait until the server answers, and give it the current weights if it does not have them."""
@@ -229,7 +230,7 @@ class ServerSampler:
             self._run(self._retried, _ask, "/resume")
 
     async def _sample_rows(
-        self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int]
+        self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int], progress: Progress | None
     ) -> dict[int, tuple[list[int], torch.Tensor]]:
         """Rows that came through, as token ids and records `(T, 6)`."""
         keys, slots = record_keys(len(rows)), asyncio.Semaphore(self.concurrency)
@@ -241,7 +242,10 @@ class ServerSampler:
                 except TRANSIENT:
                     return None
             with replies.reading(self.url, "/v1/completions"):
-                return replies.completion(answer, self.info, request, row)
+                completed = replies.completion(answer, self.info, request, row)
+            if progress and completed:
+                progress(1, len(completed[0]))
+            return completed
 
         completed = await asyncio.gather(*map(complete, rows, keys))
         mixed = self.info["kind"] == "mixed"

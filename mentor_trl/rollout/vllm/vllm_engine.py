@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from ...config import MentorGRPOConfig
+from ...config import LOADING_OPTIONS, MentorGRPOConfig
 from ...errors import SetupError
 from ...experts.compatibility import check_stop_ids
 from ...experts.load import check_expert_given, check_expert_source, is_adapter
@@ -14,10 +14,6 @@ from .backend import MixedVLLMGeneration, mixed_generation
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
-_LOADED_HERE = (
-    *("expert_model_init_kwargs", "expert_model_revision"),
-    *("expert_dtype", "expert_load_in_4bit", "expert_load_in_8bit"),
-)
 
 
 class VLLMEngine:
@@ -74,7 +70,7 @@ class VLLMSetup:
                 f"The expert is a {type(self.source).__name__}, and vLLM loads models by name. Pass the expert's id "
                 "or folder (`save_pretrained` it first), or set `use_vllm=False`."
             )
-        for name in _LOADED_HERE:
+        for name in LOADING_OPTIONS:
             if getattr(self.args, name) != getattr(MentorGRPOConfig, name):
                 raise SetupError(
                     f"`{name}={getattr(self.args, name)!r}` applies to an expert that this process loads, and with "

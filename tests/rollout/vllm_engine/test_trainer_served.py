@@ -62,7 +62,7 @@ def test_at_branch_points_the_ratio_takes_p_of_the_training_model(tmp_path, monk
     """An engine whose p is off by a constant: TRL's ratio sees it at policy tokens, ours at expert tokens."""
     off, sample = 0.5, StandIn.sample
 
-    def mismatched(self, request):
+    def mismatched(self, request, progress=None):
         rollout = sample(self, request)
         rollout.logps = rollout.logps - off
         return rollout
