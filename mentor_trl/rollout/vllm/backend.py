@@ -19,6 +19,8 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import ensure_master_addr_port
 
 from ...config import MentorGRPOConfig
+from ...connection.client import Patience
+from ...connection.failures import WeightsLost
 from ...errors import EngineError, SetupError
 from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
@@ -28,7 +30,7 @@ from ...vllm_server.options import model_shape
 from ..types import MixedRequest, MixedRollout, Progress
 from .colocate import ColocateSampler
 from .nccl import DraftWeightClient, PolicyWeightClient
-from .server import Patience, PolicyServerSampler, ServerSampler, WeightsLost
+from .server import PolicyServerSampler, ServerSampler
 from .weights import new_run_id, remove_dead_weights, remove_weights, write_weights
 
 
