@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from helpers import make_letter_tokenizer
+from mentor_trl.connection.failures import KeyRefused
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.replies import KeyRefused
 from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
 from mentor_trl.rollout.vllm.weights import write_weights
 from mentor_trl.vllm_server.keys import default_key_file, read_key

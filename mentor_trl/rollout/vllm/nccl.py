@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from trl.generation.vllm_client import VLLMClient
 
-from .server import ServerError, ServerSampler
+from ...connection.failures import ServerError
+from .server import ServerSampler
 
 
 class PolicyWeightClient(VLLMClient):

@@ -1,43 +1,14 @@
-"""What a server answers, read with suspicion: a proxy, another program or a broken server may answer in its place."""
+"""What a server of ours says of itself and of rows, read with suspicion."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import torch
 
-from ...errors import EngineError
+from ...connection.failures import WrongServer
 from ...version import __version__
 from ...vllm_plugin.records import VALUES
 from ..types import MixedRequest
 
-
-class ServerError(EngineError):
-    """The server failed in spite of all attempts, or refused a request."""
-
-
-class WrongServer(ServerError):
-    """Something answers, but it is not the server that the rollouts need."""
-
-
-class KeyRefused(WrongServer):
-    """The server wants a key, and another one than it was given."""
-
-
-class WeightsLost(ServerError):
-    """The server does not have the policy's current weights, and only the trainer can send them again."""
-
-
-class Exhausted(ServerError):
-    """A call failed in every attempt, by what may be otherwise the next time."""
-
-
-class Failed(Exception):
-    """The server answered 5xx."""
-
-
-TRANSIENT = (httpx.TransportError, Failed)
 
 ADVICE = "Start one with `mentor-trl serve --policy ... --expert ...`"
 FIELDS: dict[str, type] = {
@@ -64,42 +35,6 @@ IDENTITY = {
     "num_tokens": "number of tokens",
     "dtype": "data type",
 }
-
-
-def content(response: httpx.Response) -> Any:
-    """
-    The JSON of an answer; `None` where it is empty. Raises [`Failed`] for 5xx, [`ServerError`] for a refusal, and
-    [`WrongServer`] where no server of ours would refuse or answer so.
-    """
-    url, status = response.request.url, response.status_code
-    text = " ".join(response.text[:2000].split())[:300]
-    if status >= 500:
-        raise Failed(f"{url} answered {status}: {text}")
-    if status == 401:
-        raise KeyRefused(
-            f"{url} refuses the key ({text}). `mentor-trl serve` says where its key is: name that file in "
-            "`vllm_server_api_key_file` (`--api-key-file`), or set MENTOR_TRL_API_KEY to the key."
-        )
-    if not 200 <= status < 300:
-        error = ServerError if status in (400, 413, 422) else WrongServer
-        raise error(f"{url} refused with {status}: {text}")
-    try:
-        return response.json() if response.content else None
-    except (ValueError, RecursionError):
-        kind = response.headers.get("content-type", "no content type")
-        raise WrongServer(f"{url} answered {kind} and not JSON: {text}. Is a proxy in between?") from None
-
-
-@contextmanager
-def reading(url: str, path: str, error: type[ServerError] = ServerError) -> Iterator[None]:
-    """Inside, an answer that is not of the shape that is read ends in an error that names the server."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as wrong:
-        if isinstance(wrong, ServerError):
-            raise
-        what = f"no {wrong}" if isinstance(wrong, KeyError) else str(wrong)
-        raise error(f"{url} answered {path} with something that cannot be used: {what}.") from wrong
 
 
 def completion(

@@ -15,9 +15,9 @@ import torch
 
 import mentor_trl
 from mentor_trl.cli.main import main
+from mentor_trl.connection.failures import KeyRefused
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.replies import KeyRefused
 from mentor_trl.rollout.vllm.server import (
     AnyServer,
     Patience,
