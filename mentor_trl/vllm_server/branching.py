@@ -51,8 +51,8 @@ class _Row:
         recent = self.output[-self.options.span :]
         if recent and recent[-1] < 0:
             raise EngineError(
-                "vLLM shows placeholders instead of the ids that it sampled last, so that nobody knows where sentences "
-                "end: start it with --no-async-scheduling."
+                "vLLM shows placeholders instead of the ids that it sampled last, and the rule 'sentence' needs them: "
+                "start it with --no-async-scheduling."
             )
         missing = self.options.span - len(recent)
         return not ends.isdisjoint(recent) or (missing > 0 and not ends.isdisjoint(self.prompt[-missing:]))

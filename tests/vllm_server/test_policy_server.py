@@ -38,20 +38,22 @@ def server(models, tmp_path_factory):
 
 @pytest.fixture
 def ask(server):
-    """`ask(path, **body)`: the JSON of an answer."""
+    """`ask(path, **body)`: an answer that is no error."""
     with httpx.Client(base_url=server.url, headers=server.headers, timeout=120.0) as client:
 
         def ask(path, **body):
             answer = client.post(path, json=body)
             assert answer.status_code == 200, answer.text
-            return answer.json() if answer.headers["content-type"].startswith("application/json") else answer.text
+            return (
+                answer.json() if answer.headers.get("content-type", "").startswith("application/json") else answer.text
+            )
 
         yield ask
 
 
 @pytest.fixture
 def info(ask):
-    return ask("/collective_rpc", method="mentor_info")["results"][0]
+    return ask("/collective_rpc", method="mentor_info").json()["results"][0]
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def complete(ask, info):
         own = {"model": info["policy"], "max_tokens": 6, "ignore_eos": True, "logprobs": 0, "temperature": 1.0}
         own |= {"stop_token_ids": [info["branch_id"]], "seed": request_seed(row, len(prompt), "policy")}
         answer = ask("/v1/completions", prompt=prompt, vllm_xargs=extra, return_token_ids=True, **{**own, **body})
-        return answer["choices"][0]
+        return answer.json()["choices"][0]
 
     return complete
 
@@ -95,13 +97,13 @@ def test_requests_at_once_end_where_the_coins_say(complete, models):
         check_logps(models[1], prompt, choice)
 
 
-def test_new_weights(ask, complete, server, tmp_path, models):
+def test_new_weights(ask, complete, tmp_path, models):
     served, trimmed = make_policy(seed=17)
     write_weights(served.state_dict().items(), tmp_path / "weights")
     ask("/collective_rpc", method="mentor_load_policy", args=[str(tmp_path / "weights"), "second"])
-    httpx.post(f"{server.url}/reset_prefix_cache", headers=server.headers)
+    ask("/reset_prefix_cache")
     try:
-        assert ask("/collective_rpc", method="mentor_info")["results"][0]["weights_version"] == "second"
+        assert ask("/collective_rpc", method="mentor_info").json()["results"][0]["weights_version"] == "second"
         with ThreadPoolExecutor(max_workers=64) as pool:
             choices = list(pool.map(lambda row: complete(row, [3, 1, 2], max_tokens=2), range(400)))
         rows = [tuple("branch" if index == BRANCH else index for index in choice["token_ids"]) for choice in choices]
@@ -110,7 +112,7 @@ def test_new_weights(ask, complete, server, tmp_path, models):
     finally:
         write_weights(models[0].state_dict().items(), tmp_path / "first")
         ask("/collective_rpc", method="mentor_load_policy", args=[str(tmp_path / "first"), "initial"])
-        httpx.post(f"{server.url}/reset_prefix_cache", headers=server.headers)
+        ask("/reset_prefix_cache")
 
 
 def test_an_adapter(ask, complete, models, tmp_path):
