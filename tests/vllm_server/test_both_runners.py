@@ -37,12 +37,12 @@ def batch_logits(count: int = 40) -> torch.Tensor:
     return torch.randn(count, PADDED, generator=torch.Generator().manual_seed(1)) * 2
 
 
-def first_runner(rows, logits):
+def first_runner(rows, logits, device="cpu"):
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
     from mentor_trl.vllm_server.branching import BranchingProcessor
 
-    processor = BranchingProcessor(config(), torch.device("cpu"), False)
+    processor = BranchingProcessor(config(), torch.device(device), False)
     added = [(index, params, prompt, output) for index, (params, prompt, output) in enumerate(rows)]
     processor.update_state(BatchUpdate(len(rows), removed=[], added=added, moved=[]))
     return processor, processor.apply(logits.clone())
@@ -110,6 +110,14 @@ def test_ids_that_vllm_has_not_read_yet():
     params = sampling(1, rule="sentence")
     with pytest.raises(EngineError, match="--no-async-scheduling"):
         first_runner([(params, [1], [2, -1])], batch_logits(1))
+
+
+def test_no_value_is_read_off_the_device():
+    """A tensor without data stands in for one whose values would have to be waited for."""
+    _, found = first_runner(rows_of_a_batch(), batch_logits().to("meta"), "meta")
+    assert found.shape == (40, PADDED)
+    with pytest.raises(RuntimeError, match="meta"):
+        found.isinf().any().item()
 
 
 def test_every_row_is_masked():
