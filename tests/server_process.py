@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from mentor_trl.vllm_plugin.keys import key_of
+from mentor_trl.vllm_server.keys import key_of
 
 
 # Servers that run now: a failing test prints the ends of their logs

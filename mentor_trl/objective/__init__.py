@@ -1,6 +1,7 @@
 """The method as pure tensor functions: no model, no trainer, no I/O."""
 
 from .advantages import mixed_policy_advantages
+from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
 from .mixture import (
     BRANCH_RULES,
@@ -25,6 +26,7 @@ __all__ = [
     "acceptance_probability",
     "alpha_at",
     "branch_weight",
+    "coin_uniforms",
     "correction_weights",
     "couple",
     "draw_coin",
@@ -35,6 +37,7 @@ __all__ = [
     "mixed_policy_advantages",
     "mixture_logps",
     "near_sentence_end",
+    "request_seed",
     "residual",
     "sentence_endings",
     "shaping_weights",

@@ -9,8 +9,8 @@ from pkgutil import resolve_name
 from typing import Any
 
 from . import compat
-from .options import CONFIG_KEY, WORKER_EXTENSION, engine_options
 from .requests import check_params
+from .shared_options import CONFIG_KEY, WORKER_EXTENSION, engine_options
 
 
 _vocabularies_may_differ: ContextVar[bool] = ContextVar("vocabularies_may_differ", default=False)

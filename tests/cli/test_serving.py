@@ -11,8 +11,8 @@ import pytest
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.cli.main import main
 from mentor_trl.cli.serve import OURS
-from mentor_trl.vllm_plugin.keys import default_key_file, read_key, store_key
-from mentor_trl.vllm_plugin.options import WORKER_EXTENSION
+from mentor_trl.vllm_plugin.shared_options import WORKER_EXTENSION
+from mentor_trl.vllm_server.keys import default_key_file, read_key, store_key
 from server_process import free_port
 
 
@@ -41,7 +41,7 @@ def test_the_equivalent_line(tiny_model_dir, tiny_expert_dir, capsys):
     assert value("--host") == "127.0.0.1" and value("--generation-config") == "vllm"
     assert value("--tensor-parallel-size") == "2" and value("--max-model-len") == "512"
     assert value("--distributed-executor-backend") == "ray" and "--no-async-scheduling" in words
-    assert value("--middleware") == "mentor_trl.vllm_plugin.guard.MixedGuard"
+    assert value("--middleware") == "mentor_trl.vllm_server.guard.MixedGuard"
     assert {'MENTOR_TRL_ALLOWED_HOSTS=["127.0.0.1"]', "MENTOR_TRL_ALLOWED_ORIGINS=[]"} <= set(words)
 
 
@@ -76,7 +76,7 @@ def test_a_policy_alone(tiny_model_dir, capsys):
     assert value("--logprobs-mode") == "processed_logprobs" and value("--port") == "8001"
     assert value("--worker-extension-cls") == WORKER_EXTENSION and value("--generation-config") == "vllm"
     assert "--speculative-config" not in words and "--additional-config" not in words
-    assert value("--middleware") == "mentor_trl.vllm_plugin.guard.PolicyGuard"
+    assert value("--middleware") == "mentor_trl.vllm_server.guard.PolicyGuard"
 
 
 @pytest.mark.parametrize("expert", [True, False])

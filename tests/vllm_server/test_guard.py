@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from mentor_trl.errors import SetupError
-from mentor_trl.vllm_plugin import keys
-from mentor_trl.vllm_plugin.guard import BODY_BYTES, HOSTS, METHODS, ORIGINS, Guard, MixedGuard, PolicyGuard
-from mentor_trl.vllm_plugin.keys import KEY, KEY_FILE, default_key_file, key_of, read_key, store_key
+from mentor_trl.vllm_server import keys
+from mentor_trl.vllm_server.guard import BODY_BYTES, HOSTS, METHODS, ORIGINS, Guard, MixedGuard, PolicyGuard
+from mentor_trl.vllm_server.keys import KEY, KEY_FILE, default_key_file, key_of, read_key, store_key
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import make_tiny_model
-from mentor_trl.vllm_plugin.identity import CHUNK, distrust, files_digest, weights_digest
+from mentor_trl.vllm_server.identity import CHUNK, distrust, files_digest, weights_digest
 
 
 def test_one_changed_weight_is_another_model():

@@ -1,0 +1,203 @@
+"""The policy in a vLLM engine of this process, which requests of coroutines reach one by one."""
+
+import asyncio
+import itertools
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+from ...vllm_server.options import engine_environment, policy_engine_options
+from ..types import MixedRequest
+from .rows import Segment, Truncation
+from .segments import as_segment, branch_settings, segment_settings
+
+
+T = TypeVar("T")
+
+
+class EngineRequests:
+    """
+    Requests of coroutines to a vLLM engine. The engine runs in the thread that calls [`drive`], which is to be the one
+    that built it; coroutines run beside it.
+
+    Args:
+        llm (`vllm.LLM`):
+            Engine.
+    """
+
+    def __init__(self, llm):
+        self.engine = llm.llm_engine
+        self.wake = threading.Event()
+        self._arrived: SimpleQueue = SimpleQueue()
+        self._waiting: dict[str, asyncio.Future] = {}
+        self._names = itertools.count()
+
+    async def complete(self, prompt_ids: list[int], params, **kwargs: Any):
+        """The finished `vllm.RequestOutput` of a request."""
+        future = asyncio.get_running_loop().create_future()
+        self._arrived.put((list(prompt_ids), params, kwargs, future))
+        self.wake.set()
+        return await future
+
+    def turn(self) -> bool:
+        """Take what has arrived and run a step; returns whether there was anything to do."""
+        while True:
+            try:
+                prompt_ids, params, kwargs, future = self._arrived.get_nowait()
+            except Empty:
+                break
+            name = f"mentor-{next(self._names)}"
+            self._waiting[name] = future
+            try:
+                self.engine.add_request(name, {"prompt_token_ids": prompt_ids}, params, **kwargs)
+            except Exception as error:
+                _settle(self._waiting.pop(name), lambda future, error=error: future.set_exception(error))
+        if not self.engine.has_unfinished_requests():
+            return False
+        for output in self.engine.step():
+            if output.finished:
+                future = self._waiting.pop(output.request_id)
+                _settle(future, lambda future, output=output: future.set_result(output))
+        return True
+
+    def abort(self) -> None:
+        """Give up all requests."""
+        if self._waiting:
+            self.engine.abort_request(list(self._waiting))
+        self._waiting.clear()
+
+
+def _settle(future: asyncio.Future, settle: Callable[[asyncio.Future], None]) -> None:
+    future.get_loop().call_soon_threadsafe(lambda: None if future.done() else settle(future))
+
+
+def drive(engines: list[EngineRequests], call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What a coroutine returns that makes requests to engines, which run in this thread meanwhile."""
+    wake = threading.Event()
+    for engine in engines:
+        engine.wake = wake
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(call())
+        result = pool.submit(_run, loop, task)
+        result.add_done_callback(lambda _: wake.set())
+        try:
+            while not result.done():
+                wake.clear()
+                if not any([engine.turn() for engine in engines]):
+                    wake.wait()
+        except BaseException:
+            loop.call_soon_threadsafe(task.cancel)
+            raise
+        finally:
+            for engine in engines:
+                engine.abort()
+        return result.result()
+
+
+def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task) -> Any:
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(task)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+class PolicyLLM:
+    """
+    The policy in a vLLM engine of this process, with the processor that ends requests at branch points.
+
+    Args:
+        policy (`str`):
+            Model id or folder of the policy.
+        **engine_kwargs:
+            Further arguments of `vllm.LLM`.
+
+    Raises:
+        `RuntimeError`: if the engine does not branch.
+    """
+
+    def __init__(self, policy: str, **engine_kwargs: Any):
+        cpu = not torch.cuda.is_available()
+        os.environ.update(engine_environment(cpu))
+        from vllm import LLM
+
+        self.llm = LLM(**policy_engine_options(policy, cpu=cpu) | engine_kwargs)
+        self.info = next(info for info in self.llm.collective_rpc("mentor_info") if info is not None)
+        if not self.info["branches"]:
+            raise RuntimeError(f"The engine of {policy!r} does not branch: it was built without our logits processor.")
+        self.requests = EngineRequests(self.llm)
+        self.lora_request: Any = None
+        self.sleeps = bool(engine_kwargs.get("enable_sleep_mode"))
+        self._asleep: set[str] = set()
+        self._sleep()
+
+    # Weights
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Inside, the engine is awake."""
+        self._wake("weights", "kv_cache")
+        try:
+            yield
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *tags: str) -> None:
+        tags = [tag for tag in tags if tag in self._asleep]
+        if tags:
+            torch.accelerator.memory.empty_cache()
+            self.llm.wake_up(tags=tags)
+            self._asleep -= set(tags)
+
+    def load_tensors(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
+        """Replace the policy's weights; only where the engine runs in this very process."""
+        self._wake("weights")
+        weights = iter(weights)
+        try:
+            self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
+        finally:
+            for _ in weights:  # an adapter is merged as long as these last
+                pass
+        self.llm.reset_prefix_cache()
+
+    # Rows
+
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What a coroutine returns that asks for segments."""
+        return drive([self.requests], call)
+
+    def lost_rows(self, rows: list[int]) -> list[int]:
+        """Rows that may have been sampled with other weights: none."""
+        return []
+
+    async def segment(
+        self, request: MixedRequest, row: int, prefix: list[int], limit: int, truncation: Truncation
+    ) -> Segment:
+        """See [`~mentor_trl.rollout.stock.rows.PolicyEngine`]."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        branch_id = self.info["branch_id"]
+        params = SamplingParams(
+            **segment_settings(request, row, len(prefix), limit, branch_id, truncation),
+            extra_args=branch_settings(request, row),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=False,
+        )
+        output = (await self.requests.complete(prefix, params, lora_request=self.lora_request)).outputs[0]
+        ids = list(output.token_ids)
+        logps = [entry[index].logprob for entry, index in zip(output.logprobs, ids)]
+        return as_segment(ids, logps, branch_id)
