@@ -9,7 +9,6 @@ from ...config import MentorGRPOConfig
 from ...experts.compatibility import check_context, check_stop_tokens, check_vocabulary, context_length, text_model
 from ...experts.load import check_expert_given, check_expert_source, resolve_expert
 from ..host import Host
-from .decoder import check_decoding
 from .in_process import InProcessExpert
 from .sampler import LocalSampler, LocalSession
 
@@ -101,8 +100,6 @@ class LocalSetup:
         for checked, who in ((policy, "policy"), (model, "expert")):
             limit = context_length(text_model(checked).config.get_text_config())
             check_context(lengths, args.max_completion_length, limit, f"the {who}'s", f"choose another {who}")
-            if who == "expert" or not host.sharded:
-                check_decoding(checked, who)
         num_tokens = max(host.tokenizer.get_vocab().values()) + 1
         sampler = LocalSampler(
             model,
@@ -112,5 +109,6 @@ class LocalSetup:
             adaptive_draft_length=args.adaptive_draft_length,
         )
         autocast = host.accelerator.autocast
-        expert = InProcessExpert(model, num_tokens=num_tokens, autocast=autocast, name=name)
+        ability = sampler.abilities(None if host.sharded else policy)["expert"]
+        expert = InProcessExpert(model, num_tokens=num_tokens, autocast=autocast, name=name, ability=ability)
         return LocalEngine(sampler, expert, host.unwrapped, autocast, args.cast_lm_head_to_fp32, stop)
