@@ -24,6 +24,7 @@ from ...connection.failures import WeightsLost
 from ...errors import EngineError, SetupError
 from ...experts.compatibility import check_context, check_tokenizers, text_model
 from ...experts.load import load_expert_tokenizer
+from ...objective import sentence_endings
 from ...vllm_server.identity import files_digest
 from ...vllm_server.options import model_shape
 from ..types import MixedRequest, MixedRollout, Progress
@@ -75,8 +76,8 @@ class MixedVLLMGeneration(VLLMGeneration):
 
     def _init_vllm(self) -> None:
         self._run_id = new_run_id()
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        self.num_tokens = max(tokenizer.get_vocab().values()) + 1
+        self.tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self.num_tokens = max(self.tokenizer.get_vocab().values()) + 1
         if self.mode == "server":
             self.info = self._on_main(self._connect)
             # Log-probabilities come from the plugin's records, which are those of the tempered distribution
@@ -133,6 +134,7 @@ class MixedVLLMGeneration(VLLMGeneration):
             self.expert,
             num_tokens=self.num_tokens,
             draft_length=self.config.draft_length,
+            sentence_ids=sentence_endings(self.tokenizer) if self.config.branch_rule == "sentence" else None,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_length,
             max_num_seqs=self.max_num_seqs,
