@@ -30,6 +30,8 @@ class InProcessExpert:
             Model id or folder.
     """
 
+    couples = True
+
     def __init__(
         self,
         model,
@@ -43,6 +45,11 @@ class InProcessExpert:
         self.vocab_size = vocab_size or self.decoder.vocab_size
         self.prompts: list[tuple[int, ...] | None] = []
         self.seen = torch.empty(0, dtype=torch.long)
+
+    @property
+    def max_length(self) -> int | None:
+        """Context in tokens."""
+        return self.decoder.max_length
 
     # Rows in progress
 
