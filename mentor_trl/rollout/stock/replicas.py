@@ -32,8 +32,8 @@ EQUAL = {
 class PolicyReplica(PolicyServer):
     """
     One server of the policy alone, with the processor that ends requests at branch points; see
-    [`~mentor_trl.rollout.serving.policy_server.PolicyServer`]. Whether it branches where it should is checked at first,
-    and after each restart.
+    [`~mentor_trl.rollout.serving.policy_server.PolicyServer`]. Whether it branches where it should is checked at
+    first, and after each restart.
 
     Raises:
         [`SetupError`]: if it does not.

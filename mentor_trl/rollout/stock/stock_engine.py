@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 from ...config import MentorGRPOConfig
 from ...errors import SetupError
-from ...experts.compatibility import check_stop_ids
-from ...experts.remote import RemoteExpert, remote_expert
+from ...experts.load import check_expert_given
+from ...experts.remote import RemoteExpert
 from ...objective import sentence_endings
 from ..host import Host, check_vllm
+from ..serving.expert_servers import remote_expert
 from ..serving.generation import backend
 from ..types import MixedSampler
 from .stock_backend import StockGeneration
@@ -40,16 +41,17 @@ class StockEngine:
 class StockSetup:
     """[`~mentor_trl.rollout.host.EngineSetup`] of a [`StockEngine`]."""
 
-    def __init__(self, args: MentorGRPOConfig):
-        self.args = args
+    def __init__(self, args: MentorGRPOConfig, expert, expert_tokenizer):
+        self.args, self.given = args, expert
 
     def check(self, model, quantization_config) -> None:
         args = self.args
+        check_expert_given(args, self.given)
         quantized = quantization_config is not None or getattr(model, "is_quantized", False)
         if quantized and args.vllm_weight_sync != "adapter":
             raise SetupError(
-                f"Weights of a quantized policy cannot be handed to vLLM (`vllm_weight_sync={args.vllm_weight_sync!r}`"
-                "). Train a LoRA adapter (`use_peft`) and set `vllm_weight_sync` to 'adapter', or set `use_vllm=False`."
+                f"`vllm_weight_sync={args.vllm_weight_sync!r}` cannot hand the weights of a quantized policy to vLLM. "
+                "Train a LoRA adapter (`use_peft`) and set it to 'adapter', or set `use_vllm=False`."
             )
         if args.vllm_structured_outputs_regex is not None:
             raise SetupError(
@@ -72,11 +74,9 @@ class StockSetup:
     def build(self, host: Host) -> StockEngine:
         """Check that engines and expert fit the policy; all are running by now."""
         generation, args = host.vllm_generation, host.args
-        longest = host.longest_prompt()
         endings = tuple(sentence_endings(host.tokenizer)) if args.branch_rule == "sentence" else ()
-        generation.check(host.policy, endings, longest)
-        expert = remote_expert(args, host.tokenizer, longest)
+        generation.check(host.policy, endings, host.longest_prompt())
+        expert, stop = remote_expert(args, host)
         if generation.sampler is not None:
             generation.sampler.expert = expert
-        stop = check_stop_ids(host.stop_token_ids, expert.stop_token_ids, host.tokenizer, args.extend_stop_tokens)
         return StockEngine(generation, expert, host.sync_weights, stop)
