@@ -238,12 +238,12 @@ def health(args: list[str]) -> int:
 
     from ..connection.client import Client, Patience
     from ..connection.failures import WrongServer
-    from ..rollout.vllm.server import AnyServer
+    from ..rollout.serving.policy_server import PolicyServer
 
     patience = Patience(connect=options.timeout, read=options.timeout, attempts=1, recovery=0.0)
     try:
         try:
-            info = AnyServer(options.url, patience=patience, api_key_file=options.api_key_file).info
+            info = PolicyServer(options.url, patience=patience, api_key_file=options.api_key_file).info
         except WrongServer:
             key = partial(key_of, options.url, options.api_key_file)
             info = stock_info(Client(options.url, patience, key))

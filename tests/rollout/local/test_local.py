@@ -10,7 +10,8 @@ from mentor_trl.rollout import LocalSampler, MixedRequest
 from mentor_trl.rollout.local import decoder as decoder_module
 from mentor_trl.rollout.local import in_process
 from mentor_trl.rollout.local.decoder import text_model
-from mentor_trl.rollout.local.sampler import best_draft_length
+from mentor_trl.rollout.local.decoding_check import check_decoding
+from mentor_trl.rollout.local.drafting import best_draft_length
 from statistics_helpers import Tree, forward_logps, make_peaked_model, misfit, sample_local, sequences
 
 
@@ -69,6 +70,7 @@ def check_records(policy, expert, request, rollout, num_tokens=None, size=None, 
 def watch(module, shapes=None):
     """Shapes `(rows, tokens)` of the ids that a model reads."""
     shapes = [] if shapes is None else shapes
+    check_decoding(module, "model")  # measured once, and not watched
     text_model(module).base_model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -305,6 +307,7 @@ def test_plain_rows_never_run_the_expert():
 def test_expert_head_sees_branch_points_only(draft_length, rule):
     policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
     rows = []
+    check_decoding(expert, "expert")
     expert.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
     request = make_request(RAGGED * 4, 4.0, 16, branch_rule=rule)
     rollout = sample_local(policy, expert, request, draft_length=draft_length)
