@@ -131,9 +131,7 @@ class PolicyReplicas:
         concurrency: int = 1024,
         api_key_file: str | None = None,
     ):
-        self.servers = [
-            PolicyReplica(url, num_tokens, patience, concurrency, api_key_file) for url in addresses(urls)
-        ]
+        self.servers = [PolicyReplica(url, num_tokens, patience, concurrency, api_key_file) for url in addresses(urls)]
         first = self.servers[0].info
         for server in self.servers[1:]:
             for name, what in EQUAL.items():
