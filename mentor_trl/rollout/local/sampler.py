@@ -29,7 +29,7 @@ from .decoder import inference
 from .decoding_check import check_decoding
 from .drafting import Drafting, RequestRun
 from .in_process import InProcessExpert
-from .lockstep import Ability
+from .lockstep import RAGGED, Ability
 
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ class LocalSampler:
         ]
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if reasons and first and not self._lockstep_is_told:
-            logger.warning(f"Mixed rows advance in lockstep, one token a pass, because {'; '.join(reasons)}.")
+            rows = "Mixed rows" if abilities.get("policy", RAGGED).ragged else "Rows"
+            logger.warning(f"{rows} advance in lockstep, one token a pass, because {'; '.join(reasons)}.")
             self._lockstep_is_told = True
         return abilities
 

@@ -45,7 +45,14 @@ FALCON_H1 = {
 STATE = {"hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.4, "tie_word_embeddings": False}
 BLOOM = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
 NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "initializer_range": 0.4, "window_size": 4}
-JAMBA = {"use_mamba_kernels": False, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+JAMBA = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "use_mamba_kernels": False,
+    "mamba_d_state": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+}
 MODELS = {
     "qwen3-next": (tf.Qwen3NextForCausalLM, tf.Qwen3NextConfig, {**SHAPE, **LINEAR, **EXPERTS}),
     "qwen3.5": (tf.Qwen3_5ForCausalLM, tf.Qwen3_5TextConfig, {**SHAPE, **LINEAR}),
@@ -54,7 +61,7 @@ MODELS = {
     "falcon-h1": (tf.FalconH1ForCausalLM, tf.FalconH1Config, {**SHAPE, **FALCON_H1}),
     "bloom": (tf.BloomForCausalLM, tf.BloomConfig, BLOOM),
     "mamba": (tf.MambaForCausalLM, tf.MambaConfig, {**STATE, "state_size": 4}),
-    "jamba": (tf.JambaForCausalLM, tf.JambaConfig, {**SHAPE, **JAMBA, "num_experts": 2, "num_experts_per_tok": 1}),
+    "jamba": (tf.JambaForCausalLM, tf.JambaConfig, {**SHAPE, **JAMBA}),
     "gpt-neo": (tf.GPTNeoForCausalLM, tf.GPTNeoConfig, {**NEO, "attention_types": [[["global"], 2]]}),
     "gpt-neo-local": (tf.GPTNeoForCausalLM, tf.GPTNeoConfig, {**NEO, "attention_types": [[["local"], 2]]}),
     "rwkv": (tf.RwkvForCausalLM, tf.RwkvConfig, {"hidden_size": 16, "num_hidden_layers": 2, "context_length": 64}),
@@ -67,12 +74,9 @@ MODELS = {
 JUDGED = ["qwen3-next", "qwen3.5", "mamba2", "lfm2", "falcon-h1", "bloom"]
 
 
-def make_recurrent(name: str, seed: int = 0, vocab_size: int = 4, spread: float = 1.0):
-    """A model whose next-token distributions are peaked: its LM head is scaled by `spread`."""
+def make_recurrent(name: str, seed: int = 0, vocab_size: int = 4):
+    """A model whose next-token distributions are far from uniform, and far from those of another seed."""
     model_class, config_class, settings = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config_class(vocab_size=vocab_size, **settings)).eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(spread)
-    return model
+        return model_class(config_class(vocab_size=vocab_size, **settings)).eval()

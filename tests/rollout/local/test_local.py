@@ -452,6 +452,30 @@ def test_mixed_rows_need_an_expert():
         sample_local(make_peaked_model(0, vocab_size=12), None, make_request(gamma=[INF] * 4 + [1.0]))
 
 
+def test_plain_rows_take_no_place_in_the_experts_cache():
+    """Mixed rows among plain ones, in few slots: rows of both kinds end early, move, and are replaced by either."""
+    policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
+    gammas = (([INF] * 4 + [1.5, INF, 2.0]) * 5)[:30]
+    request = make_request(RAGGED * 6, gammas, 12, stop_token_ids=(3, 7), score_all=True)
+    mixed = sum(gamma < INF for gamma in request.gamma)
+    for size in (4, 12, 64):
+        with LocalSampler(expert, rollout_batch_size=size, draft_length=3).session(policy) as session:
+            rollout = session.sample(request)
+            assert session.expert.decoder.cache.slots == min(mixed, size)
+            assert session.policy.cache.slots == min(30, size)
+        check_records(policy, expert, request, rollout)
+        assert rollout.branch.any(1).sum() > mixed // 2
+
+
+def test_progress_counts_rows_and_tokens():
+    policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
+    calls = []
+    with LocalSampler(expert, rollout_batch_size=3).session(policy) as session:
+        rollout = session.sample(make_request(stop_token_ids=(3,)), lambda *counts: calls.append(counts))
+    assert tuple(map(sum, zip(*calls))) == (len(RAGGED), rollout.stats["tokens"])
+    assert len(calls) == rollout.stats["batch_rounds"]
+
+
 def test_unknown_rule():
     with pytest.raises(ValueError, match="Unknown branch rule 'sometimes'"):
         sample_local(make_peaked_model(0, 12), make_peaked_model(1, 12), make_request(branch_rule="sometimes"))
