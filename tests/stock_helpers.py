@@ -74,7 +74,7 @@ class EnumeratedPolicy:
 class EnumeratedExpert:
     """An expert that speaks."""
 
-    max_model_len = 512
+    max_length = 512
 
     def __init__(self, model):
         self.distribution, self.asked = Distributions(model), []

@@ -200,11 +200,12 @@ def health(args: list[str]) -> int:
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the server's key, where it is not found")
     options = parser.parse_args(args)
 
-    from ..rollout.vllm.server import AnyServer, Patience
+    from ..connection.client import Patience
+    from ..rollout.serving.policy_server import PolicyServer
 
     patience = Patience(connect=options.timeout, read=options.timeout, attempts=1, recovery=0.0)
     try:
-        info = AnyServer(options.url, patience=patience, api_key_file=options.api_key_file).info
+        info = PolicyServer(options.url, patience=patience, api_key_file=options.api_key_file).info
     except (EngineError, SetupError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -25,7 +25,7 @@ class RowTensors:
     """Options of the B rows as tensors, and the branch rules that occur."""
 
     gamma: torch.Tensor  # `(B,)`: entropy thresholds
-    share: torch.Tensor  # `(B,)`: weights of the rule `"random"`
+    share: torch.Tensor  # `(B,)`: weights of the rules `"random"` and `"sentence"`
     score: torch.Tensor  # `(B,)`, `bool`: rows whose log s is wanted at every token with w > 0
     rules: dict[str, torch.Tensor]  # for each rule, the `(B,)` `bool` mask of its rows
 
@@ -40,12 +40,14 @@ def policy_probs(logits: torch.Tensor, temperature: torch.Tensor, num_tokens: in
     return (logits[:, :num_tokens].float() / temperature.unsqueeze(-1)).softmax(dim=-1)
 
 
-def row_weights(entropy: torch.Tensor, row: torch.Tensor, options: RowTensors) -> torch.Tensor:
-    """Weight w `(N,)` of each draft under its row's rule, from the policy's entropies `(N,)`."""
+def row_weights(
+    entropy: torch.Tensor, row: torch.Tensor, options: RowTensors, near: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weight w `(N,)` of each draft under its row's rule, from the policy's entropies and the places `(N,)`."""
     gamma, share = options.gamma[row], options.share[row]
     weight = torch.zeros_like(entropy)
     for rule, mask in options.rules.items():
-        weight = torch.where(mask[row], branch_weight(entropy, gamma, rule, share), weight)
+        weight = torch.where(mask[row], branch_weight(entropy, gamma, rule, share, near), weight)
     return weight
 
 
@@ -59,18 +61,19 @@ def sample_round(
     temperature: torch.Tensor,
     options: RowTensors,
     shape: tuple[int, int],
+    near: torch.Tensor | None = None,
 ) -> Round:
     """
     Flip the coins, couple the drafts at branch points with the expert, and cut each row behind its first replacement.
 
     `drafts (N,)` were drawn from `probs (N, V)`. They stand at position `step (N,)` of `row (N,)`, have `temperature
     (N,)`, and the expert's logits for them are those at `logit_index (N,)` of `expert_logits (L, V_expert)`; `shape`
-    is `(B, S)`.
+    is `(B, S)`, and `near (N,)` says, for the rule `"sentence"`, which are the first of a sentence.
     """
     V = probs.size(-1)
     drafts = drafts.long()
     entropy = torch.special.entr(probs).sum(dim=-1)
-    weight = row_weights(entropy, row, options)
+    weight = row_weights(entropy, row, options, near)
     coin = draw_coin(weight)
     logp = probs.gather(1, drafts.unsqueeze(1)).squeeze(1).log()
     logs = torch.full_like(logp, torch.nan)

@@ -10,12 +10,14 @@ Both kinds are exact.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+from transformers import AutoTokenizer
 from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-from ..objective import mixture_logps
+from ..objective import mixture_logps, sentence_endings
 from .mixing import Round, RowTensors, exponential_race, policy_probs, sample_round
 from .records import RecordStore
 from .requests import RowOptions, parse_row
@@ -47,8 +49,9 @@ class MixedRunner:
     one object.
     """
 
-    def __init__(self, runner, num_tokens: int | None = None):
+    def __init__(self, runner, num_tokens: int | None = None, sentence_ids: list[int] | None = None):
         self.runner = runner
+        self._given_sentence_ids = sentence_ids
         speculative = runner.speculative_config
         self.vocab_sizes = {
             "policy": speculative.draft_model_config.get_vocab_size(),
@@ -70,6 +73,15 @@ class MixedRunner:
         self._sample_tokens = runner.sample_tokens
         runner.sample_tokens, runner._sample = self.sample_tokens, self.sample
         runner.drafter._sample_from_logits = self.sample_draft
+
+    @cached_property
+    def sentence_ids(self) -> frozenset[int]:
+        """Ids behind which a sentence may begin, for the branch rule `"sentence"`."""
+        if self._given_sentence_ids is not None:
+            return frozenset(self._given_sentence_ids)
+        config = self.runner.model_config
+        options = {"revision": config.tokenizer_revision, "trust_remote_code": config.trust_remote_code}
+        return frozenset(sentence_endings(AutoTokenizer.from_pretrained(config.tokenizer, **options)))
 
     def sample_tokens(self, grammar_output):
         """Keep what the forward pass left for the sampler, which vLLM clears before it samples."""
@@ -97,8 +109,10 @@ class MixedRunner:
         drafts, probs, row, step = self._drafts(plan, spec_decode_metadata, hidden, logit_positions, first)
         width = max(plan.counts, default=0) + 1
         options = self._row_tensors(batch.req_ids, logits.device)
+        near = self._near(drafts, row, step) if "sentence" in options.rules else None
+        shape = len(plan.counts), width
         committed = sample_round(
-            drafts, probs, logits, first[row] + step, row, step, temperature[row], options, (len(plan.counts), width)
+            drafts, probs, logits, first[row] + step, row, step, temperature[row], options, shape, near
         )
         return self._output(plan, committed, batch, spec_decode_metadata is not None)
 
@@ -155,6 +169,16 @@ class MixedRunner:
             probs.append(torch.empty(0, self.num_tokens, device=device))
         row, step = torch.tensor([row + new, step + [0] * len(new)], dtype=torch.long).to(device).unbind(0)
         return torch.cat(ids), probs[0] if len(probs) == 1 else torch.cat(probs), row, step
+
+    def _near(self, drafts: torch.Tensor, row: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Which drafts are among the first of a sentence, `(N,)`."""
+        batch, found, ids = self.runner.input_batch, [], drafts.tolist()
+        for at, (r, k) in enumerate(zip(row.tolist(), step.tolist())):
+            span, size = self._options[batch.req_ids[r]].span, int(batch.num_tokens_no_spec[r])
+            before = batch.token_ids_cpu[r, max(size - span, 0) : size].tolist()
+            recent = (before + ids[at - k : at])[-span:]
+            found.append(not self.sentence_ids.isdisjoint(recent))
+        return torch.tensor(found, dtype=torch.bool).to(drafts.device)
 
     def _policy_pass(self) -> torch.Tensor:
         """Let the policy read the scheduled tokens, as the expert just did: its hidden states `(T, D)`."""

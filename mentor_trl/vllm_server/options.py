@@ -4,9 +4,30 @@ from typing import Any
 
 
 INCOMPLETE = "incomplete"  # name of weights that are under way
+POLICY_WORKER = "mentor_trl.vllm_server.policy_worker.PolicyWorkerExtension"
+PROCESSOR = "mentor_trl.vllm_server.branching:BranchingProcessor"
+# Key of an engine's `additional_config` by which a model without a tokenizer says what its tokens are
+TOKENS = "mentor_tokens"
 
 # Keys of a request's `SamplingParams.extra_args` (`vllm_xargs` over HTTP)
-GAMMA, RULE, SHARE = "mentor_gamma", "mentor_rule", "mentor_share"
+GAMMA, RULE, SHARE, SPAN, SEED = "mentor_gamma", "mentor_rule", "mentor_share", "mentor_span", "mentor_seed"
+
+
+def policy_engine_options(policy: str, tensor_parallel_size: int = 1, cpu: bool = False) -> dict[str, Any]:
+    """
+    Arguments of `vllm.LLM`, and of `vllm serve` as options, for an engine that holds a policy alone and ends requests
+    of mixed rollouts at their branch points.
+    """
+    options = {
+        "model": policy,
+        "logits_processors": [PROCESSOR],
+        "worker_extension_cls": POLICY_WORKER,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "tensor_parallel_size": tensor_parallel_size,
+    }
+    # A prompt read in several steps takes numbers back from its request's generator, which torch's for CPUs cannot do
+    return options | ({"enable_chunked_prefill": False} if cpu else {})
 
 
 def engine_environment(cpu: bool = False) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.rollout.serving.weights import write_weights
 from mentor_trl.vllm_plugin import compat, engine_options
 from mentor_trl.vllm_plugin.hooks import check_config
 from mentor_trl.vllm_plugin.requests import check_params, parse_row
@@ -183,7 +183,10 @@ def test_missing_and_changed_symbols_are_named():
         ({"n": 2, "extra_args": {"mentor_record": "key"}}, r"n=2 with `mentor_record`: send one request per row"),
         ({"extra_args": {"mentor_gama": "1.0"}}, r"Unknown entries \['mentor_gama'\]; a request knows"),
         ({"extra_args": {"mentor_gamma": 0}}, r"`mentor_gamma` is 0\.0; it must be positive"),
-        ({"extra_args": {"mentor_gamma": "much"}}, r"`mentor_gamma` and `mentor_share` must be numbers.*'much'"),
+        (
+            {"extra_args": {"mentor_gamma": "much"}},
+            r"`mentor_gamma`, `mentor_share` and .* must be numbers.*'much'",
+        ),
         ({"extra_args": {"mentor_rule": "sometimes"}}, r"`mentor_rule` is 'sometimes'; choose one of"),
         ({"extra_args": {"mentor_share": 1.5}}, r"`mentor_share` is 1\.5; it must be in \[0, 1\]"),
     ],

@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from helpers import make_letter_tokenizer
+from mentor_trl.connection.client import Patience
+from mentor_trl.connection.failures import KeyRefused, ServerError, WrongServer
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.replies import KeyRefused
-from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
-from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.rollout.serving.weights import write_weights
+from mentor_trl.rollout.vllm.server import ServerSampler
 from mentor_trl.vllm_server.keys import default_key_file, read_key
 from server_process import SERVER_OPTIONS, free_port, serving, serving_models
 from statistics_helpers import Tree, labelled, misfit, sequences

@@ -134,7 +134,7 @@ class StockSampler:
         check_context(lengths, request.max_new_tokens, limit, "the policy's engine's", "serve it with a larger one")
         mixed = [length for length, gamma in zip(lengths, request.gamma) if gamma < math.inf]
         if mixed:
-            limit = self.expert.max_model_len
+            limit = self.expert.max_length
             check_context(mixed, request.max_new_tokens, limit, "the expert's", "serve it with a larger one")
 
 

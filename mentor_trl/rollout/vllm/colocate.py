@@ -28,6 +28,9 @@ class ColocateSampler:
             Number of ids that the tokenizer defines; ids from there on are never sampled.
         draft_length (`int`, *optional*, defaults to `8`):
             Tokens that the policy drafts between two passes of the expert.
+        sentence_ids (`Iterable[int]`, *optional*):
+            Ids behind which a sentence may begin, for the branch rule `"sentence"`. By default those of the engine's
+            tokenizer.
         **engine_kwargs:
             Further arguments of `vllm.LLM`.
 
@@ -40,7 +43,13 @@ class ColocateSampler:
     """
 
     def __init__(
-        self, policy: str, expert: str, num_tokens: int | None = None, draft_length: int = 8, **engine_kwargs: Any
+        self,
+        policy: str,
+        expert: str,
+        num_tokens: int | None = None,
+        draft_length: int = 8,
+        sentence_ids: Iterable[int] | None = None,
+        **engine_kwargs: Any,
     ):
         os.environ.update(engine_environment(cpu=not torch.cuda.is_available()))
         from vllm import LLM
@@ -50,7 +59,7 @@ class ColocateSampler:
         # An installation without its entry point (a source tree on the path) would else be a stock engine
         install()
         tensor_parallel = engine_kwargs.pop("tensor_parallel_size", 1)
-        options = engine_options(policy, expert, num_tokens, draft_length, tensor_parallel)
+        options = engine_options(policy, expert, num_tokens, draft_length, tensor_parallel, sentence_ids)
         options["speculative_config"] |= engine_kwargs.pop("speculative_config", {})
         self.llm = LLM(**options, **engine_kwargs)
         self.info = next(info for info in self.llm.collective_rpc("mentor_info") if info is not None)

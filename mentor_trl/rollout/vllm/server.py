@@ -3,60 +3,23 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
-import httpx
 import torch
 
-from ...errors import SetupError
-from ...vllm_server.keys import key_of
-from ...vllm_server.options import INCOMPLETE
+from ...connection.contents import reading
+from ...connection.failures import TRANSIENT, Exhausted, ServerError
+from ..serving.policy_server import PolicyServer
 from ..types import MixedRequest, MixedRollout, Progress
 from . import replies
-from .replies import TRANSIENT, Exhausted, Failed, KeyRefused, ServerError, WeightsLost, WrongServer
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a client keeps trying. A request that the server refuses (4xx) is never repeated."""
-
-    connect: float = 10.0  # seconds to connect, per attempt
-    read: float = 1800.0  # seconds to wait for an answer, per attempt: a completion is answered when it is finished
-    attempts: int = 5  # at a call, and at bringing a batch of rows together
-    back_off: float = 1.0  # seconds before the second attempt; doubled before each further one
-    recovery: float = 300.0  # seconds that a server may take to come back after it stopped answering
-
-
-class ServerSampler:
+class ServerSampler(PolicyServer):
     """
-    Samples mixed rollouts on a server.
-
-    Args:
-        url (`str`):
-            Address of the server, as `http://127.0.0.1:8000`.
-        num_tokens (`int`, *optional*):
-            Number of ids that the policy's tokenizer defines, which the server must know.
-        patience ([`Patience`], *optional*):
-            Time-outs and retries.
-        concurrency (`int`, *optional*, defaults to `1024`):
-            Rows that are sent at once.
-        api_key_file (`str`, *optional*):
-            File with the server's key. If not given, the key is in `MENTOR_TRL_API_KEY`, or, for a server on this
-            machine, where `mentor-trl serve` has put it.
-
-    Raises:
-        [`ServerError`]: if no server answers in time, or [`WrongServer`], if it is not a MENTOR server, speaks for
-            another vocabulary, or runs another version of this package.
-        [`SetupError`]: if the address is none, or the file holds no key.
+    Samples mixed rollouts on a server; arguments and errors are those of
+    [`~mentor_trl.rollout.serving.policy_server.PolicyServer`].
 
     Example:
     ```python
@@ -67,117 +30,6 @@ class ServerSampler:
     """
 
     kind: str | None = "mixed"
-
-    def __init__(
-        self,
-        url: str,
-        num_tokens: int | None = None,
-        patience: Patience | None = None,
-        concurrency: int = 1024,
-        api_key_file: str | None = None,
-    ):
-        self.url = checked_address(url)
-        self.api_key_file = api_key_file
-        self.num_tokens = num_tokens
-        self.patience = patience or Patience()
-        self.concurrency = concurrency
-        self._pushed: tuple[str | None, str] | None = None
-        self._first: dict[str, Any] | None = None
-        self.info = self._first = self.wait()
-        with replies.reading(self.url, "/v1/models", WrongServer):
-            self.served_name = self._run(self._retried, _ask, "/v1/models", "GET")["data"][0]["id"]
-
-    def headers(self) -> dict[str, str]:
-        """The server's key, looked up for each request: one that was restarted has a new one."""
-        key = key_of(self.url, self.api_key_file)
-        return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-    @contextmanager
-    def session(self) -> Iterator["ServerSampler"]:
-        """
-        Hold the policy's current weights, see [`load_policy`][ServerSampler.load_policy]. Makes sure on entry that the
-        server answers, has them, and is not paused by a push that was cut off.
-        """
-        self._recover()
-        yield self
-
-    def check(self) -> dict[str, Any]:
-        """Ask once what the server is: models, versions, vocabulary, draft length, context and weights."""
-        info = self._run(_server_info)
-        replies.check_info(info, self.url, self.kind, self.num_tokens)
-        if self._first is not None:
-            replies.check_same(self._first, info, self.url)
-        return info
-
-    def wait(self) -> dict[str, Any]:
-        """[`check`][ServerSampler.check], for as long as a server may take to come up."""
-        deadline, pause = time.monotonic() + self.patience.recovery, self.patience.back_off
-        while True:
-            try:
-                return self.check()
-            except (ServerError, httpx.TransportError) as error:
-                # A 5xx speaks of a stock server only where none has answered before
-                failing = self._first is not None and isinstance(error.__cause__, Failed)
-                if isinstance(error, WrongServer) and not failing:
-                    raise
-                if time.monotonic() + pause > deadline:
-                    raise ServerError(
-                        f"No server answers at {self.url} ({type(error).__name__}: {error}), after "
-                        f"{self.patience.recovery:.0f} s of trying. {replies.ADVICE}, and look at its log if it was "
-                        "running."
-                    ) from error
-            time.sleep(pause)
-            pause = min(2 * pause, 30.0)
-
-    def load_policy(self, folder: str, version: str) -> None:
-        """
-        Replace the policy's weights on the server; the expert's stay as they are.
-
-        Args:
-            folder (`str`):
-                Folder of safetensors files that the server sees under this name, see
-                [`~mentor_trl.rollout.vllm.weights.write_weights`]. It must stay until the next call: a server that was
-                restarted is given these weights again.
-            version (`str`):
-                Name of these weights, another one than before.
-        """
-        self._pushed = str(folder), version
-        for attempt in range(1, self.patience.attempts + 1):
-            try:
-                return self._replace(lambda: self._call("mentor_load_policy", *self._pushed))
-            except Exhausted:
-                if attempt == self.patience.attempts:
-                    raise
-            self.info = self.wait()
-
-    def receive_policy(self, send: Callable[[], None], version: str) -> None:
-        """
-        Replace the policy's weights by a transfer that does not go through a folder: `send` makes it while the server
-        is paused. One that is restarted afterwards raises [`WeightsLost`] until this is called again.
-        """
-        self._pushed = None, version
-        self.info = self.wait()
-
-        def receive() -> None:
-            self._call("mentor_name_weights", INCOMPLETE)
-            send()
-            self._call("mentor_name_weights", version)
-
-        self._replace(receive)
-
-    def _replace(self, load: Callable[[], None]) -> None:
-        """Change weights while no request runs, and leave nothing of the old ones in the prefix cache."""
-        post = partial(self._run, self._retried, _ask)
-        post("/pause", params={"mode": "wait"})
-        try:
-            load()
-            post("/reset_prefix_cache")
-        finally:
-            post("/resume")
-        self.info = {**self.info, "weights_version": self._pushed[1]}
-
-    def _call(self, method: str, *args: Any) -> Any:
-        return self._run(self._retried, _rpc, method, *args)
 
     def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """
@@ -209,28 +61,15 @@ class ServerSampler:
                     f"{self.url}. Look at the server's log."
                 )
             if attempt:
-                self._recover()
-            done |= self._run(self._sample_rows, request, missing, progress)
+                self.recover()
+            done |= self.client.run(self._sample_rows(request, missing, progress))
         completions, values = zip(*(done[row] for row in sorted(done))) if done else ((), ())
-        with replies.reading(self.url, "/v1/completions"):
+        with reading(self.url, "/v1/completions"):
             rollout = assemble(request, list(completions), list(values), {"seconds": time.perf_counter() - started})
         return rollout if self.info["kind"] == "mixed" else replace(rollout, entropies=None)
 
-    def _recover(self) -> None:
-        """Wait until the server answers, and give it the current weights if it does not have them."""
-        self.info = self.wait()
-        if self._pushed is not None and self.info["weights_version"] != self._pushed[1]:
-            if self._pushed[0] is None:
-                raise WeightsLost(
-                    f"{self.url} has the weights {self.info['weights_version']!r} and not {self._pushed[1]!r}: it was "
-                    "restarted, or a transfer was cut off."
-                )
-            self.load_policy(*self._pushed)
-        elif self.info["paused"]:
-            self._run(self._retried, _ask, "/resume")
-
     async def _sample_rows(
-        self, client: httpx.AsyncClient, request: MixedRequest, rows: list[int], progress: Progress | None
+        self, request: MixedRequest, rows: list[int], progress: Progress | None
     ) -> dict[int, tuple[list[int], torch.Tensor]]:
         """Rows that came through, as token ids and records `(T, 6)`."""
         keys, slots = record_keys(len(rows)), asyncio.Semaphore(self.concurrency)
@@ -238,10 +77,10 @@ class ServerSampler:
         async def complete(row: int, key: str) -> tuple[list[int], torch.Tensor | None] | None:
             async with slots:
                 try:
-                    answer = await _ask(client, "/v1/completions", json=self._body(request, row, key))
+                    answer = await self.client.ask("/v1/completions", json=self._body(request, row, key))
                 except TRANSIENT:
                     return None
-            with replies.reading(self.url, "/v1/completions"):
+            with reading(self.url, "/v1/completions"):
                 completed = replies.completion(answer, self.info, request, row)
             if progress and completed:
                 progress(1, len(completed[0]))
@@ -251,10 +90,10 @@ class ServerSampler:
         mixed = self.info["kind"] == "mixed"
         method, args = ("mentor_take_records", [keys]) if mixed else ("mentor_info", [])
         try:
-            found = await self._retried(client, _rpc, method, *args)
+            found = await self.client.retried(self.client.call, method, *args)
         except Exhausted:
             return {}
-        with replies.reading(self.url, method):
+        with reading(self.url, method):
             # A server that was restarted in the middle has lost the name of the weights with the weights
             if self._pushed is not None and found["weights_version"] != self._pushed[1]:
                 return {}
@@ -279,36 +118,6 @@ class ServerSampler:
             **sampling_params(request),
         }
 
-    async def _retried(
-        self, client: httpx.AsyncClient, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any
-    ) -> T:
-        """A call, repeated after transport errors and 5xx with doubled pauses."""
-        for attempt in itertools.count(1):
-            try:
-                return await call(client, *args, **kwargs)
-            except TRANSIENT as error:
-                if attempt >= self.patience.attempts:
-                    raise Exhausted(
-                        f"{self.url} failed {attempt} times in a row, last with {type(error).__name__}: {error}"
-                    ) from error
-            await asyncio.sleep(self.patience.back_off * 2 ** (attempt - 1))
-
-    def _run(self, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
-        """What `call(client, ...)` returns, run in a thread of its own, since the caller may have an event loop."""
-        timeout = httpx.Timeout(self.patience.read, connect=self.patience.connect)
-        settings = {"base_url": self.url, "timeout": timeout, "limits": httpx.Limits(max_connections=None)}
-
-        def with_key(request: httpx.Request) -> httpx.Request:
-            request.headers.update(self.headers())
-            return request
-
-        async def run() -> T:
-            async with httpx.AsyncClient(**settings, auth=with_key) as client:
-                return await call(client, *args, **kwargs)
-
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            return pool.submit(asyncio.run, run()).result()
-
 
 class PolicyServerSampler(ServerSampler):
     """
@@ -317,55 +126,3 @@ class PolicyServerSampler(ServerSampler):
     """
 
     kind = "policy"
-
-
-class AnyServer(ServerSampler):
-    """A server of either kind, to look at."""
-
-    kind = None
-
-
-def checked_address(url: str) -> str:
-    """An address without its last slash; a [`SetupError`] if it is none."""
-    try:
-        address = httpx.URL(url)
-        if address.scheme in ("http", "https") and address.host:
-            return url.rstrip("/")
-    except (httpx.InvalidURL, TypeError):
-        pass
-    raise SetupError(f"{url!r} is not the address of a server: give one as http://127.0.0.1:8000.")
-
-
-async def _ask(client: httpx.AsyncClient, path: str, method: str = "POST", **kwargs: Any) -> Any:
-    try:
-        return replies.content(await client.request(method, path, **kwargs))
-    except httpx.DecodingError as error:
-        raise WrongServer(f"{client.base_url} answered {path} in an encoding that it is not: {error}.") from error
-
-
-async def _rpc(client: httpx.AsyncClient, method: str, *args: Any) -> Any:
-    """What the first worker answers to a method of the worker extension."""
-    answer = await _ask(client, "/collective_rpc", json={"method": method, "args": list(args)})
-    with replies.reading(str(client.base_url), method):
-        for result in answer["results"]:
-            if isinstance(result, dict) and "error" in result:
-                raise ServerError(f"{client.base_url} could not run {method}: {result['error']}.")
-        return answer["results"][0]
-
-
-async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
-    url = str(client.base_url)
-    health = await client.get("/health")
-    if health.status_code >= 500:
-        raise ServerError(f"{url} is not healthy: {health.status_code} {health.text[:300]}")
-    try:
-        info = replies.check_fields(await _rpc(client, "mentor_info"), url)
-        paused = await _ask(client, "/is_paused", "GET")
-        with replies.reading(url, "/is_paused"):
-            return {**info, "paused": bool(paused["is_paused"])}
-    except KeyRefused:
-        raise
-    except (ServerError, Failed) as error:
-        raise WrongServer(
-            f"{url} is not a MENTOR server, or its dev endpoints are off ({error}). {replies.ADVICE}."
-        ) from error

@@ -9,7 +9,7 @@ from ...experts.compatibility import check_context
 from ...objective import mixture_logps
 from ...vllm_plugin.records import VALUES, unpack
 from ...vllm_plugin.shared_options import RECORD, SCORE
-from ...vllm_server.options import GAMMA, RULE, SHARE
+from ...vllm_server.options import GAMMA, RULE, SHARE, SPAN
 from ..types import BOOL_RECORDS, RECORDS, MixedRequest, MixedRollout
 
 
@@ -59,6 +59,7 @@ def extra_args(request: MixedRequest, row: int, key: str) -> dict[str, Any]:
         GAMMA: str(request.gamma[row]),
         RULE: request.branch_rule,
         SHARE: request.share,
+        **({SPAN: request.span} if request.branch_rule == "sentence" else {}),
         RECORD: key,
         SCORE: int(request.score_all),
     }

@@ -1,0 +1,1 @@
+"""Requests to servers, whatever they serve: addresses, patience, retries, and answers read with suspicion."""
