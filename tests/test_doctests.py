@@ -32,7 +32,7 @@ NEED_VLLM = ("mentor_trl.vllm_plugin.runner", "mentor_trl.vllm_plugin.worker")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.vllm] * (name in NEED_VLLM))
+        pytest.param(name, marks=[pytest.mark.vllm, pytest.mark.shared_engine] * (name in NEED_VLLM))
         for name in MODULES
         if not name.endswith("grading_worker")
     ],
