@@ -36,7 +36,7 @@ NEED_VLLM = (
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.vllm] * (name in NEED_VLLM))
+        pytest.param(name, marks=[pytest.mark.vllm, pytest.mark.shared_engine] * (name in NEED_VLLM))
         for name in MODULES
         if not name.endswith("grading_worker")
     ],

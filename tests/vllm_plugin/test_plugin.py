@@ -17,7 +17,7 @@ from statistics_helpers import Tree, misfit, sequences
 from vllm_helpers import ENGINE_OPTIONS, check_records, make_model
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine]
 
 
 @pytest.fixture(scope="module")

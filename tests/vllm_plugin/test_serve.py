@@ -21,7 +21,7 @@ from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 
 PATIENCE = Patience(connect=5.0, read=120.0, attempts=5, back_off=0.5, recovery=240.0)
 PROMPT = [3, 1, 2]

@@ -12,7 +12,7 @@ from server_process import serving_models
 from trainer_helpers import RecordingTrainer, make_trainer, prompts
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 
 LETTERS = set("abcdefghijklmnopqrstuvwxyz")
 
