@@ -6,8 +6,8 @@ vLLM loads [`register`] through the entry point `vllm.general_plugins` in each o
 engine whose `additional_config` has no entry `"mentor_trl"`; [`engine_options`] makes the options of one that has.
 """
 
-from ..vllm_server.options import engine_environment
-from .shared_options import CONFIG_KEY, engine_options
+from ..vllm_server.options import CONFIG_KEY, engine_environment
+from .shared_options import engine_options
 
 
 __all__ = ["CONFIG_KEY", "engine_environment", "engine_options", "register"]

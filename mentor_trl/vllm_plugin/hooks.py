@@ -8,9 +8,10 @@ from contextvars import ContextVar
 from pkgutil import resolve_name
 from typing import Any
 
+from ..vllm_server.options import CONFIG_KEY
 from . import compat
 from .requests import check_params
-from .shared_options import CONFIG_KEY, WORKER_EXTENSION, engine_options
+from .shared_options import WORKER_EXTENSION, engine_options
 
 
 _vocabularies_may_differ: ContextVar[bool] = ContextVar("vocabularies_may_differ", default=False)

@@ -11,6 +11,7 @@ Both kinds are exact.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -18,6 +19,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from ..objective import mixture_logps, sentence_endings
+from ..vllm_server.token_table import engine_stop_ids
 from .mixing import Round, RowTensors, exponential_race, policy_probs, sample_round
 from .records import RecordStore
 from .requests import RowOptions, parse_row
@@ -73,6 +75,22 @@ class MixedRunner:
         self._sample_tokens = runner.sample_tokens
         runner.sample_tokens, runner._sample = self.sample_tokens, self.sample
         runner.drafter._sample_from_logits = self.sample_draft
+
+    def policy(self) -> tuple[torch.nn.Module, Any]:
+        """Model and model config of the policy."""
+        return self.runner.get_draft_model(), self.runner.speculative_config.draft_model_config
+
+    def info(self) -> dict[str, Any]:
+        """What the engine is beside what one of a policy alone is."""
+        return {
+            "kind": "mixed",
+            "expert": self.runner.model_config.model,
+            "expert_stop_ids": engine_stop_ids(self.runner.model_config),
+            "vocab_sizes": self.vocab_sizes,
+            "num_tokens": self.num_tokens,
+            "draft_length": self.runner.num_spec_tokens,
+            "counts": dict(self.counts),
+        }
 
     @cached_property
     def sentence_ids(self) -> frozenset[int]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+from ..vllm_server.options import CONFIG_KEY
 
-CONFIG_KEY = "mentor_trl"
+
 WORKER_EXTENSION = "mentor_trl.vllm_plugin.worker.MentorWorkerExtension"
 
 # Keys of a request's `SamplingParams.extra_args` (`vllm_xargs` over HTTP) that this engine knows beside the others

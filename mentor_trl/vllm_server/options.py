@@ -6,8 +6,9 @@ from typing import Any
 INCOMPLETE = "incomplete"  # name of weights that are under way
 POLICY_WORKER = "mentor_trl.vllm_server.policy_worker.PolicyWorkerExtension"
 PROCESSOR = "mentor_trl.vllm_server.branching:BranchingProcessor"
-# Key of an engine's `additional_config` by which a model without a tokenizer says what its tokens are
-TOKENS = "mentor_tokens"
+# Keys of an engine's `additional_config`: it is asked for mixed rollouts, or says what the tokens of a model are that
+# has no tokenizer
+CONFIG_KEY, TOKENS = "mentor_trl", "mentor_tokens"
 
 # Keys of a request's `SamplingParams.extra_args` (`vllm_xargs` over HTTP)
 GAMMA, RULE, SHARE, SPAN, SEED = "mentor_gamma", "mentor_rule", "mentor_share", "mentor_span", "mentor_seed"

@@ -10,36 +10,51 @@ from typing import Any
 import torch
 
 from ..version import __version__
-from .identity import distrust, weights_digest
-from .options import INCOMPLETE, model_shape
+from .identity import distrust, files_digest, weights_digest
+from .options import CONFIG_KEY, INCOMPLETE, model_shape
 
 
 class PolicyWorkerExtension:
     """
     Mixed into vLLM's worker class. All methods take and return what JSON can carry; a mistake of the caller is
-    returned as `"error"`.
+    returned as `"error"`. There is one such class for all engines: vLLM changes the worker class of its process, which
+    takes no second one of the same methods. What an engine that holds the expert as well has of its own is its
+    [`~mentor_trl.vllm_plugin.runner.MixedRunner`].
     """
 
     _weights_version = "initial"
     _instance = uuid.uuid4().hex  # of this process: one that is started anew has another
 
+    @property
+    def _mentor(self):
+        """The mixed runner; `None` in an engine that holds the policy alone."""
+        return getattr(self.model_runner, "mentor", None)
+
     def _policy(self) -> tuple[torch.nn.Module, Any]:
         """Model and model config of the policy."""
+        if self._mentor is not None:
+            return self._mentor.policy()
         return self.model_runner.get_model(), self.vllm_config.model_config
 
     @cached_property
     def _loaded(self) -> dict:
         """Digests of what was loaded at the start; taken before anything changes."""
-        return {"policy_digest": self.mentor_digest("policy")}
+        digests = {"policy_digest": self.mentor_digest("policy")}
+        if self._mentor is not None:
+            digests["expert_digest"] = self.mentor_digest("expert")
+            digests["expert_files"] = files_digest(self.vllm_config.model_config.model)
+        return digests
 
     def mentor_info(self) -> dict | None:
         """What this engine is, from its first worker."""
+        mentor, additional = self._mentor, self.vllm_config.additional_config
+        if mentor is None and isinstance(additional, dict) and CONFIG_KEY in additional:
+            return {"error": "this engine was asked for mixed rollouts, and does not sample them"}
         if not is_first():
             return None
         import vllm
 
         _, policy = self._policy()
-        table = getattr(self._processor(), "table", None)
         return {
             "kind": "policy",
             "mentor_trl": __version__,
@@ -51,10 +66,23 @@ class PolicyWorkerExtension:
             "weights_version": self._weights_version,
             "instance": self._instance,
             **self._loaded,
-            "branches": table is not None,
-            **({} if table is None else {"num_tokens": table.num_tokens, "branch_id": table.branch_id}),
-            **({} if table is None else {"sentences_digest": table.digest}),
+            **(self._branching() if mentor is None else mentor.info()),
         }
+
+    def _branching(self) -> dict:
+        """Whether requests end at branch points, and by which tokens."""
+        table = getattr(self._processor(), "table", None)
+        if table is None:
+            return {"branches": False}
+        tokens = {"num_tokens": table.num_tokens, "branch_id": table.branch_id, "sentences_digest": table.digest}
+        return {"branches": True, **tokens}
+
+    def mentor_take_records(self, keys: list[str]) -> dict | None:
+        """Records of rows, see [`~mentor_trl.vllm_plugin.records.RecordStore.take`], from the first worker."""
+        if self._mentor is None:
+            return {"error": "this engine holds the policy alone, and keeps no records"}
+        rows = self._mentor.records.take(keys)
+        return {"rows": rows, "weights_version": self._weights_version} if is_first() else None
 
     def _processor(self) -> Any:
         """The processor that ends requests at branch points; `None` where the engine was started without."""
@@ -116,8 +144,8 @@ class PolicyWorkerExtension:
         return {"weights_version": version}
 
     def mentor_digest(self, model: str = "policy") -> str:
-        """Digest of this worker's share of the `"policy"`."""
-        return weights_digest(self._policy()[0])
+        """Digest of this worker's share of the `"policy"` or the `"expert"`."""
+        return weights_digest(self._policy()[0] if model == "policy" else self.model_runner.get_model())
 
 
 def is_first() -> bool:

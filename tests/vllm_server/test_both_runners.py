@@ -138,3 +138,11 @@ def test_engines_that_could_not_branch_exactly(given, message):
 
     with pytest.raises(SetupError, match=message):
         BranchingProcessor(config(**given), torch.device("cpu"), False)
+
+
+def test_engines_of_both_kinds_may_share_a_process():
+    """vLLM adds an extension to the worker class of its process, and no second one of the same methods."""
+    from mentor_trl.vllm_plugin.worker import MentorWorkerExtension
+    from mentor_trl.vllm_server.policy_worker import PolicyWorkerExtension
+
+    assert MentorWorkerExtension is PolicyWorkerExtension

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from branching_helpers import BRANCH, make_policy, segments
 from helpers import make_letter_tokenizer
 from mentor_trl.objective import coin_uniforms, request_seed
-from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.rollout.serving.weights import write_weights
 from mentor_trl.vllm_server.options import GAMMA, RULE, SEED, SHARE
 from server_process import serving_models
 from statistics_helpers import forward_logps, misfit

@@ -14,13 +14,8 @@ import pytest
 def test_processor_cost(tmp_path):
     root = Path(__file__).parents[2]
     shape = "--rows 4 --tokens 4 --prompt 4 --hidden 128 --layers 1 --vocab 64 --repeats 1 --seeds".split()
-    command = [
-        sys.executable,
-        str(root / "benchmarks" / "processor_cost.py"),
-        *shape,
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
+    script, found = root / "benchmarks" / "processor_cost.py", tmp_path / "results.json"
+    command = [sys.executable, str(script), *shape, "--json", str(found)]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
