@@ -62,10 +62,11 @@ class ServerSampler:
         concurrency: int = 1024,
         api_key_file: str | None = None,
     ):
-        self.client = Client(url, patience, partial(key_of, checked_address(url), api_key_file))
+        self.client = Client(
+            url, patience, partial(key_of, checked_address(url), api_key_file), concurrency=concurrency
+        )
         self.url, self.patience, self.headers = self.client.url, self.client.patience, self.client.headers
         self.num_tokens = num_tokens
-        self.concurrency = concurrency
         self._pushed: tuple[str | None, str] | None = None
         self._first: dict[str, Any] | None = None
         self.info = self._first = self.wait()
@@ -202,14 +203,13 @@ class ServerSampler:
         self, request: MixedRequest, rows: list[int], progress: Progress | None
     ) -> dict[int, tuple[list[int], torch.Tensor]]:
         """Rows that came through, as token ids and records `(T, 6)`."""
-        keys, slots = record_keys(len(rows)), asyncio.Semaphore(self.concurrency)
+        keys = record_keys(len(rows))
 
         async def complete(row: int, key: str) -> tuple[list[int], torch.Tensor | None] | None:
-            async with slots:
-                try:
-                    answer = await self.client.ask("/v1/completions", json=self._body(request, row, key))
-                except TRANSIENT:
-                    return None
+            try:
+                answer = await self.client.ask("/v1/completions", json=self._body(request, row, key))
+            except TRANSIENT:
+                return None
             with reading(self.url, "/v1/completions"):
                 completed = replies.completion(answer, self.info, request, row)
             if progress and completed:
