@@ -71,9 +71,8 @@ class StockServer(FakeServer):
 
     def _tempered(self, logits: torch.Tensor, body: dict) -> torch.Tensor:
         logits = logits / body["temperature"]
-        keep = torch.ones_like(logits, dtype=torch.bool)
-        if body.get("allowed_token_ids"):
-            keep = torch.zeros_like(keep).index_fill(0, torch.tensor(body["allowed_token_ids"]), True)
+        if allowed := body.get("allowed_token_ids"):
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(allowed), logits[allowed])
         if top := self.cut or body["top_k"]:
-            keep &= logits >= logits.topk(min(top, len(logits))).values[-1]
-        return logits.masked_fill(~keep, -torch.inf).log_softmax(-1)
+            logits = logits.masked_fill(logits < logits.topk(min(top, len(logits))).values[-1], -torch.inf)
+        return logits.log_softmax(-1)

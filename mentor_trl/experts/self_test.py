@@ -189,8 +189,6 @@ class SelfTest:
 
     async def _check_settings(self, name: str) -> None:
         probes = await gathered(lambda shift: self._probe(name, shift), range(PROBES), AT_ONCE)
-        if self.needs_tempered:
-            self._check_mode(name, [(warm, cold) for warm, cold, _ in probes])
         difference = sum(wrong for _, _, wrong in probes) / PROBES
         if difference > 2 * NOISE:
             raise WrongServer(
@@ -198,6 +196,8 @@ class SelfTest:
                 f"{difference:.3f} nats on average although a request sets temperature 1, no truncation and no "
                 "penalties. Start it without logits processors, with `--generation-config vllm`."
             )
+        if self.needs_tempered:
+            self._check_mode(name, [(warm, cold) for warm, cold, _ in probes])
 
     async def _probe(self, name: str, shift: int) -> tuple[dict[int, float], dict[int, float], float]:
         """The largest log-probabilities at two temperatures, and by how much a drawn token's is off the model's."""
