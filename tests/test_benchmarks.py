@@ -53,6 +53,7 @@ def test_training_step_in_process(tmp_path):
 
 
 @pytest.mark.vllm
+@pytest.mark.shared_engine
 @pytest.mark.slow
 def test_training_step_with_a_server(tmp_path):
     _, results = run_training_step(tmp_path, "--engine", "server", "--eager", "--memory", "0.1")

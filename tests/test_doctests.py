@@ -25,14 +25,18 @@ def _run(name: str) -> tuple[int, int]:
     return runner.summarize(verbose=False)
 
 
-NEED_VLLM = ("mentor_trl.vllm_plugin.runner", "mentor_trl.vllm_plugin.worker")
+NEED_VLLM = (
+    "mentor_trl.vllm_plugin.runner",
+    "mentor_trl.vllm_plugin.worker",
+    "mentor_trl.vllm_server.branching",
+)
 
 
 # The worker replaces the standard streams of its process when it is run, and is not meant to be imported by path
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.vllm] * (name in NEED_VLLM))
+        pytest.param(name, marks=[pytest.mark.vllm, pytest.mark.shared_engine] * (name in NEED_VLLM))
         for name in MODULES
         if not name.endswith("grading_worker")
     ],

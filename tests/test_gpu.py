@@ -46,6 +46,7 @@ def test_training_in_bfloat16_with_an_expert_of_another_type(tmp_path):
 
 
 @pytest.mark.vllm
+@pytest.mark.shared_engine
 def test_a_colocated_engine_sleeps_and_wakes_with_its_expert(tmp_path):
     for name, seed in (("policy", 0), ("expert", 1)):
         make_tiny_model(seed=seed, hidden_size=256).save_pretrained(tmp_path / name)

@@ -18,7 +18,7 @@ from mentor_trl.cli import train
 from mentor_trl.errors import SetupError
 from mentor_trl.publishing import hub
 from mentor_trl.publishing.hub import make_repository, withheld
-from mentor_trl.rollout.vllm.backend import weights_root
+from mentor_trl.rollout.serving.generation import weights_root
 from trainer_helpers import make_trainer
 
 

@@ -6,7 +6,7 @@ from test_exactness import *  # noqa: F403
 from vllm_helpers import make_model
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.rollout.serving.weights import write_weights
 from mentor_trl.vllm_plugin import compat, engine_options
 from mentor_trl.vllm_plugin.hooks import check_config
 from mentor_trl.vllm_plugin.requests import check_params, parse_row
@@ -17,7 +17,7 @@ from statistics_helpers import Tree, misfit, sequences
 from vllm_helpers import ENGINE_OPTIONS, check_records, make_model
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from statistics_helpers import Tree, labelled, misfit, project, sequences
 from vllm_helpers import check_records, make_model
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine]
 
 INF = math.inf
 SMALL = {"draft_length": 4, "block_size": 32}

@@ -10,17 +10,18 @@ import httpx
 import pytest
 
 from helpers import make_letter_tokenizer
-from mentor_trl.connection.failures import KeyRefused
+from mentor_trl.connection.client import Patience
+from mentor_trl.connection.failures import KeyRefused, ServerError, WrongServer
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.server import Patience, ServerError, ServerSampler, WrongServer
-from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.rollout.serving.weights import write_weights
+from mentor_trl.rollout.vllm.server import ServerSampler
 from mentor_trl.vllm_server.keys import default_key_file, read_key
 from server_process import SERVER_OPTIONS, free_port, serving, serving_models
 from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import check_records, make_model
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 
 PATIENCE = Patience(connect=5.0, read=120.0, attempts=5, back_off=0.5, recovery=240.0)
 PROMPT = [3, 1, 2]

@@ -9,7 +9,7 @@ import pytest
 from server_process import serving
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 
 PROGRAM = """
 import sys

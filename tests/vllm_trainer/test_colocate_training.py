@@ -13,7 +13,7 @@ from server_process import free_port
 from trainer_helpers import same_weights
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_process", "two_processes"])

@@ -7,12 +7,12 @@ import httpx
 import pytest
 
 from helpers import make_tiny_model, make_tiny_tokenizer
-from mentor_trl.rollout.vllm.server import ServerError, WrongServer
+from mentor_trl.connection.failures import ServerError, WrongServer
 from server_process import serving_models
 from trainer_helpers import RecordingTrainer, make_trainer, prompts
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 
 LETTERS = set("abcdefghijklmnopqrstuvwxyz")
 

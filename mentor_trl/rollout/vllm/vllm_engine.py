@@ -9,8 +9,9 @@ from ...errors import SetupError
 from ...experts.compatibility import check_stop_ids
 from ...experts.load import check_expert_given, check_expert_source, is_adapter
 from ..host import Host, check_vllm
+from ..serving.generation import backend
 from ..types import MixedSampler
-from .backend import MixedVLLMGeneration, mixed_generation
+from .backend import MixedVLLMGeneration
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
@@ -112,7 +113,7 @@ class VLLMSetup:
 
     def building(self) -> AbstractContextManager:
         """Inside, TRL's backend is ours."""
-        return mixed_generation(self.args, self.source)
+        return backend(MixedVLLMGeneration, config=self.args, expert=self.source)
 
     def build(self, host: Host) -> VLLMEngine:
         """Check that the engine, which is running by now, fits the policy."""

@@ -11,9 +11,10 @@ from test_server_client import PATIENCE, REQUEST, Fake
 
 from fake_server import serving
 from mentor_trl.cli.main import main
+from mentor_trl.connection.failures import ServerError, WrongServer
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.server import PolicyServerSampler, ServerError, ServerSampler, WrongServer
+from mentor_trl.rollout.vllm.server import PolicyServerSampler, ServerSampler
 
 
 class Raw(Fake):

@@ -12,19 +12,13 @@ import torch
 import mentor_trl
 from fake_server import FakeServer, serving
 from mentor_trl.cli.main import main
-from mentor_trl.connection.failures import KeyRefused
+from mentor_trl.connection.client import Patience
+from mentor_trl.connection.failures import KeyRefused, ServerError, WeightsLost, WrongServer
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.vllm.server import (
-    AnyServer,
-    Patience,
-    PolicyServerSampler,
-    ServerError,
-    ServerSampler,
-    WeightsLost,
-    WrongServer,
-)
-from mentor_trl.rollout.vllm.weights import write_weights
+from mentor_trl.rollout.serving.policy_server import PolicyServer
+from mentor_trl.rollout.serving.weights import write_weights
+from mentor_trl.rollout.vllm.server import PolicyServerSampler, ServerSampler
 
 
 PATIENCE = Patience(connect=2.0, read=2.0, attempts=4, back_off=0.01, recovery=2.0)
@@ -228,7 +222,7 @@ def test_context_is_checked_before_anything_is_sent(fake, url):
 def test_written_weights(tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
-    from mentor_trl.rollout.vllm import weights
+    from mentor_trl.rollout.serving import weights
 
     monkeypatch.setattr(weights, "SHARD_BYTES", 40)
     tensors = {f"layer.{i}": torch.full((4,), float(i)) for i in range(5)}
@@ -272,7 +266,7 @@ def test_servers_of_the_other_kind_are_named(fake, url):
     fake.info = {**fake.info, "kind": "policy"}
     with pytest.raises(WrongServer, match="serves a policy alone.*with --expert"):
         ServerSampler(url, patience=PATIENCE)
-    assert AnyServer(url, patience=PATIENCE).info["kind"] == "policy"
+    assert PolicyServer(url, patience=PATIENCE).info["kind"] == "policy"
 
 
 def test_weights_that_did_not_go_through_a_folder(fake, url):
@@ -314,7 +308,7 @@ def test_a_server_that_comes_back_as_another_is_refused(field, fake, url):
 
 
 def test_a_server_of_another_kind_that_comes_back_is_refused(fake, url):
-    sampler = AnyServer(url, patience=PATIENCE)
+    sampler = PolicyServer(url, patience=PATIENCE)
     fake.info |= {"kind": "policy"}
     with pytest.raises(WrongServer, match="its kind of server was 'mixed' and is now 'policy'"):
         sampler.check()

@@ -14,11 +14,12 @@ from trl.trainer import grpo_trainer
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
+from mentor_trl.connection.failures import ServerError, WeightsLost, WrongServer
 from mentor_trl.errors import SetupError
+from mentor_trl.rollout.serving import generation as serving
+from mentor_trl.rollout.serving.weights import new_run_id, remove_weights
 from mentor_trl.rollout.vllm import backend as generation
-from mentor_trl.rollout.vllm.server import ServerError, WeightsLost, WrongServer
 from mentor_trl.rollout.vllm.vllm_engine import VLLMSetup
-from mentor_trl.rollout.vllm.weights import new_run_id
 from served_helpers import StandIn, make_served_trainer, stand_in
 from trainer_helpers import SETTINGS, history, prompts, same_weights, weights
 
@@ -111,7 +112,7 @@ def test_weights_of_earlier_steps_do_not_stay_on_disk(served):
     folder = Path(trainer.args.output_dir) / "_vllm_weights"
     assert [path.name for path in folder.iterdir()] == server.versions[-1:]
     (folder / "other-run-1").mkdir()
-    generation.remove_weights(folder, server.versions[-1].split("-")[0])  # as at exit
+    remove_weights(folder, server.versions[-1].split("-")[0])  # as at exit
     assert [path.name for path in folder.iterdir()] == ["other-run-1"]
 
 
@@ -154,7 +155,7 @@ def test_a_push_that_fails_takes_adapters_apart_again(tmp_path, monkeypatch):
         next(params)
         raise OSError("No space left")
 
-    monkeypatch.setattr(generation, "write_weights", full)
+    monkeypatch.setattr(serving, "write_weights", full)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     with stand_in():
         trainer = make_served_trainer(tmp_path, trainer_kwargs={"expert": None, "peft_config": config})
@@ -386,7 +387,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 def dead_run_id() -> str:
     """Of a process that has ended."""
-    script = "from mentor_trl.rollout.vllm.weights import new_run_id; print(new_run_id())"
+    script = "from mentor_trl.rollout.serving.weights import new_run_id; print(new_run_id())"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
 
 

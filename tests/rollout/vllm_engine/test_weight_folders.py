@@ -5,13 +5,13 @@ import sys
 
 import torch
 
-from mentor_trl.rollout.vllm.weights import new_run_id, remove_dead_weights, write_weights
+from mentor_trl.rollout.serving.weights import new_run_id, remove_dead_weights, write_weights
 from server_process import serving
 
 
 WRITER = """
 import sys, time, torch
-from mentor_trl.rollout.vllm.weights import new_run_id, write_weights
+from mentor_trl.rollout.serving.weights import new_run_id, write_weights
 
 run = new_run_id()
 write_weights([("a", torch.ones(1))], sys.argv[1] + f"/{run}-1")

@@ -5,8 +5,9 @@ import torch
 from test_server_client import PATIENCE, Fake, serving
 from trl.generation import vllm_client
 
-from mentor_trl.rollout.vllm.nccl import DraftWeightClient, PolicyWeightClient, bounded
-from mentor_trl.rollout.vllm.server import ServerError, ServerSampler
+from mentor_trl.connection.failures import ServerError
+from mentor_trl.rollout.serving.nccl import DraftWeightClient, PolicyWeightClient, bounded
+from mentor_trl.rollout.vllm.server import ServerSampler
 
 
 pytestmark = pytest.mark.vllm

@@ -8,23 +8,23 @@ import torch
 from trl.generation.vllm_client import VLLMClient
 
 from ...connection.failures import ServerError
-from .server import ServerSampler
+from .policy_server import PolicyServer
 
 
 class PolicyWeightClient(VLLMClient):
     """Sends the policy's weights over NCCL to a server that holds it alone, meeting it at `group_port`."""
 
-    def __init__(self, sampler: ServerSampler, group_port: int, device: torch.device):
-        self.sampler = sampler
-        super().__init__(base_url=sampler.url, group_port=group_port, connection_timeout=sampler.patience.connect)
+    def __init__(self, server: PolicyServer, group_port: int, device: torch.device):
+        self.server = server
+        super().__init__(base_url=server.url, group_port=group_port, connection_timeout=server.patience.connect)
         self.device = device
         self._sent: str | None = None
 
     def _get(self, url: str, **kwargs: Any) -> dict:
-        return super()._get(url, headers=self.sampler.headers(), timeout=self.sampler.patience.read, **kwargs)
+        return super()._get(url, headers=self.server.headers(), timeout=self.server.patience.read, **kwargs)
 
     def _post(self, url: str, **kwargs: Any) -> dict:
-        return super()._post(url, headers=self.sampler.headers(), timeout=self.sampler.patience.read, **kwargs)
+        return super()._post(url, headers=self.server.headers(), timeout=self.server.patience.read, **kwargs)
 
     def push(
         self, metadata: list[tuple[str, str, list[int]]], params: Iterator[tuple[str, torch.Tensor]], version: str
@@ -33,7 +33,7 @@ class PolicyWeightClient(VLLMClient):
         Replace the policy's weights on the server; `metadata` are name, data type and shape of each of them. A
         [`ServerError`] if the transfer fails, or does not end within the read time-out.
         """
-        if self.sampler.wait()["weights_version"] != self._sent:
+        if self.server.wait()["weights_version"] != self._sent:
             self.close_communicator()  # the server was started anew, and nobody is at the other end
 
         def transfer() -> None:
@@ -44,7 +44,7 @@ class PolicyWeightClient(VLLMClient):
             self.update_named_params(metadata, params)
 
         self._sent = None
-        self.sampler.receive_policy(lambda: bounded(transfer, self.sampler.patience.read), version)
+        self.server.receive_policy(lambda: bounded(transfer, self.server.patience.read), version)
         self._sent = version
 
 
