@@ -54,7 +54,7 @@ class StockServer(FakeServer):
             drawn = self._tempered(logits, body)
             index = chance.choices(range(len(drawn)), drawn.exp().tolist())[0]
             shown = drawn if self.processed else logits.log_softmax(-1)
-            wanted = body.get("logprob_token_ids") or shown.topk(min(body["logprobs"], len(shown))).indices.tolist()
+            wanted = body.get("logprob_token_ids") or shown.topk(body["logprobs"]).indices.tolist()
             ids, logps = [*ids, index], [*logps, shown[index].item()]
             tops.append({f"token_id:{i}": max(shown[i].item(), -9999.0) for i in {*wanted, index}})
             if index in body["stop_token_ids"] or (not body["ignore_eos"] and index in self.stops):

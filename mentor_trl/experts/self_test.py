@@ -88,6 +88,7 @@ class SelfTest:
         self.tokenizer = tokenizer
         self.known = sorted(tokenizer.get_vocab().values())
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.top = min(TOP, len(self.known))  # vLLM's engine dies of more than it has
         self.candidates = sorted(special | set(tokenizer.all_special_ids))
 
     async def run(self) -> Facts:
@@ -202,12 +203,12 @@ class SelfTest:
     async def _probe(self, name: str, shift: int) -> tuple[dict[int, float], dict[int, float], float]:
         """The largest log-probabilities at two temperatures, and by how much a drawn token's is off the model's."""
         prompt = self._spread(1 + shift, shift)
-        warm = await self._complete(name, prompt, logprobs=TOP, seed=shift)
+        warm = await self._complete(name, prompt, logprobs=self.top, seed=shift)
         with self._reading():
             (index,), (logp,) = drawn(warm, 1, ())
             found = top_logps(warm)
         scored = await self._complete(name, [*prompt, index], prompt_logprobs=0)
-        cold = await self._complete(name, prompt, logprobs=TOP, temperature=COLD) if self.needs_tempered else warm
+        cold = await self._complete(name, prompt, logprobs=self.top, temperature=COLD) if self.needs_tempered else warm
         with self._reading():
             return found, top_logps(cold), abs(logp - prompt_logps(scored, [*prompt, index])[-1])
 
