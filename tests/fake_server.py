@@ -63,8 +63,11 @@ def serving(fake: FakeServer) -> Iterator[str]:
             pass
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # beyond it, connections wait for a second
+        request_queue_size = 1024  # beyond it, connections wait for a second
         daemon_threads = True
+
+        def handle_error(self, *args):
+            """A client that went away."""
 
     server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

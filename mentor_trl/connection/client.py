@@ -52,6 +52,8 @@ class Client:
             that of a server which `mentor-trl serve` has started.
         key_advice (`str`, *optional*):
             What to do where the server refuses the key.
+        concurrency (`int`, *optional*, defaults to `1024`):
+            Requests at once; further ones wait for their turn.
 
     Attributes:
         requests (`int`), sent (`int`), received (`int`):
@@ -67,6 +69,7 @@ class Client:
         patience: Patience | None = None,
         key: Callable[[], str | None] | None = None,
         key_advice: str = KEY_ADVICE,
+        concurrency: int = 1024,
     ):
         self.url = checked_address(url)
         self.patience = patience or Patience()
@@ -78,6 +81,7 @@ class Client:
             timeout=httpx.Timeout(self.patience.read, connect=self.patience.connect),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS),
         )
+        self._slots = asyncio.Semaphore(concurrency)
         weakref.finalize(self, _close, self._http)
 
     def headers(self) -> dict[str, str]:
@@ -115,13 +119,14 @@ class Client:
         return await background.awaited(self._response(path, method, **kwargs))
 
     async def _response(self, path: str, method: str, **kwargs: Any) -> httpx.Response:
-        request = self._http.build_request(method, path, **kwargs)
-        request.headers.update(self.headers())
-        self.requests += 1
-        self.sent += len(request.content)
-        response = await self._http.send(request)
-        self.received += response.num_bytes_downloaded
-        return response
+        async with self._slots:
+            request = self._http.build_request(method, path, **kwargs)
+            request.headers.update(self.headers())
+            self.requests += 1
+            self.sent += len(request.content)
+            response = await self._http.send(request)
+            self.received += response.num_bytes_downloaded
+            return response
 
     async def call(self, method: str, *args: Any) -> Any:
         """What the first worker of vLLM answers to a method of its extension."""

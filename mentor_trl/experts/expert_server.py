@@ -74,14 +74,15 @@ class ExpertServer:
 
     async def prove(self) -> Facts:
         """Make sure that the server is the one that was tested."""
+        quiet = self._waiting == 0 and time.monotonic() - self._answered > QUIET_SECONDS
         while True:
-            quiet = self._waiting == 0 and time.monotonic() - self._answered > QUIET_SECONDS
             if self._testing is None:
                 if self._trusted and not quiet:
                     return self.facts
                 self._testing = asyncio.ensure_future(self._test())
                 self._testing.add_done_callback(self._tested)
             await asyncio.shield(self._testing)
+            quiet = False
 
     def _tested(self, task: asyncio.Task) -> None:
         self._testing = None

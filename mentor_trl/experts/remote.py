@@ -24,7 +24,6 @@ from .self_test import SelfTest
 KEY, KEY_FILE = "MENTOR_TRL_EXPERT_API_KEY", "MENTOR_TRL_EXPERT_API_KEY_FILE"
 KEY_ADVICE = f"Name the file with the expert's key in `expert_api_key_file`, or set {KEY} to the key."
 UNKNOWN_MASS = 1e-3
-AT_ONCE = 256
 
 
 def expert_key(url: str, file: str | None = None) -> str | None:
@@ -58,6 +57,8 @@ class RemoteExpert:
         needs_tempered (`bool`, *optional*, defaults to `True`):
             Whether log-probabilities of tempered or truncated tokens are needed, which a server gives only with
             `--logprobs-mode processed_logprobs`. Without it, what is known is log s at temperature 1.
+        concurrency (`int`, *optional*, defaults to `256`):
+            Requests that are sent to one server at once.
 
     Attributes:
         name (`str`):
@@ -89,13 +90,16 @@ class RemoteExpert:
         api_key_file: str | None = None,
         patience: Patience | None = None,
         needs_tempered: bool = True,
+        concurrency: int = 256,
     ):
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         self.clients = [
-            Client(url, patience, partial(expert_key, url, api_key_file), KEY_ADVICE) for url in addresses(urls)
+            Client(url, patience, partial(expert_key, url, api_key_file), KEY_ADVICE, concurrency)
+            for url in addresses(urls)
         ]
         tests = [SelfTest(client, tokenizer, served_name, needs_tempered) for client in self.clients]
         self.servers = [ExpertServer(client, test) for client, test in zip(self.clients, tests)]
+        self.concurrency = concurrency
         self.draws = self.redraws = 0
         facts = background.run(background.gathered(lambda server: server.prove(), self.servers, len(self.servers)))
         for client, other in zip(self.clients[1:], facts[1:]):
@@ -204,7 +208,7 @@ class RemoteExpert:
             (index,), (logp,) = await self._speak(prefix, 1, seed, settings)
             return index, logp
 
-        found = background.run(background.gathered(one, range(len(points.row)), AT_ONCE))
+        found = background.run(background.gathered(one, range(len(points.row)), len(self.servers) * self.concurrency))
         tokens = torch.tensor([index for index, _ in found], dtype=torch.long, device=points.draft.device)
         logps = torch.tensor([logp for _, logp in found], device=points.draft.device)
         return Spoken(tokens, None, logps, None)
@@ -223,7 +227,9 @@ class RemoteExpert:
             return await self._score(self._server(number), list(prompt), list(completion), temperature)
 
         values = torch.full((len(rows), max(map(len, completion_ids), default=0)), math.nan)
-        for row, logps in enumerate(background.run(background.gathered(scored, rows, AT_ONCE))):
+        for row, logps in enumerate(
+            background.run(background.gathered(scored, rows, len(self.servers) * self.concurrency))
+        ):
             values[row, : len(logps)] = torch.tensor(logps)
         return values
 
