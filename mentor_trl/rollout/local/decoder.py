@@ -150,6 +150,8 @@ class Decoder:
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = self.lm_head(hidden.float())
         else:
+            if self.lm_head.weight.dtype in (torch.bfloat16, torch.float16):
+                hidden = hidden.to(self.lm_head.weight.dtype)  # Mamba keeps its residuals in float32
             with self.autocast():
                 logits = self.lm_head(hidden)
         logits = logits.to(self.device).float()

@@ -9,6 +9,7 @@ import torch
 from ...config import MentorGRPOConfig
 from ...experts.compatibility import check_context, check_stop_tokens, check_vocabulary, context_length, text_model
 from ...experts.load import check_expert_given, check_expert_source, resolve_expert
+from ...experts.port import Expert
 from ..host import Host
 from ..serving.expert_servers import remote_expert
 from .in_process import InProcessExpert
@@ -22,7 +23,7 @@ class LocalEngine:
     Args:
         sampler ([`LocalSampler`]):
             Sampler with its expert.
-        expert ([`InProcessExpert`]):
+        expert ([`~mentor_trl.experts.port.Expert`]):
             The same expert, for other questions.
         unwrapped (`Callable[[], AbstractContextManager]`):
             The policy with its current weights.
@@ -34,12 +35,10 @@ class LocalEngine:
             Ids that end a completion.
     """
 
-    remote = False
-
     def __init__(
         self,
         sampler: LocalSampler,
-        expert: InProcessExpert,
+        expert: Expert,
         unwrapped: Callable[[], AbstractContextManager],
         autocast: Callable[[], AbstractContextManager],
         float32_head: bool,
@@ -48,6 +47,7 @@ class LocalEngine:
         self.sampler, self.expert, self.expert_name = sampler, expert, expert.name
         self.unwrapped, self.autocast, self.float32_head = unwrapped, autocast, float32_head
         self.stop_token_ids = stop_token_ids
+        self.remote = not isinstance(expert, InProcessExpert)
 
     @contextmanager
     def session(self) -> Iterator[LocalSession]:

@@ -7,10 +7,13 @@ import torch
 from recurrent_models import make_recurrent
 from test_local import check_records, make_request
 
+from helpers import make_tiny_model
 from mentor_trl.errors import SetupError
 from mentor_trl.experts.port import Spoken
 from mentor_trl.rollout import MixedRequest
+from mentor_trl.rollout.local import local_engine
 from statistics_helpers import Tree, forward_logps, labelled, make_peaked_model, misfit, sample_local, sequences
+from trainer_helpers import RecordingTrainer, make_trainer
 
 
 INF = math.inf
@@ -95,3 +98,17 @@ def test_its_context_is_kept():
     with pytest.raises(SetupError, match="the expert's context of 16 tokens"):
         sample_local(make_peaked_model(0, 12), speaker, make_request(max_new_tokens=8))
     sample_local(make_peaked_model(0, 12), speaker, make_request(max_new_tokens=8, gamma=INF))
+
+
+@pytest.mark.parametrize("threshold_from", ["previous", "current"])
+def test_a_trainer_learns_from_it(tmp_path, monkeypatch, threshold_from):
+    """Log p at branch points is the policy's own, so the ratios are known."""
+    speaker = Speaker(make_tiny_model(seed=1))
+    monkeypatch.setattr(local_engine, "remote_expert", lambda args, host: (speaker, host.stop_token_ids))
+    settings = {"expert_base_url": "http://127.0.0.1:1", "entropy_threshold_from": threshold_from}
+    settings |= {"branch_rule": "random", "branch_share": 0.4}
+    trainer = make_trainer(tmp_path, cls=RecordingTrainer, trainer_kwargs={"expert": None}, **settings)
+    trainer.train()
+    assert trainer.engine.remote and len(trainer.batches) == 2 and speaker.heard
+    for log in trainer.state.log_history[:2]:
+        assert math.isfinite(log["mentor/importance_ratio/mean"]) and 0.0 < log["mentor/branch_rate"] < 1.0

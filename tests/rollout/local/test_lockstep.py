@@ -32,6 +32,11 @@ def test_what_cannot_be_rolled_back_advances_in_lockstep(name):
     assert model.training
 
 
+@pytest.mark.parametrize("name", JUDGED)
+def test_half_precision_is_accepted(name):
+    assert not check_decoding(make_recurrent(name, vocab_size=64).bfloat16(), "policy").ragged
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_fails_both_ways_is_refused_by_name_and_difference(name):
     model = make_recurrent(name)
