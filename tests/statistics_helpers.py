@@ -63,13 +63,14 @@ def forward_logps(model, ids: torch.Tensor, temperature: float = 1.0) -> torch.T
     return (logits.double() / temperature).log_softmax(-1)
 
 
-def expert_weight(entropy: float, gamma: float, rule: str, share: float) -> float:
+def expert_weight(entropy: float, gamma: float, rule: str, share: float, near: bool = False) -> float:
     if gamma == math.inf:
         return 0.0
     return {
         "entropy": min(1.0, entropy / gamma),
         "threshold": float(entropy >= gamma),
         "random": share,
+        "sentence": share * near,
         "always": 1.0,
     }[rule]
 
@@ -96,8 +97,9 @@ class Tree:
                     continue
                 self.p[path[:t]], self.s[path[:t]] = p[i, t].tolist(), s[i, t].tolist()
                 self.entropy[path[:t]] = entropy[i, t].item()
+                near = not set(request.sentence_ids).isdisjoint([*prompt, *path[:t]][-request.span :])
                 self.w[path[:t]] = expert_weight(
-                    entropy[i, t].item(), request.gamma[row], request.branch_rule, request.share
+                    entropy[i, t].item(), request.gamma[row], request.branch_rule, request.share, near
                 )
 
     def m(self, prefix: tuple[int, ...]) -> list[float]:

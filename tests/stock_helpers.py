@@ -42,6 +42,9 @@ class EnumeratedPolicy:
     def session(self):
         return nullcontext()
 
+    def deal(self, request, rows):
+        pass
+
     def run(self, call):
         return asyncio.run(call())
 

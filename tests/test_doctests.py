@@ -25,7 +25,11 @@ def _run(name: str) -> tuple[int, int]:
     return runner.summarize(verbose=False)
 
 
-NEED_VLLM = ("mentor_trl.vllm_plugin.runner", "mentor_trl.vllm_plugin.worker")
+NEED_VLLM = (
+    "mentor_trl.vllm_plugin.runner",
+    "mentor_trl.vllm_plugin.worker",
+    "mentor_trl.vllm_server.branching",
+)
 
 
 # The worker replaces the standard streams of its process when it is run, and is not meant to be imported by path

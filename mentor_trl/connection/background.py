@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 
@@ -36,3 +36,19 @@ async def awaited(coroutine: Coroutine[Any, Any, T]) -> T:
     if asyncio.get_running_loop() is loop:
         return await coroutine
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+
+async def gathered(call: Callable[..., Awaitable[T]], items: Iterable[Any], limit: int) -> list[T]:
+    """What `call(item)` returns for each of the items, `limit` at once; the first that fails ends the others."""
+    slots = asyncio.Semaphore(limit)
+
+    async def one(item: Any) -> T:
+        async with slots:
+            return await call(item)
+
+    tasks = [asyncio.ensure_future(one(item)) for item in items]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

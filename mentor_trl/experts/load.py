@@ -221,12 +221,16 @@ def _adapter_base(name: str, revision: str | None) -> str | None:
 
 def check_expert_given(args: MentorGRPOConfig, expert) -> None:
     """
-    Check that there is exactly one expert. A vLLM server brings its own.
+    Check that there is exactly one expert. One on servers is there, and a server of policy and expert brings its own.
 
     Raises:
         [`SetupError`]: if there is none, or two.
     """
-    served = args.use_vllm and args.vllm_mode == "server"
+    served = args.expert_base_url is not None or (args.use_vllm and args.vllm_mode == "server")
+    if expert is not None and args.expert_base_url is not None:
+        raise SetupError(
+            f"The expert is given twice, as `expert=` and as `expert_base_url={args.expert_base_url!r}`. Keep one."
+        )
     if expert is None and args.expert_model_name_or_path is None and not served:
         raise SetupError(
             "No expert: set `expert_model_name_or_path`, pass `expert=` to the trainer, or set "

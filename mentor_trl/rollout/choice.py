@@ -3,6 +3,7 @@
 from ..config import MentorGRPOConfig
 from .host import EngineSetup, PlainSetup
 from .local.local_engine import LocalSetup
+from .stock.stock_engine import StockSetup
 from .vllm.vllm_engine import VLLMSetup
 
 
@@ -10,4 +11,6 @@ def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert:
     """Setup of the engine of a run."""
     if not needs_expert:
         return PlainSetup(args)
-    return (VLLMSetup if args.use_vllm else LocalSetup)(args, expert, expert_tokenizer)
+    if not args.use_vllm:
+        return LocalSetup(args, expert, expert_tokenizer)
+    return (VLLMSetup if args.expert_base_url is None else StockSetup)(args, expert, expert_tokenizer)

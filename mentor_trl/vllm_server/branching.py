@@ -21,7 +21,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from ..errors import SetupError
+from ..errors import EngineError, SetupError
 from .branch_coins import BranchTensors, branch_coins, on_device
 from .branch_requests import BranchOptions, check_branching, parse_branching
 from .options import PROCESSOR, TOKENS
@@ -49,6 +49,11 @@ class _Row:
     def near(self, ends: frozenset[int]) -> bool:
         """Whether one of the last ids ends a sentence."""
         recent = self.output[-self.options.span :]
+        if recent and recent[-1] < 0:
+            raise EngineError(
+                "vLLM shows placeholders instead of the ids that it sampled last, and the rule 'sentence' needs them: "
+                "start it with --no-async-scheduling."
+            )
         missing = self.options.span - len(recent)
         return not ends.isdisjoint(recent) or (missing > 0 and not ends.isdisjoint(self.prompt[-missing:]))
 

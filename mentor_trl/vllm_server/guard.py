@@ -22,14 +22,17 @@ METHODS = ("mentor_info", "mentor_take_records", "mentor_name_weights", "mentor_
 BODY_BYTES = 64 << 20
 HEALTH = ("GET", "/health")
 RPC = ("POST", "/collective_rpc")
-ENDPOINTS = {
-    "GET": ("/health", "/v1/models", "/version", "/metrics", "/metrics/", "/is_paused", "/get_world_size"),
-    "POST": (
-        *("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"),
-        *("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache"),
-        *("/init_weight_transfer_engine", "/update_weights", "/finish_weight_update"),
-    ),
+# Endpoints of any server, of one whose weights are replaced, and of one that takes adapters
+ASKING = {
+    *(("GET", path) for path in ("/health", "/v1/models", "/version", "/metrics", "/metrics/")),
+    *(("POST", path) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")),
 }
+LEARNING = {
+    *(("GET", path) for path in ("/is_paused", "/get_world_size")),
+    *(("POST", path) for path in ("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache")),
+    *(("POST", path) for path in ("/init_weight_transfer_engine", "/update_weights", "/finish_weight_update")),
+}
+ADAPTERS = {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")}
 
 
 class Refused(Exception):
@@ -43,7 +46,7 @@ class Guard:
     environment it is a [`SetupError`].
     """
 
-    weight_update: str
+    endpoints: set[tuple[str, str]]
 
     def __init__(self, app: Any):
         if KEY_FILE not in os.environ:
@@ -80,7 +83,7 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(_hashed(key), self.key):
             raise Refused(401, "this server wants its key, as `Authorization: Bearer KEY`")
-        if endpoint != ("POST", self.weight_update) and endpoint[1] not in ENDPOINTS.get(endpoint[0], ()):
+        if endpoint not in self.endpoints:
             raise Refused(403, f"this server does not let {' '.join(endpoint)} through")
         return endpoint
 
@@ -97,13 +100,19 @@ class Guard:
 class MixedGuard(Guard):
     """Guard of a server of policy and expert, whose expert nobody overwrites."""
 
-    weight_update = "/start_draft_weight_update"
+    endpoints = ASKING | LEARNING | {("POST", "/start_draft_weight_update")}
 
 
 class PolicyGuard(Guard):
     """Guard of a server of a policy alone."""
 
-    weight_update = "/start_weight_update"
+    endpoints = ASKING | LEARNING | ADAPTERS | {("POST", "/start_weight_update")}
+
+
+class ExpertGuard(Guard):
+    """Guard of a server of an expert alone, which is asked and never changed."""
+
+    endpoints = ASKING
 
 
 def _hashed(key: str) -> bytes:

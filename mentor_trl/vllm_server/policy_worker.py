@@ -1,6 +1,7 @@
 """What the workers of an engine that holds a policy answer to `collective_rpc`. Changes nothing of vLLM."""
 
 import os
+import uuid
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ class PolicyWorkerExtension:
     """
 
     _weights_version = "initial"
+    _instance = uuid.uuid4().hex  # of this process: one that is started anew has another
 
     def _policy(self) -> tuple[torch.nn.Module, Any]:
         """Model and model config of the policy."""
@@ -47,6 +49,7 @@ class PolicyWorkerExtension:
             "dtype": str(policy.dtype).removeprefix("torch."),
             "max_model_len": self.vllm_config.model_config.max_model_len,
             "weights_version": self._weights_version,
+            "instance": self._instance,
             **self._loaded,
             "branches": table is not None,
             **({} if table is None else {"num_tokens": table.num_tokens, "branch_id": table.branch_id}),

@@ -5,14 +5,16 @@ import os
 import re
 import shlex
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.cli.main import main
 from mentor_trl.cli.serve import OURS
-from mentor_trl.vllm_plugin.shared_options import WORKER_EXTENSION
 from mentor_trl.vllm_server.keys import default_key_file, read_key, store_key
+from mentor_trl.vllm_server.options import POLICY_WORKER, PROCESSOR
 from server_process import free_port
 
 
@@ -51,32 +53,64 @@ def test_other_hosts_are_warned_of(tiny_model_dir, capsys):
     assert "replace the weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", OURS)
-def test_options_of_ours_are_refused(option, tiny_model_dir, capsys):
-    model = str(tiny_model_dir)
+MODELS = {"mixed": ("--policy", "--expert"), "policy": ("--policy",), "expert": ("--expert",)}
+
+
+@pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind, options in OURS.items() for option in options])
+def test_options_of_ours_are_refused(kind, option, capsys):
+    command = ["serve", *(word for name in MODELS[kind] for word in (name, "model"))]
+    for given in ([f"{option}=x"], [f"--{option[2:].replace('-', '_')}", "x"]):
+        with pytest.raises(SystemExit):
+            main([*command, *given])
+        assert f"{option} is set by `mentor-trl serve` itself" in capsys.readouterr().err
+
+
+def test_a_model_is_needed(capsys):
     with pytest.raises(SystemExit):
-        main(["serve", "--policy", model, "--expert", model, f"{option}=x"])
-    assert f"{option} is set by `mentor-trl serve` itself" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["serve", "--policy", model, "--expert", model, f"--{option[2:].replace('-', '_')}", "x"])
-    assert f"{option} is set by `mentor-trl serve` itself" in capsys.readouterr().err
+        main(["serve"])
+    assert "--policy is required, or --expert" in capsys.readouterr().err
 
 
-def test_a_policy_is_needed(capsys):
-    with pytest.raises(SystemExit):
-        main(["serve", "--expert", "e"])
-    assert "--policy is required" in capsys.readouterr().err
-
-
-def test_a_policy_alone(tiny_model_dir, capsys):
-    assert main(["serve", "--dry-run", "--policy", str(tiny_model_dir), "--port", "8001"]) == 0
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_policy_alone(cuda, tiny_model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    assert main(["serve", "--dry-run", "--policy", str(tiny_model_dir), "--port", "8001", "-tp", "2"]) == 0
     words = printed_command(capsys)
     assert words[words.index("vllm") : words.index("vllm") + 3] == ["vllm", "serve", str(tiny_model_dir)]
     value = lambda name: words[words.index(name) + 1]
     assert value("--logprobs-mode") == "processed_logprobs" and value("--port") == "8001"
-    assert value("--worker-extension-cls") == WORKER_EXTENSION and value("--generation-config") == "vllm"
-    assert "--speculative-config" not in words and "--additional-config" not in words
+    assert value("--worker-extension-cls") == POLICY_WORKER and value("--generation-config") == "vllm"
+    assert value("--logits-processors") == PROCESSOR and value("--tensor-parallel-size") == "2"
+    assert {"VLLM_USE_V2_MODEL_RUNNER=0", "VLLM_SERVER_DEV_MODE=1"} <= set(words)
+    assert not {"--speculative-config", "--additional-config", "--api-server-count"} & set(words)
+    assert ("--no-enable-chunked-prefill" in words) is not cuda
     assert value("--middleware") == "mentor_trl.vllm_server.guard.PolicyGuard"
+
+
+def test_adapters_are_loaded_by_one_process(tiny_model_dir, capsys):
+    command = ["serve", "--dry-run", "--policy", str(tiny_model_dir), "--enable-lora", "--max-lora-rank", "32"]
+    main(command)
+    words = printed_command(capsys)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in words and "--max-lora-rank" in words
+    assert words[words.index("--api-server-count") + 1] == "1"
+    with pytest.raises(SystemExit):
+        main([*command, "--api-server-count", "2"])
+    assert "leave --api-server-count out" in capsys.readouterr().err
+
+
+def test_an_expert_alone_is_a_stock_server(tiny_expert_dir, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["serve", "--dry-run", "--expert", str(tiny_expert_dir), "--host", "0.0.0.0"]) == 0
+    printed = capsys.readouterr()
+    words = shlex.split(printed.out)
+    value = lambda name: words[words.index(name) + 1]
+    assert words[words.index("vllm") : words.index("vllm") + 3] == ["vllm", "serve", str(tiny_expert_dir)]
+    assert value("--served-model-name") == str(tiny_expert_dir) and value("--generation-config") == "vllm"
+    assert value("--logprobs-mode") == "processed_logprobs"
+    assert value("--middleware") == "mentor_trl.vllm_server.guard.ExpertGuard"
+    assert not {"--worker-extension-cls", "--logits-processors", "--weight-transfer-config"} & set(words)
+    assert not any(word.startswith(("VLLM_SERVER_DEV_MODE", "VLLM_USE_V2")) for word in words)
+    assert "expert_api_key_file" in printed.err and "can use it" in printed.err
 
 
 @pytest.mark.parametrize("expert", [True, False])
@@ -105,6 +139,37 @@ def test_different_tokens_are_refused(tiny_model_dir, tmp_path, capsys):
 def test_nothing_answers(command, capsys):
     assert main([*command, "http://127.0.0.1:9"]) == 1
     assert "No server answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vllm", [True, False])
+def test_health_of_other_servers(vllm, capsys):
+    answers = {"/health": {}, "/v1/models": {"data": [{"id": "expert", "root": "/e", "max_model_len": 64, "x": 1}]}}
+    answers |= {"/version": {"version": "0.32.0"}} if vllm else {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps(answers.get(self.path, {})).encode()
+            self.send_response(200 if self.path in answers else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        status = main(["health", f"http://127.0.0.1:{server.server_port}"])
+        server.shutdown()
+    printed = capsys.readouterr()
+    if vllm:
+        models = [{"id": "expert", "root": "/e", "max_model_len": 64}]
+        assert status == 0 and json.loads(printed.out) == {"kind": "stock", "vllm": "0.32.0", "models": models}
+    else:
+        assert status == 1 and "not a MENTOR server" in printed.err
 
 
 @pytest.fixture

@@ -69,6 +69,13 @@ CASES = {
     "threshold": Case([(PROMPT, 1.1)], {"branch_rule": "threshold"}),
     "random": Case([(PROMPT, 1.0), (PROMPT, INF)], {"branch_rule": "random", "share": 0.4}, between=False),
     "always": Case([(PROMPT, 1.0), (PROMPT, INF)], {"branch_rule": "always"}, between=False),
+    "sentence": Case(
+        [([2], 1.0), ([1, 3, 2, 3, 1], 1.0)],
+        {"branch_rule": "sentence", "share": 0.7, "span": 2, "sentence_ids": (1, 2)},
+    ),
+    "whole-span": Case(
+        [([3, 1], 1.0), (PROMPT, 1.0)], {"branch_rule": "sentence", "share": 1.0, "span": 2, "sentence_ids": (2,)}
+    ),
     "cold": Case([(PROMPT, 0.9)], {"temperature": 0.5}),
     "hot": Case([(PROMPT, 1.7)], {"temperature": 2.0}),
     "two-stop-ids": Case([(PROMPT, 2.0)], {"stop_token_ids": (0, 3)}),

@@ -185,7 +185,7 @@ def test_missing_and_changed_symbols_are_named():
         ({"extra_args": {"mentor_gamma": 0}}, r"`mentor_gamma` is 0\.0; it must be positive"),
         (
             {"extra_args": {"mentor_gamma": "much"}},
-            r"`mentor_gamma`, `mentor_share` and .* must be numbers.*'much'",
+            r"`mentor_gamma`, `mentor_share` and `mentor_span` must be numbers.*'much'",
         ),
         ({"extra_args": {"mentor_rule": "sometimes"}}, r"`mentor_rule` is 'sometimes'; choose one of"),
         ({"extra_args": {"mentor_share": 1.5}}, r"`mentor_share` is 1\.5; it must be in \[0, 1\]"),

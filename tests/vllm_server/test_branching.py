@@ -118,14 +118,14 @@ def test_truncation_is_of_what_is_drawn_alone(engine, policy):
         kept = torch.where(p >= p.topk(2).values[-1], p, 0.0)
         return kept / kept.sum()
 
-    kinds, prompts, requests = case_rows(1.0, [("entropy", {"gamma": 2.5})], top_k=2)
+    kinds, prompts, requests = case_rows(1.7, [("entropy", {"gamma": 2.5})], top_k=2)
     found = [segment(output) for output in generate(engine, prompts, requests)]
     for keep, right in ((top_k, True), (None, False)):
         fit = misfit(
-            (found[at :: len(kinds)], segments(policy, prompt, 3, rule=rule, keep=keep, **options))
+            (found[at :: len(kinds)], segments(policy, prompt, 3, rule=rule, temperature=1.7, keep=keep, **options))
             for at, (rule, options, prompt) in enumerate(kinds)
         )
-        assert fit <= 1.0 if right else fit > 2.0
+        assert fit <= 1.0 if right else fit > 3.0, fit
 
 
 def test_log_probabilities_are_those_of_forward_passes(engine, policy):
@@ -199,7 +199,10 @@ def test_what_the_engine_says_that_it_is(engine, folder):
 
 
 def test_preemption(folder, policy, monkeypatch):
-    """A cache too small for the batch: rows begin anew in mid-sequence, and their coins stay."""
+    """
+    A cache too small for the batch: rows begin anew in mid-sequence, and their coins stay. Prompts that do not fit a
+    step are not split, which requests with seeds would not survive on a CPU.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted, preempt = [], Scheduler._preempt_request
@@ -209,7 +212,7 @@ def test_preemption(folder, policy, monkeypatch):
         return preempt(self, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counted)
-    small = make_engine(folder, block_size=32, num_gpu_blocks_override=8, max_num_seqs=8)
+    small = make_engine(folder, block_size=32, num_gpu_blocks_override=8, max_num_seqs=8, max_num_batched_tokens=64)
     seeds, prompts = row_seeds(48, seed=5), random_prompts(48, [26, 29, 31])
     params = [sampling(seed, share=0.04, max_tokens=30, seed=seed) for seed in seeds]
     for seed, prompt, output in zip(seeds, prompts, generate(small, prompts, params)):

@@ -12,7 +12,16 @@ import pytest
 
 from mentor_trl.errors import SetupError
 from mentor_trl.vllm_server import keys
-from mentor_trl.vllm_server.guard import BODY_BYTES, HOSTS, METHODS, ORIGINS, Guard, MixedGuard, PolicyGuard
+from mentor_trl.vllm_server.guard import (
+    BODY_BYTES,
+    HOSTS,
+    METHODS,
+    ORIGINS,
+    ExpertGuard,
+    Guard,
+    MixedGuard,
+    PolicyGuard,
+)
 from mentor_trl.vllm_server.keys import KEY, KEY_FILE, default_key_file, key_of, read_key, store_key
 
 
@@ -139,6 +148,16 @@ def test_weights_of_each_kind_have_their_endpoint(ask):
     assert ask("POST", "/start_draft_weight_update").status_code == 200
     assert ask("POST", "/start_draft_weight_update", guard=PolicyGuard).status_code == 403
     assert ask("POST", "/start_weight_update", guard=PolicyGuard).status_code == 200
+    assert ask("POST", "/v1/load_lora_adapter", guard=PolicyGuard).status_code == 200
+
+
+def test_an_expert_is_asked_and_never_changed(ask, app):
+    for path in ("/v1/completions", "/tokenize", "/detokenize"):
+        assert ask("POST", path, guard=ExpertGuard).status_code == 200
+    app.calls.clear()
+    for path in ("/collective_rpc", "/pause", "/update_weights", "/start_weight_update", "/v1/load_lora_adapter"):
+        assert ask("POST", path, guard=ExpertGuard, json={"method": "mentor_info"}).status_code == 403
+    assert not app.calls
 
 
 @pytest.mark.parametrize(

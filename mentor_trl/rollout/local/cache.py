@@ -54,6 +54,12 @@ class RaggedCache(Cache):
                 buffers.append(states.new_zeros((self.slots, self.capacity, heads, size)))
         return self._write(self.keys[layer_idx], key_states), self._write(self.values[layer_idx], value_states)
 
+    def update_conv_state(self, *args, **kwargs):
+        raise NotImplementedError("a recurrent state cannot be rolled back")
+
+    def update_recurrent_state(self, *args, **kwargs):
+        raise NotImplementedError("a recurrent state cannot be rolled back")
+
     def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         rows = states.transpose(1, 2).flatten(0, 1).to(buffer.dtype)
         buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self._flat_positions.to(buffer.device), rows)

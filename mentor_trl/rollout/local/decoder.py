@@ -5,10 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
-from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel
 
-from ...errors import SetupError
 from ...experts.compatibility import context_length, text_model
 from . import attention as ragged
 from .cache import RaggedCache
@@ -20,8 +17,6 @@ MAX_PREFILL_TOKENS = 8192
 MAX_CATCH_UP = 256
 # Positions that a cache starts with, at most
 FIRST_RESERVE = 512
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @contextmanager
@@ -36,7 +31,8 @@ def inference(model, attention: str = ragged.NAME) -> Iterator[None]:
     model.eval()
     capped = getattr(config, "attn_logit_softcapping", None) is not None or not base._supports_sdpa
     # A model with attention code of its own (Falcon) does not ask for an implementation by name, and adds the mask
-    own = former == "eager" or (former != "sdpa" and capped) or not base._supports_attention_backend
+    by_name = base._supports_attention_backend or attention != ragged.NAME
+    own = former == "eager" or (former != "sdpa" and capped) or not by_name
     config._attn_implementation = "eager" if own else attention
     try:
         yield
@@ -65,6 +61,8 @@ class Decoder:
         float32_head (`bool`, *optional*, defaults to `False`):
             Whether the LM head runs in float32, outside of that context (TRL's `cast_lm_head_to_fp32`).
     """
+
+    lockstep = False
 
     def __init__(
         self,
@@ -99,12 +97,22 @@ class Decoder:
         """Rows whose logits are held at once."""
         return logit_rows(self.vocab_size)
 
+    def reserve(self, length: int, slots: int = 0, bound: int | None = None) -> None:
+        """Make room in the cache."""
+        self.cache.reserve(length, slots, bound)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(B, T, D)` of whole rows, which may be padded on the right."""
+        rows, width = ids.shape
+        self.reserve(width, rows)
+        return self.forward(ids, torch.arange(width, device=self.device).expand_as(ids), rows, width)
+
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | int, length: int):
         """Hidden states of new tokens, which enter the cache."""
         # a policy with a larger padded vocabulary may emit ids that the expert has no embedding of
         ids = ids.to(self.device).clamp(max=self.num_embeddings - 1)
         positions = positions.to(self.device)
-        self.cache.reserve(length)
+        self.reserve(length)
         self.cache.place(rows, positions, length)
         with self.autocast():
             outputs = self.model.base_model(
@@ -145,9 +153,9 @@ class Decoder:
             with self.autocast():
                 logits = self.lm_head(hidden)
         logits = logits.to(self.device).float()
-        scale = getattr(self.config, "logit_scale", None)
+        scale = getattr(self.config, "logit_scale", None) or getattr(self.config, "lm_head_multiplier", None)
         divisor = getattr(self.config, "logits_scaling", None)
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = getattr(self.config, "final_logit_softcapping", None) or getattr(self.config, "logits_soft_cap", None)
         if scale is not None:
             logits = logits * scale
         if divisor is not None:
@@ -176,7 +184,7 @@ class Decoder:
         length = max(len(prompt) for prompt in prompts) - 1
         self.prompts.update(zip(slots, prompts, strict=True))
         if known and length:
-            self.cache.reserve(length)
+            self.reserve(length)
             self.cache.copy_rows(*map(list, zip(*known, strict=True)), length)
         self._compute(sorted(computed.items(), key=lambda item: len(item[0])))
         if repeated and length:
@@ -207,69 +215,10 @@ class Decoder:
                 self.prompts[target] = prompt
 
 
-def refuse_nan(values: torch.Tensor, name: str) -> None:
-    """Raise a `ValueError` that names the model if there is a NaN."""
+def refuse_nan(values: torch.Tensor, name: str, error: type[ValueError] = ValueError) -> None:
+    """Raise an error that names the model if there is a NaN."""
     if values.isnan().any():
-        raise ValueError(
+        raise error(
             f"The {name}'s logits are NaN. Its weights are broken or its data type overflows: check the {name}'s "
             "checkpoint, lower the learning rate, or load it in bfloat16 or float32."
         )
-
-
-@torch.no_grad()
-def check_decoding(model, name: str) -> None:
-    """
-    Compare a few tokens decoded through the ragged cache with the model's own forward pass.
-
-    Raises:
-        [`SetupError`]: if the architecture keeps a state that cannot be rolled back (state-space and linear-attention
-        layers), attends in a way that is not supported, or makes its logits in a way that is not known.
-    """
-    base = text_model(model)
-    config = base.config.get_text_config()
-    unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    reason = f"its layers are of the types {', '.join(sorted(unknown))}" if unknown else None
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        reason = f"{model.active_peft_config.peft_type.value} puts virtual tokens before the prompt"
-    if reason is None:
-        try:
-            reason = _decoding_difference(base)
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"decoding it in steps fails with {type(error).__name__}: {error}"
-    if reason is not None:
-        raise SetupError(
-            f"The {name} ({type(base).__name__}) cannot sample mixed rollouts: {reason}. Use a transformer with full "
-            "or sliding-window attention (Llama, Qwen, Mistral, Gemma, ...), or set `num_mixed_generations` to 0."
-        )
-
-
-def _decoding_difference(base: PreTrainedModel) -> str | None:
-    """How decoding in steps differs from a forward pass beyond rounding, or `None`."""
-    size = min(base.get_input_embeddings().weight.size(0), base.get_output_embeddings().weight.size(0))
-    decoder = Decoder(base, slots=2)
-    ids = (torch.arange(10).view(2, 5) % size).to(decoder.device)
-    starts = torch.tensor([1, 4], device=decoder.device)
-    # A row that is at its end is padded with its last position: masks that go by the order of queries fail there
-    positions = (starts.unsqueeze(1) + torch.arange(2, device=decoder.device)).clamp(max=4)
-    # "sdpa" stands for the model's own kernels, which may refuse the data type or device it has before training
-    with inference(base, attention="sdpa"):
-        expected = base(input_ids=ids, use_cache=False).logits.float().to(decoder.device)
-        states = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        direct = decoder.logits(states)
-    with inference(base):
-        decoder.prefill([0, 1], [tuple(ids[0, :2].tolist()), tuple(ids[1, :5].tolist())])
-        hidden = decoder.forward(ids.gather(1, positions), positions, 2, 5)
-        stepped = decoder.logits(hidden.flatten(0, 1)).view(2, 2, -1)
-    if expected.isnan().any():
-        return "its logits are NaN (check the checkpoint and the data type)"
-    # Half precision rounds logits to 3 digits at best, and the two ways round differently
-    scale = expected.abs().max().clamp(min=1.0)
-    exact = base.dtype == torch.float32
-    if not ((direct - expected).abs().max() / scale) <= (1e-4 if exact else 2e-2):
-        return "it makes its logits from the hidden states in a way that is not known"
-    expected = expected.gather(1, positions.unsqueeze(-1).expand_as(stepped))
-    difference = (stepped.log_softmax(-1) - expected.log_softmax(-1)).abs()
-    difference = difference.max().item() if exact else difference.median().item()
-    if not difference <= (1e-2 if exact else 0.5):
-        return f"its log-probabilities differ by {difference:.2g} nats when decoded in steps"
-    return None

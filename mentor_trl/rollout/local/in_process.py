@@ -8,6 +8,7 @@ import torch
 from ...experts.port import Points, Spoken
 from ...objective import couple, match_vocabulary
 from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_PREFILL_TOKENS, Decoder, inference, logit_rows, refuse_nan
+from .lockstep import RAGGED, Ability
 
 
 class InProcessExpert:
@@ -28,7 +29,12 @@ class InProcessExpert:
             Makes the mixed-precision context of the forward passes.
         name (`str`, *optional*):
             Model id or folder.
+        ability ([`Ability`], *optional*):
+            How the model's rows can advance. Where they only advance together, the engine drafts single tokens, and
+            all rows that it has in progress begin at once.
     """
+
+    couples = True
 
     def __init__(
         self,
@@ -37,18 +43,25 @@ class InProcessExpert:
         num_tokens: int | None = None,
         autocast: Callable[[], AbstractContextManager] | None = None,
         name: str | None = None,
+        ability: Ability = RAGGED,
     ):
         self.model, self.name, self.num_tokens, self.autocast = model, name, num_tokens, autocast
-        self.decoder = Decoder(model, autocast=autocast)
+        self.ability = ability
+        self.decoder = ability.decoder(model, autocast=autocast)
         self.vocab_size = vocab_size or self.decoder.vocab_size
         self.prompts: list[tuple[int, ...] | None] = []
         self.seen = torch.empty(0, dtype=torch.long)
+
+    @property
+    def max_length(self) -> int | None:
+        """Context in tokens."""
+        return self.decoder.max_length
 
     # Rows in progress
 
     def begin(self, slots: int, width: int, device: torch.device) -> None:
         """Make room for `slots` rows of up to `width` tokens; none of them is read yet."""
-        self.decoder.cache.reserve(min(width, FIRST_RESERVE), slots, bound=width)
+        self.decoder.reserve(min(width, FIRST_RESERVE), slots, bound=width)
         self.seen = torch.zeros(slots, dtype=torch.long, device=device)
         self.prompts = [None] * slots
 
@@ -143,8 +156,8 @@ class InProcessExpert:
         longest = max(map(len, completion_ids), default=0)
         scores = torch.full((len(completion_ids), longest), torch.nan, device=self.decoder.device)
         order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(completion_ids[row]))
-        reader = Decoder(self.model, autocast=self.autocast)
-        with inference(self.model):
+        reader = self.ability.decoder(self.model, autocast=self.autocast)
+        with inference(self.model, **self.ability.attention):
             while order:
                 width = len(prompt_ids[order[-1]]) + len(completion_ids[order[-1]])
                 rows, order = _last(order, max(1, MAX_PREFILL_TOKENS // width))
@@ -157,8 +170,7 @@ class InProcessExpert:
         ids = torch.zeros((len(rows), width), dtype=torch.long, device=reader.device)
         for position, sequence in enumerate(sequences):
             ids[position, : len(sequence)] = torch.tensor(sequence, device=reader.device)
-        reader.cache.reserve(width, len(rows))
-        hidden = reader.forward(ids, torch.arange(width, device=reader.device).expand_as(ids), len(rows), width)
+        hidden = reader.read(ids)
         for position, row in enumerate(rows):
             start, count = len(prompt_ids[row]), len(completion_ids[row])
             before = hidden[position, start - 1 : start - 1 + count]

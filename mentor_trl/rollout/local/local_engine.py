@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from ...config import MentorGRPOConfig
 from ...experts.compatibility import check_context, check_stop_tokens, check_vocabulary, context_length, text_model
 from ...experts.load import check_expert_given, check_expert_source, resolve_expert
 from ..host import Host
-from .decoder import check_decoding
+from ..serving.expert_servers import remote_expert
 from .in_process import InProcessExpert
 from .sampler import LocalSampler, LocalSession
 
@@ -90,27 +91,38 @@ class LocalSetup:
         return nullcontext()
 
     def build(self, host: Host) -> LocalEngine:
-        """Load the expert, and check that it fits the policy."""
-        args, policy = host.args, host.policy
-        model, tokenizer, name = resolve_expert(self.source, self.tokenizer, args)
-        check_vocabulary(policy, model, host.tokenizer, tokenizer)
-        stop = check_stop_tokens(host.stop_token_ids, model, tokenizer, args.extend_stop_tokens)
-        if getattr(model, "hf_device_map", None) is None:
-            model.to(host.accelerator.device)
-        lengths = [host.longest_prompt()]
-        for checked, who in ((policy, "policy"), (model, "expert")):
-            limit = context_length(text_model(checked).config.get_text_config())
-            check_context(lengths, args.max_completion_length, limit, f"the {who}'s", f"choose another {who}")
-            if who == "expert" or not host.sharded:
-                check_decoding(checked, who)
-        num_tokens = max(host.tokenizer.get_vocab().values()) + 1
+        """Load the expert, or reach its servers, and check that it fits the policy."""
+        args, autocast = host.args, host.accelerator.autocast
+        expert, stop = self._load(host) if args.expert_base_url is None else remote_expert(args, host)
         sampler = LocalSampler(
-            model,
-            num_tokens=num_tokens,
+            expert,
+            num_tokens=num_tokens(host.tokenizer),
             rollout_batch_size=args.rollout_batch_size,
             draft_length=args.draft_length,
             adaptive_draft_length=args.adaptive_draft_length,
         )
-        autocast = host.accelerator.autocast
-        expert = InProcessExpert(model, num_tokens=num_tokens, autocast=autocast, name=name)
+        self._check_length(host, host.policy, "policy")
+        abilities = sampler.abilities(None if host.sharded else host.policy)
+        if "expert" in abilities:
+            options = {"num_tokens": sampler.num_tokens, "autocast": autocast, "ability": abilities["expert"]}
+            expert = InProcessExpert(expert, name=self.name, **options)
         return LocalEngine(sampler, expert, host.unwrapped, autocast, args.cast_lm_head_to_fp32, stop)
+
+    def _load(self, host: Host) -> tuple[Any, list[int]]:
+        """The expert's model, and the ids that end a completion of either source."""
+        model, tokenizer, self.name = resolve_expert(self.source, self.tokenizer, host.args)
+        check_vocabulary(host.policy, model, host.tokenizer, tokenizer)
+        stop = check_stop_tokens(host.stop_token_ids, model, tokenizer, host.args.extend_stop_tokens)
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(host.accelerator.device)
+        self._check_length(host, model, "expert")
+        return model, stop
+
+    def _check_length(self, host: Host, model, who: str) -> None:
+        limit, most = context_length(text_model(model).config.get_text_config()), host.args.max_completion_length
+        check_context([host.longest_prompt()], most, limit, f"the {who}'s", f"choose another {who}")
+
+
+def num_tokens(tokenizer) -> int:
+    """Number of ids that a tokenizer defines."""
+    return max(tokenizer.get_vocab().values()) + 1

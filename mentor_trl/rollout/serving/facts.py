@@ -31,6 +31,8 @@ IDENTITY = {
     "policy_shape": "shape of the policy",
     "policy_digest": "policy's first weights (digest)",
     "num_tokens": "number of tokens",
+    "branch_id": "id that ends a request at a branch point",
+    "sentences_digest": "table of sentence ends (digest)",
     "dtype": "data type",
 }
 

@@ -101,9 +101,18 @@ class PolicyGeneration(VLLMGeneration):
     def _build(self) -> dict[str, Any]:
         """Build the engine of this process; returns what it is."""
 
+    @property
+    def _adapter_hosts(self) -> list:
+        """What takes an adapter."""
+        raise NotImplementedError
+
     @abstractmethod
     def _session(self, request: MixedRequest) -> AbstractContextManager[Any]:
         """A session of the servers' sampler for a request, on the main process."""
+
+    def _load_tensors(self, version: str) -> None:
+        """Replace the weights of the engine in this process."""
+        self.sampler.load_tensors(self._iter_named_params(), version)
 
     def _nccl_client(self, index: int) -> type[PolicyWeightClient]:
         """Kind of client for the weights of a server."""
@@ -179,7 +188,7 @@ class PolicyGeneration(VLLMGeneration):
         if self.weight_sync == "adapter":
             self._sync_by_adapter(version)
         elif self.mode == "colocate":
-            self.sampler.load_tensors(self._iter_named_params(), version)
+            self._load_tensors(version)
         elif self.weight_sync == "folder":
             self._sync_by_folder(version)
         else:
@@ -211,8 +220,8 @@ class PolicyGeneration(VLLMGeneration):
             self._on_main(lambda: write_adapter(self.model, root / version))
 
         def load() -> None:
-            for server in self.servers if self.mode == "server" else [self.sampler]:
-                server.load_adapter(str(root / version), version)
+            for host in self._adapter_hosts:
+                host.load_adapter(str(root / version), version)
 
         if self.mode == "server":
             self._on_main(load)

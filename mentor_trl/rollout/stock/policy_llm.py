@@ -5,13 +5,13 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
 
+from ...connection.background import background_loop
 from ...vllm_server.options import engine_environment, policy_engine_options
 from ..types import MixedRequest
 from .rows import Segment, Truncation
@@ -82,32 +82,18 @@ def drive(engines: list[EngineRequests], call: Callable[[], Coroutine[Any, Any, 
     wake = threading.Event()
     for engine in engines:
         engine.wake = wake
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(call())
-        result = pool.submit(_run, loop, task)
-        result.add_done_callback(lambda _: wake.set())
-        try:
-            while not result.done():
-                wake.clear()
-                if not any([engine.turn() for engine in engines]):
-                    wake.wait()
-        except BaseException:
-            loop.call_soon_threadsafe(task.cancel)
-            raise
-        finally:
-            for engine in engines:
-                engine.abort()
-        return result.result()
-
-
-def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task) -> Any:
-    asyncio.set_event_loop(loop)
+    result = asyncio.run_coroutine_threadsafe(call(), background_loop())
+    result.add_done_callback(lambda _: wake.set())
     try:
-        return loop.run_until_complete(task)
+        while not result.done():
+            wake.clear()
+            if not any([engine.turn() for engine in engines]):
+                wake.wait()
+        return result.result()
     finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        result.cancel()
+        for engine in engines:
+            engine.abort()
 
 
 class PolicyLLM:
@@ -173,7 +159,19 @@ class PolicyLLM:
                 pass
         self.llm.reset_prefix_cache()
 
+    def load_adapter(self, folder: str, version: str) -> None:
+        """Let a LoRA adapter take the place of the one before, under another name and number."""
+        from vllm.lora.request import LoRARequest
+
+        former = self.lora_request
+        self.lora_request = LoRARequest(version, 1 if former is None else former.lora_int_id + 1, folder)
+        if former is not None:
+            self.llm.llm_engine.remove_lora(former.lora_int_id)
+
     # Rows
+
+    def deal(self, request: MixedRequest, rows: list[int]) -> None:
+        """All rows are sampled here."""
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """What a coroutine returns that asks for segments."""

@@ -32,8 +32,8 @@ EQUAL = {
 class PolicyReplica(PolicyServer):
     """
     One server of the policy alone, with the processor that ends requests at branch points; see
-    [`~mentor_trl.rollout.serving.policy_server.PolicyServer`]. Whether it branches where it should is checked at first,
-    and after each restart.
+    [`~mentor_trl.rollout.serving.policy_server.PolicyServer`]. Whether it branches where it should is checked at
+    first, and after each restart.
 
     Raises:
         [`SetupError`]: if it does not.
@@ -58,7 +58,7 @@ class PolicyReplica(PolicyServer):
                 "serve --policy`, or with the line that this prints."
             )
         if self._probed != self.info["instance"]:
-            check_branching(self, self.client.run, self.info["num_tokens"], self.url)
+            check_branching(self, lambda call: self.client.run(call()), self.info["num_tokens"], self.url)
             self._probed = self.info["instance"]
 
     async def segment(
@@ -131,9 +131,7 @@ class PolicyReplicas:
         concurrency: int = 1024,
         api_key_file: str | None = None,
     ):
-        self.servers = [
-            PolicyReplica(url, num_tokens, patience, concurrency, api_key_file) for url in addresses(urls)
-        ]
+        self.servers = [PolicyReplica(url, num_tokens, patience, concurrency, api_key_file) for url in addresses(urls)]
         first = self.servers[0].info
         for server in self.servers[1:]:
             for name, what in EQUAL.items():

@@ -31,6 +31,10 @@ class PolicyHost(PolicyEngine, Protocol):
         """Hold the policy's current weights."""
         ...
 
+    def deal(self, request: MixedRequest, rows: list[int]) -> None:
+        """Before a `run`: rows of which segments will be asked for."""
+        ...
+
     def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """What a coroutine returns that asks for segments."""
         ...
@@ -118,6 +122,7 @@ class StockSampler:
         return assembled(request, [done[row] for row in sorted(done)], started)
 
     def _attempt(self, rows: RowSampler, request, missing: list[int], progress) -> dict[int, Row]:
+        self.policy.deal(request, missing)
         found = self.policy.run(lambda: rows.sample(request, missing, progress))
         lost = set(self.policy.lost_rows(missing))
         return {row: value for row, value in found.items() if value is not None and row not in lost}

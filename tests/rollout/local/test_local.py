@@ -10,7 +10,8 @@ from mentor_trl.rollout import LocalSampler, MixedRequest
 from mentor_trl.rollout.local import decoder as decoder_module
 from mentor_trl.rollout.local import in_process
 from mentor_trl.rollout.local.decoder import text_model
-from mentor_trl.rollout.local.sampler import best_draft_length
+from mentor_trl.rollout.local.decoding_check import check_decoding
+from mentor_trl.rollout.local.drafting import best_draft_length
 from statistics_helpers import Tree, forward_logps, make_peaked_model, misfit, sample_local, sequences
 
 
@@ -69,6 +70,7 @@ def check_records(policy, expert, request, rollout, num_tokens=None, size=None, 
 def watch(module, shapes=None):
     """Shapes `(rows, tokens)` of the ids that a model reads."""
     shapes = [] if shapes is None else shapes
+    check_decoding(module, "model")  # measured once, and not watched
     text_model(module).base_model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -305,6 +307,7 @@ def test_plain_rows_never_run_the_expert():
 def test_expert_head_sees_branch_points_only(draft_length, rule):
     policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
     rows = []
+    check_decoding(expert, "expert")
     expert.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
     request = make_request(RAGGED * 4, 4.0, 16, branch_rule=rule)
     rollout = sample_local(policy, expert, request, draft_length=draft_length)
@@ -447,6 +450,30 @@ def test_bad_requests(changes, message):
 def test_mixed_rows_need_an_expert():
     with pytest.raises(ValueError, match="the sampler has no expert"):
         sample_local(make_peaked_model(0, vocab_size=12), None, make_request(gamma=[INF] * 4 + [1.0]))
+
+
+def test_plain_rows_take_no_place_in_the_experts_cache():
+    """Mixed rows among plain ones, in few slots: rows of both kinds end early, move, and are replaced by either."""
+    policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
+    gammas = (([INF] * 4 + [1.5, INF, 2.0]) * 5)[:30]
+    request = make_request(RAGGED * 6, gammas, 12, stop_token_ids=(3, 7), score_all=True)
+    mixed = sum(gamma < INF for gamma in request.gamma)
+    for size in (4, 12, 64):
+        with LocalSampler(expert, rollout_batch_size=size, draft_length=3).session(policy) as session:
+            rollout = session.sample(request)
+            assert session.expert.decoder.cache.slots == min(mixed, size)
+            assert session.policy.cache.slots == min(30, size)
+        check_records(policy, expert, request, rollout)
+        assert rollout.branch.any(1).sum() > mixed // 2
+
+
+def test_progress_counts_rows_and_tokens():
+    policy, expert = make_peaked_model(0, vocab_size=12), make_peaked_model(1, vocab_size=12)
+    calls = []
+    with LocalSampler(expert, rollout_batch_size=3).session(policy) as session:
+        rollout = session.sample(make_request(stop_token_ids=(3,)), lambda *counts: calls.append(counts))
+    assert tuple(map(sum, zip(*calls))) == (len(RAGGED), rollout.stats["tokens"])
+    assert len(calls) == rollout.stats["batch_rounds"]
 
 
 def test_unknown_rule():

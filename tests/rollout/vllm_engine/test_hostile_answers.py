@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_server_client import PATIENCE, REQUEST, Fake, serving
+from test_server_client import PATIENCE, REQUEST, Fake
 
+from fake_server import serving
 from mentor_trl.cli.main import main
 from mentor_trl.connection.failures import ServerError, WrongServer
 from mentor_trl.errors import SetupError

@@ -1,19 +1,16 @@
 """The client of a server against a fake one that fails in every way a server can."""
 
 import base64
-import json
 import math
 import re
-import threading
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 
 import mentor_trl
+from fake_server import FakeServer, serving
 from mentor_trl.cli.main import main
 from mentor_trl.connection.client import Patience
 from mentor_trl.connection.failures import KeyRefused, ServerError, WeightsLost, WrongServer
@@ -27,17 +24,13 @@ from mentor_trl.rollout.vllm.server import PolicyServerSampler, ServerSampler
 PATIENCE = Patience(connect=2.0, read=2.0, attempts=4, back_off=0.01, recovery=2.0)
 
 
-class Fake:
-    """
-    A server whose rows are 1, 2, 3, ... of the policy. `script` maps a path to what its next calls do: a status, or
-    "drop" (closes the connection), "hang" (answers too late) or "restart" (forgets its records and weights).
-    """
+class Fake(FakeServer):
+    """A server whose rows are 1, 2, 3, ... of the policy. One that restarts forgets its records and weights."""
 
     def __init__(self):
-        self.script: dict[str, list] = {}
-        self.calls: list[tuple[str, dict]] = []
+        super().__init__()
         self.rows: dict[str, int] = {}
-        self.version, self.paused, self.lock = "initial", False, threading.Lock()
+        self.version, self.paused = "initial", False
         self.info = {
             "kind": "mixed",
             "mentor_trl": mentor_trl.__version__,
@@ -46,8 +39,6 @@ class Fake:
             "expert": "e",
             "num_tokens": 9,
         }
-        self.done = threading.Event()
-        self.key: str | None = None
 
     def answer(self, path: str, body: dict):
         if path == "/v1/models":
@@ -85,49 +76,6 @@ class Fake:
     def restart(self):
         self.rows.clear()
         self.version, self.paused = "initial", False
-
-
-@contextmanager
-def serving(fake: Fake):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.split("?")[0]
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-            with fake.lock:
-                fake.calls.append((path, body))
-                steps = fake.script.get(path, [])
-                step = steps.pop(0) if steps else 200
-                if path != "/health" and fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
-                    step = 401
-            if step == "drop":
-                return self.connection.close()
-            if step == "hang":
-                fake.done.wait(10.0)
-                return None
-            if step == "restart":
-                fake.restart()
-                return self.connection.close()
-            found = fake.answer(path, body) if step == 200 else {"error": f"scripted {step}"}
-            content = found if isinstance(found, bytes) else json.dumps(found).encode()
-            self.send_response(step)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_POST = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        fake.done.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
