@@ -32,6 +32,8 @@ LOGPS = "self model input_ids attention_mask logits_to_keep batch_size compute_e
 LOGPS += "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
 LOGPS += "mm_token_type_ids image_position_ids"
 
+# Newer releases of transformers have one option more
+PRIVATE = "private " if "private" in inspect.signature(Trainer.push_to_hub).parameters else ""
 OVERRIDDEN = {
     "__init__": INIT,
     "_generate_and_score_completions": "self inputs",
@@ -41,7 +43,7 @@ OVERRIDDEN = {
     "_compute_loss": "self model inputs",
     "log": "self logs start_time",
     "create_model_card": "self model_name dataset_name tags",
-    "push_to_hub": "self commit_message blocking token revision kwargs",
+    "push_to_hub": f"self commit_message blocking token revision {PRIVATE}kwargs",
     "_push_from_checkpoint": "self checkpoint_folder",
     "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     "_save_optimizer_and_scheduler": "self output_dir",

@@ -44,7 +44,7 @@ def given(model, tokenizer=None, **kwargs):
         ({"vllm_read_timeout": 0.0}, "a positive number of seconds"),
         ({"log_rollout_records": -1}, r"0 \(none\) or more"),
         ({"max_completion_length": None}, "need a limit, e.g. 512"),
-        ({"branch_rule": "entropie"}, "choose one of 'entropy', 'threshold', 'random', 'always'"),
+        ({"branch_rule": "entropie"}, "choose one of 'entropy', 'threshold', 'random', 'sentence', 'always'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -120,7 +120,7 @@ def test_a_whole_checkpoint_is_not_warned_of(run):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    assert not [str(w.message) for w in caught if "checkpoint" in str(w.message)]
+    assert not [str(w.message) for w in caught if "The checkpoint" in str(w.message)]
 
 
 def test_a_checkpoint_of_version_0_1(whole, run):
