@@ -128,3 +128,15 @@ def serving_models(policy: str, expert: str | None, log: Path, *options: str, re
         if ready:
             server.wait_until_ready()
         yield server
+
+
+@contextmanager
+def serving_expert(folder: str, log: Path, *options: str, ready: bool = True) -> Iterator[Server]:
+    """`mentor-trl serve` of an expert alone: a stock vLLM server."""
+    port = free_port()
+    command = [sys.executable, "-m", "mentor_trl.cli", "serve", "--expert", folder, "--port", str(port)]
+    command += ["--enforce-eager", *(word for pair in SERVER_OPTIONS.items() for word in pair)]
+    with serving([*command, *options], log, port) as server:
+        if ready:
+            server.wait_until_ready()
+        yield server

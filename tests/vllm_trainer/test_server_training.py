@@ -6,7 +6,6 @@ import time
 import httpx
 import pytest
 
-from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.connection.failures import ServerError, WrongServer
 from server_process import serving_models
 from trainer_helpers import RecordingTrainer, make_trainer, prompts
@@ -19,21 +18,6 @@ LETTERS = set("abcdefghijklmnopqrstuvwxyz")
 
 def share_of_letters(completions, **kwargs) -> list[float]:
     return [sum(c in LETTERS for c in text) / 8 for text in completions]
-
-
-def tiny(seed: int):
-    """Heads of 32, which vLLM's kernels for the CPU know."""
-    return make_tiny_model(seed=seed, hidden_size=128)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    paths = []
-    for name, seed in (("policy", 0), ("expert", 1)):
-        paths.append(str(tmp_path_factory.mktemp(name)))
-        tiny(seed).save_pretrained(paths[-1])
-        make_tiny_tokenizer().save_pretrained(paths[-1])
-    return paths
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +96,11 @@ def test_a_server_that_is_killed_and_restarted(folders, server, tmp_path):
         server.kill()
         server.start()
 
-    def struck(request):
+    def struck(request, progress=None):
         if trainer.state.global_step == 2 and not killed.is_set():
             killed.set()
             threading.Thread(target=strike).start()
-        return sample(request)
+        return sample(request, progress)
 
     engine.sample = struck
     trainer.train()
