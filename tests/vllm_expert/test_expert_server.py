@@ -90,7 +90,6 @@ def test_rows_follow_the_expert(temperature, remote, policy, expert):
     for ids, logps in rows:
         due = [math.log(tree.s[tuple(ids[:at])][index]) for at, index in enumerate(ids)]
         assert logps == pytest.approx(due, abs=1e-3)
-    assert speak_all(remote, 20, 3, temperature) == rows[:20] or len(set(found)) > 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
