@@ -79,7 +79,7 @@ def check_logps(rollout, request, policy, expert, tolerance=2e-3):
             due = forward_logps(model, torch.tensor([prompt + ids]), request.temperature)[0, where]
             due = due.gather(1, index)[:, 0].float().where(here, torch.nan)
             found = getattr(rollout, name)[row, : len(ids)]
-            what = lambda text: f"{name} of row {row}: {text}\n{found.tolist()}\n{due.tolist()}"
+            what = f"{name} of row {row}: {found.tolist()} and not {due.tolist()}"
             torch.testing.assert_close(found, due, atol=tolerance, rtol=0, equal_nan=True, msg=what)
 
 
