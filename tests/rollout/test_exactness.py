@@ -56,6 +56,7 @@ class Case:
 
 
 PROMPT = [3, 1, 2]
+SENTENCE_IDS = (2,)
 RAGGED = [[2], [1, 3, 3, 1, 2, 1], [3, 1]]
 CASES = {
     "w-0": Case([(PROMPT, INF)], between=False),
@@ -71,10 +72,11 @@ CASES = {
     "always": Case([(PROMPT, 1.0), (PROMPT, INF)], {"branch_rule": "always"}, between=False),
     "sentence": Case(
         [([2], 1.0), ([1, 3, 2, 3, 1], 1.0)],
-        {"branch_rule": "sentence", "share": 0.7, "span": 2, "sentence_ids": (1, 2)},
+        {"branch_rule": "sentence", "share": 0.7, "span": 2, "sentence_ids": SENTENCE_IDS},
     ),
     "whole-span": Case(
-        [([3, 1], 1.0), (PROMPT, 1.0)], {"branch_rule": "sentence", "share": 1.0, "span": 2, "sentence_ids": (2,)}
+        [([3, 1], 1.0), (PROMPT, 1.0)],
+        {"branch_rule": "sentence", "share": 1.0, "span": 2, "sentence_ids": SENTENCE_IDS},
     ),
     "cold": Case([(PROMPT, 0.9)], {"temperature": 0.5}),
     "hot": Case([(PROMPT, 1.7)], {"temperature": 2.0}),

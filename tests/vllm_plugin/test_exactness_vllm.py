@@ -3,6 +3,7 @@
 import pytest
 
 from test_exactness import *  # noqa: F403
+from test_exactness import SENTENCE_IDS
 from vllm_helpers import make_model
 
 
@@ -22,6 +23,6 @@ def expert():
 @pytest.fixture(params=[1, 2, 4, 8], ids=lambda length: f"draft-{length}")
 def sample(request, engines):
     def run(policy, expert, rows):
-        return engines(policy, expert, draft_length=request.param).sample(rows)
+        return engines(policy, expert, draft_length=request.param, sentence_ids=SENTENCE_IDS).sample(rows)
 
     return run

@@ -10,7 +10,7 @@ from stock_llm_helpers import BothEngines, LLMExpert, make_policy, truncated
 from mentor_trl.rollout import MixedRequest
 from mentor_trl.rollout.stock.sampler import StockSampler, check_branching
 from statistics_helpers import forward_logps, make_peaked_model, misfit, sequences
-from test_exactness import CASES
+from test_exactness import CASES, SENTENCE_IDS
 
 
 pytestmark = pytest.mark.vllm
@@ -25,7 +25,7 @@ def models():
 def engine(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("stock")
     expert = LLMExpert(root / "expert", models[1])
-    return BothEngines(make_policy(root / "policy", models[0], sentence_ids=(1,)), expert)
+    return BothEngines(make_policy(root / "policy", models[0], sentence_ids=SENTENCE_IDS), expert)
 
 
 @pytest.fixture(scope="module")
