@@ -22,7 +22,7 @@ class PolicyWorkerExtension:
     [`~mentor_trl.vllm_plugin.runner.MixedRunner`].
     """
 
-    _weights_version = "initial"
+    _weights_version = INITIAL
     _instance = uuid.uuid4().hex  # of this process: one that is started anew has another
 
     @property
