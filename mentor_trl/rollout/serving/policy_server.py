@@ -131,8 +131,8 @@ class PolicyServer:
         """
         if self.info["weights_version"] != INITIAL:
             raise WrongServer(
-                f"{self.url} has other weights ({self.info['weights_version']!r}) than those that it was started with, "
-                "and an adapter belongs to these. Restart it."
+                f"{self.url} has other weights ({self.info['weights_version']!r}) than those that it was started "
+                "with, and an adapter belongs to these. Restart it."
             )
         former, self._adapter = self._adapter, (str(folder), version)
         self._ensure_adapter()
