@@ -11,7 +11,7 @@ import torch
 
 from ..version import __version__
 from .identity import distrust, files_digest, weights_digest
-from .options import CONFIG_KEY, INCOMPLETE, model_shape
+from .options import CONFIG_KEY, INCOMPLETE, INITIAL, model_shape
 
 
 class PolicyWorkerExtension:
