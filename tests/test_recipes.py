@@ -32,6 +32,7 @@ MODELS = ("Qwen2.5-7B", "Qwen2.5-3B", "Llama-3.1-8B")
 LARGE = [path for path in TRAINING_RECIPES if path.parent.parent.name in MODELS]
 SMALL = [path for path in TRAINING_RECIPES if path.parent.parent.name == "SmolLM2-135M-Instruct"]
 SLURM, STOCK_SLURM = FOLDER / "slurm" / "mentor_multinode.slurm", FOLDER / "slurm" / "mentor_stock.slurm"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 # With command lines that can be run as they are
 PAGES = [ROOT / "README.md", ROOT / "docs" / "recipes.md", *sorted((ROOT / "docs" / "engines").glob("*.md"))]
 BLOCKS = ["# Model arguments", "# Data arguments", "# Trainer arguments"]
@@ -338,6 +339,21 @@ def test_commands_parse(file, monkeypatch):
     assert found or file.name == "keys.md"
     for words in found:
         check_command(words)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 def test_recipes_are_in_the_table():
