@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from stock_server import StockServer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -20,6 +19,7 @@ from mentor_trl.cli import data, plot, train
 from mentor_trl.cli import serve as serving
 from mentor_trl.cli.train import make_parser, resolve_reward_funcs
 from served_helpers import stand_in
+from stock_server import StockServer
 
 
 ROOT = Path(__file__).parent.parent

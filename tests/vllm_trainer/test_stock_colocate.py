@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from stock_server import StockServer
 
 from fake_server import serving
 from helpers import make_tiny_tokenizer
 from server_process import free_port
+from stock_server import StockServer
 from trainer_helpers import same_weights, tiny
 
 

@@ -19,7 +19,6 @@ from mentor_trl.rollout.serving.adapters import write_adapter
 from mentor_trl.rollout.serving.weights import write_weights
 from mentor_trl.rollout.stock.replicas import PolicyReplicas
 from mentor_trl.rollout.stock.sampler import StockSampler
-from server_process import serving_expert, serving_models
 from statistics_helpers import Tree, forward_logps, misfit, sequences
 from trainer_helpers import RecordingTrainer, make_trainer, prompts, tiny
 
@@ -28,20 +27,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PATIENCE = Patience(read=60.0, back_off=0.2, recovery=240.0)
 BRANCH_ID = 6  # all 64 rows of the vocabulary are tokens, and this special one is given up to mark branch points
-
-
-@pytest.fixture(scope="module")
-def servers(folders, tmp_path_factory):
-    """Two replicas of the policy, of which adapters may be loaded, and the expert."""
-    root, lora = tmp_path_factory.mktemp("servers"), ("--enable-lora", "--max-lora-rank", "8")
-    with (
-        serving_models(folders[0], None, root / "first.txt", *lora, ready=False) as first,
-        serving_models(folders[0], None, root / "second.txt", *lora, ready=False) as second,
-        serving_expert(folders[1], root / "expert.txt", ready=False) as expert,
-    ):
-        for server in (first, second, expert):
-            server.wait_until_ready()
-        yield first, second, expert
 
 
 @pytest.fixture
