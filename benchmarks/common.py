@@ -121,6 +121,12 @@ def random_prompts(count: int, length: int, vocab: int) -> list[list[int]]:
     return ids.tolist()
 
 
+def markdown_table(headings: list[str], rows: list[list[str]], texts: int = 1) -> str:
+    """A table whose first `texts` columns are no numbers."""
+    rules = ["---" if at < texts else "---:" for at in range(len(headings))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows))
+
+
 def device_name(cuda: bool) -> str:
     if cuda:
         return torch.cuda.get_device_name()

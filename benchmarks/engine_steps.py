@@ -11,16 +11,18 @@ from training_step import Turns, even_share
 from transformers import AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 
-from common import Server, random_prompts, working
+from common import Server, markdown_table, random_prompts, working
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
 
 
+STEP_ENGINES = ("in process", "stock servers")
 SOURCES = ("current", "previous")
 
 
 def settings_of(engine: str, source: str, args: Namespace, servers: dict[str, Server]) -> dict[str, Any]:
     settings = {
-        "per_device_train_batch_size": args.step_rows,
+        "per_device_train_batch_size": args.step_rows // args.accumulate,
+        "gradient_accumulation_steps": args.accumulate,
         "num_generations": args.generations,
         "num_mixed_generations": args.generations // 2,
         "max_completion_length": args.step_tokens,
@@ -41,7 +43,7 @@ def settings_of(engine: str, source: str, args: Namespace, servers: dict[str, Se
         "gradient_checkpointing": False,
         "model_init_kwargs": {"dtype": args.dtype},
     }
-    if engine == "stock servers":
+    if engine == STEP_ENGINES[1]:
         settings |= {"use_vllm": True, "vllm_mode": "server", "vllm_weight_sync": "folder"}
         settings |= {"vllm_server_base_url": servers["policy"].url, "expert_base_url": servers["expert"].url}
     return settings
@@ -70,8 +72,7 @@ def work(settings: dict[str, Any], args: Namespace, folders: dict[str, str], con
 
 def measure_steps(args: Namespace, folders: dict[str, str], servers: dict[str, Server]) -> list[dict[str, Any]]:
     """The counted steps of each engine with each source of gamma, in turns; the first of a round changes."""
-    engines = ["in process", *(["stock servers"] if servers else [])]
-    arms = [(engine, source) for engine in engines for source in SOURCES]
+    arms = [(engine, source) for engine in args.step_engine for source in SOURCES]
     found = []
     with ExitStack() as stack:
         start = lambda arm: working(" ".join(arm), work, settings_of(*arm, args, servers), args, folders)
@@ -85,44 +86,48 @@ def measure_steps(args: Namespace, folders: dict[str, str], servers: dict[str, S
 
 
 def summarize_steps(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians, and the ratio of one pass to two in the same round."""
+    """Medians of each engine, and the ratio of one pass to two in the same round."""
     rows = []
     for engine in dict.fromkeys(step["engine"] for step in steps):
-        own = {source: [s for s in steps if (s["engine"], s["threshold_from"]) == (engine, source)] for source in SOURCES}
-        two, one = ([step["seconds"] for step in own[source]] for source in SOURCES)
-        ratios = [first / second for first, second in zip(one, two)]
-        median = lambda name, source: statistics.median(step[name] for step in own[source])
-        logged = lambda name: statistics.fmean(step["logged"][name] for part in own.values() for step in part)
-        rows.append(
-            {
-                "engine": engine,
-                "two_passes": statistics.median(two),
-                "one_pass": statistics.median(one),
-                "ratio": statistics.median(ratios),
-                "ratio_of_sums": sum(one) / sum(two),
-                "ratio_spread": [min(ratios), max(ratios)],
-                "sampling_share": median("sampling", "current") / statistics.median(two),
-                "sampling_ratio": median("sampling", "previous") / median("sampling", "current"),
-                "mean_length": logged("completions/mean_length"),
-                "clipped": logged("completions/clipped_ratio"),
-                "mean_lengths": {
-                    source: statistics.fmean(step["logged"]["completions/mean_length"] for step in own[source])
-                    for source in SOURCES
-                },
-            }
+        two, one = (
+            [step for step in steps if (step["engine"], step["threshold_from"]) == (engine, source)]
+            for source in SOURCES
         )
+        ratios = [first["seconds"] / second["seconds"] for first, second in zip(one, two)]
+        sums = {part: [sum(step[part] for step in own) for own in (two, one)] for part in ("seconds", "sampling")}
+        row = {
+            "engine": engine,
+            "ratio": statistics.median(ratios),
+            "ratio_spread": [min(ratios), max(ratios)],
+            "ratio_of_sums": sums["seconds"][1] / sums["seconds"][0],
+            "sampling_ratio": sums["sampling"][1] / sums["sampling"][0],
+            "sampling_share": sums["sampling"][0] / sums["seconds"][0],
+        }
+        for name, own in (("two", two), ("one", one)):
+            row[f"{name}_seconds"] = statistics.median(step["seconds"] for step in own)
+            row[f"{name}_length"] = statistics.fmean(step["logged"]["completions/mean_length"] for step in own)
+            row[f"{name}_clipped"] = statistics.fmean(step["logged"]["completions/clipped_ratio"] for step in own)
+        rows.append(row)
     return rows
 
 
 def steps_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| engine | two passes, s | one pass, s | one / two | least-most | of the sums | sampling alone | mean length | "
-        "cut off at the limit |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    headings = [
+        "engine",
+        "two passes, s",
+        "one pass, s",
+        "one / two",
+        "least-most",
+        "of the sums",
+        "sampling, of sums",
     ]
+    headings += ["sampling's share, two passes", "mean lengths, two and one", "cut off at the limit"]
+    lines = []
     for row in rows:
-        cells = [row["engine"], f"{row['two_passes']:.2f}", f"{row['one_pass']:.2f}", f"{row['ratio']:.2f}"]
+        cells = [row["engine"], f"{row['two_seconds']:.2f}", f"{row['one_seconds']:.2f}", f"{row['ratio']:.2f}"]
         cells += ["{:.2f}-{:.2f}".format(*row["ratio_spread"]), f"{row['ratio_of_sums']:.2f}"]
-        cells += [f"{row['sampling_ratio']:.2f}", f"{row['mean_length']:.0f}", f"{row['clipped']:.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells += [f"{row['sampling_ratio']:.2f}", f"{row['sampling_share']:.0%}"]
+        cells += [f"{row['two_length']:.0f}, {row['one_length']:.0f}"]
+        cells += [f"{row['two_clipped']:.0%}, {row['one_clipped']:.0%}"]
+        lines.append(cells)
+    return markdown_table(headings, lines)
