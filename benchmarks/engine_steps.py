@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -70,8 +71,10 @@ def work(settings: dict[str, Any], args: Namespace, folders: dict[str, str], con
         trainer.train()
 
 
-def measure_steps(args: Namespace, folders: dict[str, str], servers: dict[str, Server]) -> list[dict[str, Any]]:
-    """The counted steps of each engine with each source of gamma, in turns; the first of a round changes."""
+def measure_steps(
+    args: Namespace, folders: dict[str, str], servers: dict[str, Server], say: Callable[[dict], None]
+) -> list[dict[str, Any]]:
+    """The counted steps of each engine with each source of gamma, in turns; `say` gets each as it comes."""
     arms = [(engine, source) for engine in args.step_engine for source in SOURCES]
     found = []
     with ExitStack() as stack:
@@ -79,9 +82,12 @@ def measure_steps(args: Namespace, folders: dict[str, str], servers: dict[str, S
         workers = {arm: stack.enter_context(start(arm)) for arm in arms}
         for turn in range(args.warmup + args.steps):
             for arm in arms if turn % 2 else arms[::-1]:
+                before = sum(server.cpu_seconds() for server in servers.values())
                 step = workers[arm].ask("step")
+                step["cpu"] += sum(server.cpu_seconds() for server in servers.values()) - before
                 if turn >= args.warmup:
                     found.append({"engine": arm[0], "threshold_from": arm[1], "round": turn - args.warmup, **step})
+                    say(found[-1])
     return found
 
 
@@ -94,13 +100,16 @@ def summarize_steps(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for source in SOURCES
         )
         ratios = [first["seconds"] / second["seconds"] for first, second in zip(one, two)]
-        sums = {part: [sum(step[part] for step in own) for own in (two, one)] for part in ("seconds", "sampling")}
+        sums = {
+            part: [sum(step[part] for step in own) for own in (two, one)] for part in ("seconds", "sampling", "cpu")
+        }
         row = {
             "engine": engine,
             "ratio": statistics.median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
             "ratio_of_sums": sums["seconds"][1] / sums["seconds"][0],
             "sampling_ratio": sums["sampling"][1] / sums["sampling"][0],
+            "cpu_ratio": sums["cpu"][1] / sums["cpu"][0],
             "sampling_share": sums["sampling"][0] / sums["seconds"][0],
         }
         for name, own in (("two", two), ("one", one)):
@@ -126,7 +135,8 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["engine"], f"{row['two_seconds']:.2f}", f"{row['one_seconds']:.2f}", f"{row['ratio']:.2f}"]
         cells += ["{:.2f}-{:.2f}".format(*row["ratio_spread"]), f"{row['ratio_of_sums']:.2f}"]
-        cells += [f"{row['sampling_ratio']:.2f}", f"{row['sampling_share']:.0%}"]
+        cells += [f"{row[name]:.2f}" for name in ("sampling_ratio", "cpu_ratio")]
+        cells.append(f"{row['sampling_share']:.0%}")
         cells += [f"{row['two_length']:.0f}, {row['one_length']:.0f}"]
         cells += [f"{row['two_clipped']:.0%}, {row['one_clipped']:.0%}"]
         lines.append(cells)

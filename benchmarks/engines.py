@@ -170,9 +170,8 @@ def run_servers(args: argparse.Namespace, root: str, output: Output) -> None:
             if crossed:
                 output.table("Where the shared engine and stock ones cross", crossings_table(crossed))
         if "steps" in args.parts:
-            steps = measure_steps(args, folders, servers)
+            steps = measure_steps(args, folders, servers, lambda step: output.line("step run", step))
             rows = summarize_steps(steps)
-            output.lines("step run", steps)
             output.lines("steps", rows)
             output.table(f"Steps of {args.step_rows} rows of up to {args.step_tokens} tokens", steps_table(rows))
 
