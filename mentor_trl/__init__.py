@@ -13,12 +13,16 @@ _EXPORTS = {
     "accuracy_reward": "rewards",
     "format_reward": "rewards",
     "load_expert": "experts.load",
-    "ColocateSampler": "rollout",
+    "RemoteExpert": "experts.remote",
     "LocalSampler": "rollout",
     "MixedRequest": "rollout",
     "MixedRollout": "rollout",
     "MixedSampler": "rollout",
-    "ServerSampler": "rollout",
+    "PolicyLLM": "rollout.stock.policy_llm",
+    "PolicyReplicas": "rollout.stock.replicas",
+    "StockSampler": "rollout.stock.sampler",
+    "ColocateSampler": "rollout.vllm.colocate",
+    "ServerSampler": "rollout.vllm.server",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -26,8 +30,14 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from .config import MentorGRPOConfig
     from .experts.load import load_expert
+    from .experts.remote import RemoteExpert
     from .rewards.accuracy import accuracy_reward, format_reward
-    from .rollout import ColocateSampler, LocalSampler, MixedRequest, MixedRollout, MixedSampler, ServerSampler
+    from .rollout import LocalSampler, MixedRequest, MixedRollout, MixedSampler
+    from .rollout.stock.policy_llm import PolicyLLM
+    from .rollout.stock.replicas import PolicyReplicas
+    from .rollout.stock.sampler import StockSampler
+    from .rollout.vllm.colocate import ColocateSampler
+    from .rollout.vllm.server import ServerSampler
     from .trainer import MentorGRPOTrainer
 
 

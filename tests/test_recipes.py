@@ -3,7 +3,7 @@ import os
 import re
 import shlex
 import subprocess
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,14 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from fake_server import serving as answering
+from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
 from mentor_trl.cli import data, plot, train
 from mentor_trl.cli import serve as serving
 from mentor_trl.cli.train import make_parser, resolve_reward_funcs
 from served_helpers import stand_in
+from stock_server import StockServer
 
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +30,11 @@ EXPERTS = [path for path in RECIPES if path.parent.name == "expert"]
 TRAINING_RECIPES = [path for path in RECIPES if "accelerate_configs" not in path.parts and path not in EXPERTS]
 MODELS = ("Qwen2.5-7B", "Qwen2.5-3B", "Llama-3.1-8B")
 LARGE = [path for path in TRAINING_RECIPES if path.parent.parent.name in MODELS]
-SLURM = FOLDER / "slurm" / "mentor_multinode.slurm"
+SMALL = [path for path in TRAINING_RECIPES if path.parent.parent.name == "SmolLM2-135M-Instruct"]
+SLURM, STOCK_SLURM = FOLDER / "slurm" / "mentor_multinode.slurm", FOLDER / "slurm" / "mentor_stock.slurm"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+# With command lines that can be run as they are
+PAGES = [ROOT / "README.md", ROOT / "docs" / "recipes.md", *sorted((ROOT / "docs" / "engines").glob("*.md"))]
 BLOCKS = ["# Model arguments", "# Data arguments", "# Trainer arguments"]
 
 # What the paper states
@@ -81,8 +88,17 @@ TO_SERVER = {
     "vllm_server_timeout",
     "vllm_weight_sync",
 }
+QUANTIZED = {"bnb_4bit_quant_type", "load_in_4bit", "use_bnb_nested_quant"}
 LORA = {"learning_rate", "lora_alpha", "lora_r", "lora_target_modules", "use_peft"}
 DEVICES = {"gradient_accumulation_steps", "num_processes"}
+# An expert on a server of its own, which is asked at few positions
+REMOTE = {
+    "branch_rule",
+    "branch_share",
+    "entropy_threshold_from",
+    "expert_base_url",
+    "expert_model_name_or_path",
+}
 
 
 def declared_differences() -> dict[str, tuple[str, set[str]]]:
@@ -112,6 +128,26 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
             TO_SERVER | DEVICES | {"accelerate_config", "dtype", "per_device_train_batch_size"},
         ),
         "Qwen2.5-7B/mentor/config_8gpus_server.yaml": (paper.format("Qwen2.5-7B"), TO_SERVER | DEVICES),
+        "SmolLM2-135M-Instruct/mentor/config_remote_expert.yaml": (
+            "SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml",
+            REMOTE | {"expert_dtype"},
+        ),
+        "Qwen2.5-3B/mentor/config_1gpu_remote_expert.yaml": (
+            "Qwen2.5-3B/mentor/config_1gpu_colocate.yaml",
+            REMOTE | {"draft_length", "vllm_gpu_memory_utilization"},
+        ),
+        "Qwen2.5-7B/mentor/config_1gpu_qlora.yaml": (
+            "Qwen2.5-3B/mentor/config_1gpu_remote_expert.yaml",
+            QUANTIZED | {"model_name_or_path", "vllm_importance_sampling_correction", "vllm_weight_sync"},
+        ),
+        "Qwen2.5-7B/mentor/config_8gpus_stock.yaml": (
+            "Qwen2.5-7B/mentor/config_8gpus_server.yaml",
+            REMOTE | {"vllm_server_base_url"},
+        ),
+        "Llama-3.1-8B/mentor/config_multinode_stock.yaml": (
+            "Llama-3.1-8B/mentor/config_multinode_server.yaml",
+            REMOTE | {"vllm_server_base_url"},
+        ),
         "Llama-3.1-8B/mentor/config_multinode_server.yaml": (paper.format("Llama-3.1-8B"), TO_SERVER | DEVICES),
     }
     for model in MODELS:
@@ -152,9 +188,10 @@ def commands(text: str) -> list[list[str]]:
     words = [
         shlex.split(line.strip("# "), comments=True)
         for line in lines
-        if re.match(r"^(#   )?[\w=,]* ?mentor-trl ", line)
+        if re.match(r"^(#   )?(\w+=[\w,]* )?(mentor-trl|vllm) ", line)
     ]
-    return [line[line.index("mentor-trl") + 1 :] for line in words]
+    words = [line[1:] if "=" in line[0] else line for line in words]
+    return [line[1:] if line[0] == "mentor-trl" else line for line in words]
 
 
 def parse(recipe: Path, *flags: str):
@@ -172,7 +209,8 @@ def test_values_parse(recipe):
     assert training_args.learning_rate == float(config["learning_rate"])
     assert model_args.model_name_or_path == config["model_name_or_path"]
     assert len(resolve_reward_funcs(args.reward_funcs)) == len(training_args.reward_weights)
-    assert bool(training_args.expert_model_name_or_path) == (training_args.num_mixed_generations > 0)
+    expert = training_args.expert_model_name_or_path or training_args.expert_base_url
+    assert bool(expert) == (training_args.num_mixed_generations > 0)
 
 
 @each(TRAINING_RECIPES + EXPERTS)
@@ -250,10 +288,14 @@ def test_limits_of_the_engine(recipe):
         assert config["vllm_max_model_length"] >= 1024 + config["max_completion_length"]
         assert config.get("vllm_tensor_parallel_size", 1) == 1
         return
-    (served,) = [serving.make_parser().parse_known_args(c[1:]) for c in commands(header(recipe)) if c[0] == "serve"]
-    options, further = served
-    assert int(further[further.index("--max-model-len") + 1]) >= 1024 + config["max_completion_length"]
-    assert options.policy == config["model_name_or_path"] and options.expert == config["expert_model_name_or_path"]
+    served = [serving.make_parser().parse_known_args(c[1:]) for c in commands(header(recipe)) if c[0] == "serve"]
+    for _, further in served:
+        assert int(further[further.index("--max-model-len") + 1]) >= 1024 + config["max_completion_length"]
+    assert {options.policy for options, _ in served} - {None} == {config["model_name_or_path"]}
+    if "expert_base_url" in config:
+        assert not any(options.policy and options.expert for options, _ in served)
+    else:
+        assert [options.expert for options, _ in served] == [config["expert_model_name_or_path"]]
     assert config["ddp_timeout"] > max(config["vllm_read_timeout"], config["vllm_server_timeout"])
 
 
@@ -278,25 +320,45 @@ def check_command(words: list[str]) -> None:
         )
     elif command == "serve":
         options, _ = serving.make_parser().parse_known_args(rest)
-        assert options.policy and options.expert
+        assert options.policy or options.expert
+    elif command == "vllm":
+        # vLLM, which need not be installed, parses the rest
+        assert rest[0] == "serve" and not rest[1].startswith("-")
+        given = dict(zip(rest, rest[1:]))
+        assert given["--logprobs-mode"] == "processed_logprobs" and given["--generation-config"] == "vllm"
     elif command == "plot":
         plot.make_parser().parse_args(rest)
     else:
         assert command in ("eval", "health")
 
 
-@pytest.mark.parametrize("file", [*LARGE, ROOT / "docs" / "recipes.md"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("file", [*LARGE, *SMALL, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_parse(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = commands(file.read_text() if file.suffix == ".md" else header(file))
-    assert found
+    assert found or file.name == "keys.md"
     for words in found:
         check_command(words)
 
 
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
 def test_recipes_are_in_the_table():
     text = (ROOT / "docs" / "recipes.md").read_text()
-    for recipe in [*LARGE, *EXPERTS]:
+    for recipe in [*LARGE, *SMALL, *EXPERTS]:
         assert f"](../{recipe.relative_to(ROOT)})" in text, recipe
     for path in re.findall(r"\]\(\.\./([^)]+)\)", text):
         assert (ROOT / path).exists(), path
@@ -310,7 +372,8 @@ def test_recipe_of_an_expert_is_one_of_trl(recipe):
     known = set(vars(script_args)) | set(vars(args)) | set(vars(model_args))
     assert set(read(recipe)) <= known
     guided = [read(path) for path in recipe.parent.parent.glob("mentor/*.yaml")]
-    assert {config["expert_model_name_or_path"] for config in guided} == {args.output_dir}
+    named = [c["expert_model_name_or_path"] for c in guided if "expert_base_url" not in c]
+    assert set(named) == {args.output_dir}
 
 
 @each(EXPERTS)
@@ -341,7 +404,8 @@ def rows_file(tmp_path_factory) -> Path:
 def small(config: dict, tmp_path: Path, rows: Path, model: Path, expert: Path) -> list[str]:
     """Flags that leave a recipe its algorithm and take its size."""
     count = config["num_generations"]
-    served = config.get("vllm_mode") == "server"
+    remote = "expert_base_url" in config
+    served = config.get("vllm_mode") == "server" and not remote
     flags = {
         "model_name_or_path": model,
         "dataset_name": rows,
@@ -361,9 +425,22 @@ def small(config: dict, tmp_path: Path, rows: Path, model: Path, expert: Path) -
         flags["generation_batch_size"] = 2 * count
     if "exact_answer_reward" in config["reward_funcs"][0]:
         flags["conversational"] = "false"  # the quickstart's models have no chat template
-    if config["num_mixed_generations"]:
+    if remote:
+        flags |= {"expert_base_url": expert, "vllm_weight_sync": "auto"}
+    elif config["num_mixed_generations"]:
         flags["expert_model_name_or_path"] = "hub/tiny-expert" if served else expert
+    if config.get("load_in_4bit"):
+        flags["load_in_4bit"] = "false"  # bitsandbytes needs a GPU
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+@contextmanager
+def serving_expert():
+    """The address of a stand-in for two stock servers of an expert."""
+    stock = StockServer(make_tiny_model(seed=1), make_tiny_tokenizer(), stops=(2,))
+    stock.entries[0]["max_model_len"] = 2048
+    with answering(stock) as first, answering(stock) as second:
+        yield f"{first},{second}"
 
 
 @each(TRAINING_RECIPES)
@@ -372,9 +449,12 @@ def test_one_rollout_batch(recipe, tmp_path, monkeypatch, rows_file, tiny_model_
     make_trainer = train._make_trainer
     monkeypatch.setattr(train, "_make_trainer", lambda *args: trainers.append(make_trainer(*args)) or trainers[-1])
     monkeypatch.chdir(ROOT)
-    parsed = parse(recipe, *small(config, tmp_path, rows_file, tiny_model_dir, tiny_expert_dir))
-    with stand_in() if config.get("vllm_mode") == "server" else nullcontext() as servers:
-        train.main(*parsed)
+    remote = "expert_base_url" in config
+    with (
+        stand_in() if config.get("vllm_mode") == "server" and not remote else nullcontext() as servers,
+        serving_expert() if remote else nullcontext(tiny_expert_dir) as expert,
+    ):
+        train.main(*parse(recipe, *small(config, tmp_path, rows_file, tiny_model_dir, expert)))
     (trainer,) = trainers
     assert trainer.state.global_step == 2
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -404,7 +484,7 @@ STAND_INS = {
 }
 
 
-def run_slurm(tmp_path: Path, nodes: str, *flags: str, **environment: str):
+def run_slurm(tmp_path: Path, nodes: str, *flags: str, script: Path = SLURM, **environment: str):
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, body in STAND_INS.items():
@@ -418,12 +498,13 @@ def run_slurm(tmp_path: Path, nodes: str, *flags: str, **environment: str):
         "LOG": str(log),
         **environment,
     }
-    result = subprocess.run(["bash", str(SLURM), *flags], env=environment, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(["bash", str(script), *flags], env=environment, cwd=ROOT, capture_output=True, text=True)
     return result, log.read_text().splitlines() if log.exists() else []
 
 
-def test_slurm_script_is_bash():
-    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+@pytest.mark.parametrize("script", [SLURM, STOCK_SLURM], ids=lambda path: path.stem)
+def test_slurm_script_is_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def test_slurm_script_serves_on_one_node_and_trains_on_the_others(tmp_path):
@@ -458,15 +539,39 @@ def test_slurm_script_serves_on_two_nodes_with_ray(tmp_path):
     assert {"srun --nodelist=a,b", "srun --nodelist=c,d"} <= set(log)
 
 
+def test_slurm_script_serves_replicas_of_both_models(tmp_path):
+    result, log = run_slurm(tmp_path, "a b c d e", "--max_steps", "4", script=STOCK_SLURM, POLICY_NODES="2")
+    assert result.returncode == 0, result.stderr
+    lines = [shlex.split(line)[2:] for line in log if line.startswith("mentor-trl serve")]
+    served = [serving.make_parser().parse_known_args(line)[0] for line in lines]
+    assert {options.tensor_parallel_size for options in served} == {4}
+    where = lambda name: sorted((o.allowed_host[0], o.port) for o in served if getattr(o, name))
+    assert where("policy") == [("a", 8000), ("a", 8004), ("b", 8000), ("b", 8004)]
+    assert where("expert") == [("c", 8000), ("c", 8004)]
+    (line,) = [line for line in log if line.startswith("mentor-trl train")]
+    launch_args, script_args = make_parser().split_launch_args(shlex.split(line)[2:])
+    assert dict(zip(launch_args[::2], launch_args[1::2]))["--num_machines"] == "2"
+    recipe = ROOT / script_args[script_args.index("--config") + 1]
+    _, args, _, _ = parse(recipe, *script_args[2:])
+    assert args.vllm_server_base_url == "http://a:8000,http://a:8004,http://b:8000,http://b:8004"
+    assert args.expert_base_url == "http://c:8000,http://c:8004" and args.max_steps == 4
+    assert args.gradient_accumulation_steps == read(recipe)["gradient_accumulation_steps"]
+    assert {options.policy for options in served} - {None} == {read(recipe)["model_name_or_path"]}
+
+
 @pytest.mark.parametrize(
-    ("nodes", "environment", "code", "part"),
+    ("script", "nodes", "environment", "code", "part"),
     [
-        ("a", {}, 2, "No node is left to train on"),
-        ("a b c d", {}, 2, "ROWS_PER_STEP=512 is no multiple of ROWS_PER_GPU=2 x 24 GPUs"),
-        ("a b", {"BROKEN": "1"}, 1, "The server at http://a:8000 did not come up"),
+        (SLURM, "a", {}, 2, "No node is left to train on"),
+        (SLURM, "a b c d", {}, 2, "ROWS_PER_STEP=512 is no multiple of ROWS_PER_GPU=2 x 24 GPUs"),
+        (SLURM, "a b", {"BROKEN": "1"}, 1, "The server at http://a:8000 did not come up"),
+        (STOCK_SLURM, "a b", {}, 2, "No node is left to train on: 2 nodes, of which 2 serve"),
+        (STOCK_SLURM, "a b c d e", {}, 2, "ROWS_PER_STEP=512 is no multiple of ROWS_PER_GPU=2 x 24 GPUs"),
+        (STOCK_SLURM, "a b c", {"BROKEN": "1"}, 1, "The server at http://a:8000, or another one, did not come up"),
     ],
+    ids=lambda value: value.stem if isinstance(value, Path) else None,
 )
-def test_slurm_script_says_what_is_wrong(tmp_path, nodes, environment, code, part):
-    result, log = run_slurm(tmp_path, nodes, **environment)
+def test_slurm_script_says_what_is_wrong(tmp_path, script, nodes, environment, code, part):
+    result, log = run_slurm(tmp_path, nodes, script=script, **environment)
     assert result.returncode == code and part in result.stderr
     assert not any(line.startswith("mentor-trl train") for line in log)

@@ -15,7 +15,7 @@ from ..files import write_whole
 FILE = "recipe.yaml"
 PUBLISHED = "assets/recipe.yaml"
 # Where this run happened to run, rather than how
-_SITE = {"env", "vllm_server_base_url", "vllm_server_host"}
+_SITE = re.compile(r"env|\w+_base_url|vllm_server_host")
 _SECRET_NAME = re.compile(r"(^|[_-])(token|key|secret|password|credentials?)$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|://[^/\s]*@")
 
@@ -35,7 +35,7 @@ def without_secrets(options: dict[str, Any], publish: bool = False) -> tuple[dic
         values = value if isinstance(value, list) else [value]
         texts = [one for one in values if isinstance(one, str)]
         secret = value is not None and _SECRET_NAME.search(name) or any(map(_SECRET_TEXT.search, texts))
-        if secret or publish and name in _SITE:
+        if secret or publish and _SITE.fullmatch(name):
             left_out.append(name)
             continue
         parts = []

@@ -2,16 +2,6 @@
 
 from .local.sampler import LocalSampler
 from .types import MixedRequest, MixedRollout, MixedSampler, mixed_rows
-from .vllm.colocate import ColocateSampler
-from .vllm.server import ServerSampler
 
 
-__all__ = [
-    "ColocateSampler",
-    "LocalSampler",
-    "MixedRequest",
-    "MixedRollout",
-    "MixedSampler",
-    "ServerSampler",
-    "mixed_rows",
-]
+__all__ = ["LocalSampler", "MixedRequest", "MixedRollout", "MixedSampler", "mixed_rows"]

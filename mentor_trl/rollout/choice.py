@@ -4,7 +4,6 @@ from ..config import MentorGRPOConfig
 from .host import EngineSetup, PlainSetup
 from .local.local_engine import LocalSetup
 from .stock.stock_engine import StockSetup
-from .vllm.vllm_engine import VLLMSetup
 
 
 def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert: bool) -> EngineSetup:
@@ -13,4 +12,9 @@ def engine_setup(args: MentorGRPOConfig, expert, expert_tokenizer, needs_expert:
         return PlainSetup(args)
     if not args.use_vllm:
         return LocalSetup(args, expert, expert_tokenizer)
-    return (VLLMSetup if args.expert_base_url is None else StockSetup)(args, expert, expert_tokenizer)
+    if args.expert_base_url is not None:
+        return StockSetup(args, expert, expert_tokenizer)
+    # Only here, as this engine alone replaces parts of vLLM
+    from .vllm.vllm_engine import VLLMSetup
+
+    return VLLMSetup(args, expert, expert_tokenizer)

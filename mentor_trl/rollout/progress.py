@@ -6,6 +6,9 @@ import time
 from tqdm.auto import tqdm
 
 
+DELAY = 1.0  # seconds before a bar appears
+
+
 class SamplingProgress:
     """
     A context manager that is called with rows finished and tokens committed, and shows them: as a bar on a terminal,
@@ -27,7 +30,9 @@ class SamplingProgress:
         self.rows = self.tokens = 0
         on_terminal = sys.stderr.isatty()
         self.lines = not disable and not on_terminal
-        self.bar = tqdm(total=rows, desc=what, unit="row", leave=False, delay=1.0, disable=disable or not on_terminal)
+        self.bar = tqdm(
+            total=rows, desc=what, unit="row", leave=False, delay=DELAY, disable=disable or not on_terminal
+        )
 
     def __enter__(self) -> "SamplingProgress":
         self.started = self.said = time.monotonic()

@@ -97,6 +97,9 @@ def guidance_metrics(
     if rollout.weights is not None:
         sums["weight"] = rollout.weights[mask].sum()
         shares["weight"] = ("weight", "tokens")
+    if "rounds" in stats:
+        sums["rounds"] = stats["rounds"]
+        shares["tokens_per_round"] = ("tokens", "rounds")
     if rollout.replaced is not None:
         replaced = rollout.replaced & corrected_B_T
         sums |= {
@@ -104,11 +107,10 @@ def guidance_metrics(
             "corrected_replaced": replaced.sum(),
             "ratio_replaced": ratio_B_T[replaced].sum(),
             "rho_replaced": rho_B_T[replaced].sum(),
-            **{name: stats.get(name, 0) for name in ("rounds", "batch_rounds", "expert_rounds")},
+            **{name: stats.get(name, 0) for name in ("batch_rounds", "expert_rounds")},
         }
         shares |= {
             "replaced_rate": ("replaced", "tokens"),
-            "tokens_per_round": ("tokens", "rounds"),
             "importance_ratio/replaced_mean": ("ratio_replaced", "corrected_replaced"),
             "correction/replaced_mean": ("rho_replaced", "corrected_replaced"),
         }

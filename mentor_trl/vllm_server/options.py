@@ -3,7 +3,7 @@
 from typing import Any
 
 
-INCOMPLETE = "incomplete"  # name of weights that are under way
+INITIAL, INCOMPLETE = "initial", "incomplete"  # names of the weights of the start, and of those under way
 POLICY_WORKER = "mentor_trl.vllm_server.policy_worker.PolicyWorkerExtension"
 PROCESSOR = "mentor_trl.vllm_server.branching:BranchingProcessor"
 # Keys of an engine's `additional_config`: it is asked for mixed rollouts, or says what the tokens of a model are that

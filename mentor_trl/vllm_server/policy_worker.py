@@ -11,7 +11,7 @@ import torch
 
 from ..version import __version__
 from .identity import distrust, files_digest, weights_digest
-from .options import CONFIG_KEY, INCOMPLETE, model_shape
+from .options import CONFIG_KEY, INCOMPLETE, INITIAL, model_shape
 
 
 class PolicyWorkerExtension:
@@ -22,7 +22,7 @@ class PolicyWorkerExtension:
     [`~mentor_trl.vllm_plugin.runner.MixedRunner`].
     """
 
-    _weights_version = "initial"
+    _weights_version = INITIAL
     _instance = uuid.uuid4().hex  # of this process: one that is started anew has another
 
     @property

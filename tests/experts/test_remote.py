@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from stock_server import StockServer
 
 from fake_server import serving
 from helpers import make_letter_tokenizer
@@ -19,6 +18,7 @@ from mentor_trl.experts.port import Points
 from mentor_trl.experts.remote import RemoteExpert
 from mentor_trl.rollout import MixedRequest
 from statistics_helpers import Tree, forward_logps, make_peaked_model, misfit
+from stock_server import StockServer
 
 
 PATIENCE = Patience(connect=10.0, read=30.0, attempts=4, back_off=0.01, recovery=2.0)

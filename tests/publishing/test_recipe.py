@@ -21,6 +21,7 @@ def test_secrets_and_places_stay_here():
         "dataset_name": "https://ada:pw@example.org/rows.jsonl",
         "model_init_kwargs": {"token": "abc", "attn": {"api_key": 1, "x": 2}},
         "vllm_server_base_url": "http://10.0.0.1:8000",
+        "expert_base_url": "http://10.0.0.2:8000",
         "expert_model_name_or_path": "/home/ada/experts/big",
         "output_dir": "~/runs/mentor",
         "datasets": [{"path": "/data/rows.jsonl", "token": "abc"}],

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.shared_engine, pytest.mark.slow]
 PROGRAM = """
 import sys
 
-from mentor_trl.rollout import ColocateSampler, MixedRequest
+from mentor_trl import ColocateSampler, MixedRequest
 from statistics_helpers import Tree, labelled, misfit, sequences
 from vllm_helpers import ENGINE_OPTIONS, check_records, make_model
 

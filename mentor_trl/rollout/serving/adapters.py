@@ -28,6 +28,7 @@ def check_adapter(policy) -> None:
         f"bias={getattr(config, 'bias', None)!r}": getattr(config, "bias", "none") != "none",
         "rank_pattern": getattr(config, "rank_pattern", None),
         "alpha_pattern": getattr(config, "alpha_pattern", None),
+        f"r={getattr(config, 'r', 0)}": getattr(config, "r", 0) > 512,
         "trainable_token_indices": getattr(config, "trainable_token_indices", None),
     }
     found = [name for name, refuse in refused.items() if refuse]

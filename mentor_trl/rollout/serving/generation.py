@@ -2,7 +2,6 @@
 
 import atexit
 import os
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -89,26 +88,26 @@ class PolicyGeneration(VLLMGeneration):
     # What a kind of engine says
 
     @property
-    @abstractmethod
     def servers(self) -> list[PolicyServer]:
         """On the main process in server mode, all servers that hold the policy."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _connect(self) -> dict[str, Any]:
         """Reach the servers, on the main process; returns what they are."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _build(self) -> dict[str, Any]:
         """Build the engine of this process; returns what it is."""
+        raise NotImplementedError
 
     @property
     def _adapter_hosts(self) -> list:
         """What takes an adapter."""
         raise NotImplementedError
 
-    @abstractmethod
     def _session(self, request: MixedRequest) -> AbstractContextManager[Any]:
         """A session of the servers' sampler for a request, on the main process."""
+        raise NotImplementedError
 
     def _load_tensors(self, version: str) -> None:
         """Replace the weights of the engine in this process."""

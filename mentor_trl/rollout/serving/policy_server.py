@@ -10,7 +10,7 @@ from ...connection.client import Client, Patience
 from ...connection.contents import content, reading
 from ...connection.failures import Exhausted, WeightsLost, WrongServer
 from ...vllm_server.keys import key_of
-from ...vllm_server.options import INCOMPLETE
+from ...vllm_server.options import INCOMPLETE, INITIAL
 from . import facts
 
 
@@ -129,6 +129,11 @@ class PolicyServer:
             version (`str`):
                 Name of the adapter.
         """
+        if self.info["weights_version"] != INITIAL:
+            raise WrongServer(
+                f"{self.url} has other weights ({self.info['weights_version']!r}) than those that it was started "
+                "with, and an adapter belongs to these. Restart it."
+            )
         former, self._adapter = self._adapter, (str(folder), version)
         self._ensure_adapter()
         if former is not None and former[1] in self._models():

@@ -4,8 +4,7 @@ import asyncio
 import itertools
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import torch
 
 from ...connection.background import background_loop
 from ...vllm_server.options import engine_environment, policy_engine_options
+from ..serving.inner_llm import InnerLLM
 from ..types import MixedRequest
 from .rows import Segment, Truncation
 from .segments import as_segment, branch_settings, segment_settings
@@ -96,7 +96,7 @@ def drive(engines: list[EngineRequests], call: Callable[[], Coroutine[Any, Any, 
             engine.abort()
 
 
-class PolicyLLM:
+class PolicyLLM(InnerLLM):
     """
     The policy in a vLLM engine of this process, with the processor that ends requests at branch points.
 
@@ -113,51 +113,11 @@ class PolicyLLM:
     def __init__(self, policy: str, **engine_kwargs: Any):
         cpu = not torch.cuda.is_available()
         os.environ.update(engine_environment(cpu))
-        from vllm import LLM
-
-        self.llm = LLM(**policy_engine_options(policy, cpu=cpu) | engine_kwargs)
-        self.info = next(info for info in self.llm.collective_rpc("mentor_info") if info is not None)
+        super().__init__(policy_engine_options(policy, cpu=cpu) | engine_kwargs)
         if not self.info["branches"]:
             raise RuntimeError(f"The engine of {policy!r} does not branch: it was built without our logits processor.")
         self.requests = EngineRequests(self.llm)
         self.lora_request: Any = None
-        self.sleeps = bool(engine_kwargs.get("enable_sleep_mode"))
-        self._asleep: set[str] = set()
-        self._sleep()
-
-    # Weights
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Inside, the engine is awake."""
-        self._wake("weights", "kv_cache")
-        try:
-            yield
-        finally:
-            self._sleep()
-
-    def _sleep(self) -> None:
-        if self.sleeps:
-            self.llm.sleep(level=1)
-            self._asleep = {"weights", "kv_cache"}
-
-    def _wake(self, *tags: str) -> None:
-        tags = [tag for tag in tags if tag in self._asleep]
-        if tags:
-            torch.accelerator.memory.empty_cache()
-            self.llm.wake_up(tags=tags)
-            self._asleep -= set(tags)
-
-    def load_tensors(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
-        """Replace the policy's weights; only where the engine runs in this very process."""
-        self._wake("weights")
-        weights = iter(weights)
-        try:
-            self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
-        finally:
-            for _ in weights:  # an adapter is merged as long as these last
-                pass
-        self.llm.reset_prefix_cache()
 
     def load_adapter(self, folder: str, version: str) -> None:
         """Let a LoRA adapter take the place of the one before, under another name and number."""

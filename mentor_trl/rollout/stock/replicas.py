@@ -150,6 +150,11 @@ class PolicyReplicas:
         for server in self.servers:
             server.recover()
         self._held = {server.url: _held(server.info) for server in self.servers}
+        versions = {server.url: server.info["weights_version"] for server in self.servers}
+        if len(set(versions.values())) > 1:
+            raise WrongServer(
+                f"The replicas have different weights: {versions}. Give all of them the same, or restart."
+            )
         yield
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:

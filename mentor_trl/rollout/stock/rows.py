@@ -113,6 +113,7 @@ class RowSampler:
         finally:
             for task in tasks.values():
                 task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
         return {row: task.result() for row, task in tasks.items()}
 
     async def _row(self, request: MixedRequest, number: int, progress: Progress | None) -> Row | None:

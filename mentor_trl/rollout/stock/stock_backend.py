@@ -19,6 +19,10 @@ from .replicas import PolicyReplicas
 from .sampler import StockSampler, check_branching
 
 
+# Those that vLLM makes room for
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
 class StockGeneration(PolicyGeneration):
     """
     [`~mentor_trl.rollout.serving.generation.PolicyGeneration`] with stock engines, whose sampler is given the expert
@@ -40,7 +44,10 @@ class StockGeneration(PolicyGeneration):
         options = self.engine_options
         if self.weight_sync == "adapter":
             check_adapter(self.model)
-            options |= {"enable_lora": True, "max_lora_rank": max(8, self.model.active_peft_config.r)}
+            rank = next(size for size in LORA_RANKS if size >= self.model.active_peft_config.r)
+            options |= {"enable_lora": True, "max_lora_rank": rank}
+        if getattr(text_model(self.model), "is_quantized", False):
+            options["quantization"] = "bitsandbytes"  # of the base, as TRL's options quantize it
         config = text_model(self.model).config.get_text_config()
         table = TokenTable.of(self.tokenizer, config.vocab_size, _stop_ids(self.model))
         self.policy = PolicyLLM(self.model.name_or_path, additional_config={TOKENS: asdict(table)}, **options)

@@ -1,45 +1,20 @@
 """The engine of a trainer whose policy is sampled by stock vLLM, and whose expert is on servers of its own."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 from ...config import MentorGRPOConfig
 from ...errors import SetupError
 from ...experts.load import check_expert_given
-from ...experts.remote import RemoteExpert
 from ...objective import sentence_endings
 from ..host import Host, check_vllm
 from ..serving.expert_servers import remote_expert
 from ..serving.generation import backend
-from ..types import MixedSampler
+from ..serving.served_engine import ServedEngine
 from .stock_backend import StockGeneration
 
 
-class StockEngine:
-    """
-    [`~mentor_trl.rollout.types.Engine`] behind TRL's vLLM backend; `sync_weights` gives it the current weights.
-    """
-
-    remote, released = True, False
-
-    def __init__(self, generation: StockGeneration, expert: RemoteExpert, sync_weights, stop_token_ids: list[int]):
-        self.generation, self.sync_weights, self.stop_token_ids = generation, sync_weights, stop_token_ids
-        self.expert, self.expert_name = expert, expert.name
-        generation.stop_token_ids = tuple(stop_token_ids)
-
-    @contextmanager
-    def session(self) -> Iterator[MixedSampler]:
-        """Hold the policy's current weights."""
-        self.sync_weights()
-        with self.generation.session() as session:
-            yield session
-
-    def release_expert(self) -> None:
-        """The expert is not asked any more, and its servers may go: rows of the plain policy do not need them."""
-
-
 class StockSetup:
-    """[`~mentor_trl.rollout.host.EngineSetup`] of a [`StockEngine`]."""
+    """[`~mentor_trl.rollout.host.EngineSetup`] of stock engines of the policy, and an expert on servers."""
 
     def __init__(self, args: MentorGRPOConfig, expert, expert_tokenizer):
         self.args, self.given = args, expert
@@ -71,7 +46,7 @@ class StockSetup:
         """Inside, TRL's backend is ours."""
         return backend(StockGeneration, config=self.args)
 
-    def build(self, host: Host) -> StockEngine:
+    def build(self, host: Host) -> ServedEngine:
         """Check that engines and expert fit the policy; all are running by now."""
         generation, args = host.vllm_generation, host.args
         endings = tuple(sentence_endings(host.tokenizer)) if args.branch_rule == "sentence" else ()
@@ -79,4 +54,4 @@ class StockSetup:
         expert, stop = remote_expert(args, host)
         if generation.sampler is not None:
             generation.sampler.expert = expert
-        return StockEngine(generation, expert, host.sync_weights, stop)
+        return ServedEngine(generation, host.sync_weights, stop, expert.name, expert)

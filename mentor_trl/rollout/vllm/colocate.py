@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 
 from ...vllm_plugin.shared_options import engine_options
 from ...vllm_server.options import engine_environment
+from ..serving.inner_llm import InnerLLM
 from ..types import MixedRequest, MixedRollout, Progress
 from .wire import assemble, check_engine_context, extra_args, match_record, record_keys, sampling_params
 
 
-class ColocateSampler:
+class ColocateSampler(InnerLLM):
     """
     Samples mixed rollouts with an in-process vLLM engine.
 
@@ -52,8 +52,6 @@ class ColocateSampler:
         **engine_kwargs: Any,
     ):
         os.environ.update(engine_environment(cpu=not torch.cuda.is_available()))
-        from vllm import LLM
-
         from ...vllm_plugin.hooks import install
 
         # An installation without its entry point (a source tree on the path) would else be a stock engine
@@ -61,68 +59,7 @@ class ColocateSampler:
         tensor_parallel = engine_kwargs.pop("tensor_parallel_size", 1)
         options = engine_options(policy, expert, num_tokens, draft_length, tensor_parallel, sentence_ids)
         options["speculative_config"] |= engine_kwargs.pop("speculative_config", {})
-        self.llm = LLM(**options, **engine_kwargs)
-        self.info = next(info for info in self.llm.collective_rpc("mentor_info") if info is not None)
-        if "error" in self.info:
-            raise RuntimeError(f"The engine does not sample mixed rollouts: {self.info['error']}.")
-        self.sleeps = bool(engine_kwargs.get("enable_sleep_mode"))
-        self._asleep: set[str] = set()
-        self._sleep()
-
-    @contextmanager
-    def session(self) -> Iterator["ColocateSampler"]:
-        """
-        Hold the policy's current weights, see [`load_policy`][ColocateSampler.load_policy]. With `enable_sleep_mode`
-        the engine is awake inside, and its memory is free outside.
-        """
-        self._wake("weights", "kv_cache")
-        try:
-            yield self
-        finally:
-            self._sleep()
-
-    def _sleep(self) -> None:
-        if self.sleeps:
-            # Level 1 keeps the weights in the host's memory: level 2 drops them, and nobody would bring the expert's
-            self.llm.sleep(level=1)
-            self._asleep = {"weights", "kv_cache"}
-
-    def _wake(self, *tags: str) -> None:
-        tags = [tag for tag in tags if tag in self._asleep]
-        if tags:
-            torch.accelerator.memory.empty_cache()
-            self.llm.wake_up(tags=tags)
-            self._asleep -= set(tags)
-
-    def load_policy(self, folder: str, version: str) -> None:
-        """
-        Replace the policy's weights; the expert's stay as they are.
-
-        Args:
-            folder (`str`):
-                Folder of safetensors files with the names of a transformers checkpoint.
-            version (`str`):
-                Name of these weights.
-        """
-        self._wake("weights")
-        for answer in self.llm.collective_rpc("mentor_load_policy", args=(str(folder), version)):
-            if "error" in answer:
-                raise ValueError(f"The policy's weights could not be replaced: {answer['error']}.")
-        self.llm.reset_prefix_cache()
-
-    def load_tensors(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> None:
-        """
-        [`load_policy`][ColocateSampler.load_policy] from tensors in memory. Only where the engine runs in this very
-        process, as with `distributed_executor_backend="external_launcher"`.
-        """
-        self._wake("weights")
-        weights = iter(weights)
-        try:
-            self.llm.collective_rpc("mentor_load_tensors", args=(weights, version))
-        finally:
-            for _ in weights:  # an adapter is merged as long as these last
-                pass
-        self.llm.reset_prefix_cache()
+        super().__init__({**options, **engine_kwargs})
 
     def sample(self, request: MixedRequest, progress: Progress | None = None) -> MixedRollout:
         """

@@ -1,8 +1,7 @@
 """The vLLM engine of a trainer."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 from ...config import LOADING_OPTIONS, MentorGRPOConfig
 from ...errors import SetupError
@@ -10,36 +9,15 @@ from ...experts.compatibility import check_stop_ids
 from ...experts.load import check_expert_given, check_expert_source, is_adapter
 from ..host import Host, check_vllm
 from ..serving.generation import backend
-from ..types import MixedSampler
+from ..serving.served_engine import ServedEngine
 from .backend import MixedVLLMGeneration
 
 
 _PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
 
 
-class VLLMEngine:
-    """[`~mentor_trl.rollout.types.Engine`] behind TRL's vLLM backend; `sync_weights` gives it the current weights."""
-
-    expert, remote, released = None, True, False
-
-    def __init__(self, generation: MixedVLLMGeneration, sync_weights, stop_token_ids: list[int]):
-        self.generation, self.sync_weights, self.stop_token_ids = generation, sync_weights, stop_token_ids
-        self.expert_name = generation.info["expert"]
-        generation.stop_token_ids = tuple(stop_token_ids)
-
-    @contextmanager
-    def session(self) -> Iterator[MixedSampler]:
-        """Hold the policy's current weights."""
-        self.sync_weights()
-        with self.generation.session() as session:
-            yield session
-
-    def release_expert(self) -> None:
-        """The expert stays: it is a part of the engine."""
-
-
 class VLLMSetup:
-    """[`~mentor_trl.rollout.host.EngineSetup`] of a [`VLLMEngine`]."""
+    """[`~mentor_trl.rollout.host.EngineSetup`] of an engine that holds policy and expert."""
 
     def __init__(self, args: MentorGRPOConfig, expert, expert_tokenizer):
         self.args, self.given, self.tokenizer = args, expert, expert_tokenizer
@@ -115,11 +93,11 @@ class VLLMSetup:
         """Inside, TRL's backend is ours."""
         return backend(MixedVLLMGeneration, config=self.args, expert=self.source)
 
-    def build(self, host: Host) -> VLLMEngine:
+    def build(self, host: Host) -> ServedEngine:
         """Check that the engine, which is running by now, fits the policy."""
         generation = host.vllm_generation
         generation.check(host.policy, self.tokenizer, host.longest_prompt())
         stop = check_stop_ids(
             host.stop_token_ids, generation.info["expert_stop_ids"], host.tokenizer, host.args.extend_stop_tokens
         )
-        return VLLMEngine(generation, host.sync_weights, stop)
+        return ServedEngine(generation, host.sync_weights, stop, generation.info["expert"])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from stock_server import StockServer
 
 from fake_server import serving
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl.connection.failures import ServerError
 from mentor_trl.errors import SetupError
+from stock_server import StockServer
 from trainer_helpers import RecordingTrainer, history, make_trainer, weights
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stock_llm_helpers import BothEngines, LLMExpert, make_policy, truncated
 
 from mentor_trl.rollout import MixedRequest
 from mentor_trl.rollout.stock.sampler import StockSampler, check_branching
 from statistics_helpers import forward_logps, make_peaked_model, misfit, sequences
+from stock_llm_helpers import BothEngines, LLMExpert, make_policy, truncated
 from test_exactness import CASES, SENTENCE_IDS
 
 
@@ -93,14 +93,23 @@ def test_truncated_mixtures(settings, models, engine):
     assert misfit([(rows, whole.mixed())]) > 2.0
 
 
-def test_rows_beyond_the_engines_slots_and_blocks(models, tmp_path_factory):
-    """Preemption asks for a position twice: the coin is the same, and rows keep their law."""
+def test_preemption(models, tmp_path_factory, monkeypatch):
+    """An engine that is out of blocks asks for a position twice: the coin is the same, and rows keep their law."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def counted(self, *args, **kwargs):
+        preempted.append(1)
+        return preempt(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
     root = tmp_path_factory.mktemp("small")
     tight = make_policy(root / "policy", models[0], num_gpu_blocks_override=10, max_num_seqs=8, block_size=32)
     expert = LLMExpert(root / "expert", models[1])
     small = StockSampler(BothEngines(tight, expert), expert)
-    case = CASES["w-medium"]
-    request = MixedRequest([[3, 1, 2] * 9] * 600, [2.0] * 600, 4, (), seed=1)
-    rollout = small.sample(request)
-    (tree,) = replace(case, groups=[([3, 1, 2] * 9, 2.0)]).trees(*models, request)
-    assert misfit([(sequences(rollout), tree.mixed())]) <= 1.0
+    prompt = [3, 1, 2] * 10
+    request = MixedRequest([prompt] * 600, [2.0] * 600, 4, (), seed=1)
+    (tree,) = replace(CASES["w-medium"], groups=[(prompt, 2.0)]).trees(*models, request)
+    assert misfit([(sequences(small.sample(request)), tree.mixed())]) <= 1.0
+    assert len(preempted) > 10

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mentor_trl.rollout import ColocateSampler
+from mentor_trl import ColocateSampler
 
 
 class FakeLLM:
