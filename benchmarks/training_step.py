@@ -25,31 +25,30 @@ around them say.
 
 import argparse
 import json
-import multiprocessing
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import ProfilingContext
 
-from common import device_name, save_models, serving
+from common import device_name, save_models, serving, word_tokenizer, working
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
 
 
-SAMPLING = ("transformers.generate", "vLLM.generate", "mentor.on_policy", "mentor.mixed")
+SAMPLING = ("transformers.generate", "vLLM.generate", "mentor.on_policy", "mentor.mixed", "mentor.rollouts")
 LOGGED = ("completions/mean_length", "mentor/weight", "mentor/acceptance", "mentor/branch_rate", "mentor/gamma")
+LOGGED += ("completions/max_length", "completions/clipped_ratio")
 LOGGED += ("mentor/on_policy/tokens_per_second", "mentor/mixed/tokens_per_second", "step_time")
 
 
@@ -147,12 +146,9 @@ def make_models(args: argparse.Namespace, root: str) -> dict[str, str]:
     if args.policy:
         return {"policy": args.policy, "expert": args.expert}
     folders = save_models(root, args.noise, hidden=args.hidden, layers=args.layers, vocab=args.vocab, dtype=args.dtype)
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, args.vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = word_tokenizer(args.vocab)
     for folder in folders.values():
-        fast.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folders
 
 
@@ -282,60 +278,27 @@ def work(arm: Arm, args: argparse.Namespace, folders: dict[str, str], seed: int,
 # All of them, in turn
 
 
-class Worker:
-    def __init__(self, arm: Arm, *arguments):
-        spawn = multiprocessing.get_context("spawn")
-        self.arm = arm
-        self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=work, args=(arm, *arguments, theirs))
-        self.process.start()
-        theirs.close()
-
-    def receive(self):
-        try:
-            return self.connection.recv()
-        except EOFError:
-            self.process.join()
-            raise SystemExit(f"{self.arm.name} ended with exit code {self.process.exitcode}") from None
-
-    def step(self) -> dict:
-        self.connection.send("step")
-        return self.receive()
-
-
-@contextmanager
-def working(arm: Arm, *arguments):
-    """A trainer that waits for its turn. Its process ends with this context."""
-    worker = Worker(arm, *arguments)
-    try:
-        worker.receive()
-        yield worker
-        worker.process.join(timeout=30.0)
-    finally:
-        worker.process.kill()
-        worker.process.join()
-
-
 def measure(args: argparse.Namespace, folders: dict[str, str], url: str | None) -> dict[str, list[dict]]:
     """The counted steps of each trainer, in the order in which they were made."""
     found: dict[str, list[dict]] = defaultdict(list)
     for seed in args.seeds:
         with ExitStack() as stack:
             # One after the other: an engine takes its share of the memory that it finds
-            workers = [stack.enter_context(working(arm, args, folders, seed)) for arm in arms(args, url)]
+            chosen = arms(args, url)
+            workers = [stack.enter_context(working(arm.name, work, arm, args, folders, seed)) for arm in chosen]
             for turn in range(args.warmup + args.repeats):
                 for worker in workers:
-                    step = worker.step()
-                    check_length(worker.arm, step, args.tokens)
+                    step = worker.ask("step")
+                    check_length(worker.name, step, args.tokens)
                     if turn >= args.warmup:
-                        found[worker.arm.name].append({"seed": seed, **step})
+                        found[worker.name].append({"seed": seed, **step})
     return found
 
 
-def check_length(arm: Arm, step: dict, tokens: int) -> None:
+def check_length(name: str, step: dict, tokens: int) -> None:
     length = step["logged"]["completions/mean_length"]
     if length != tokens:
-        raise SystemExit(f"{arm.name} sampled {length} tokens a row on average instead of {tokens}")
+        raise SystemExit(f"{name} sampled {length} tokens a row on average instead of {tokens}")
 
 
 def summarize(found: dict[str, list[dict]]) -> list[dict]:
