@@ -129,6 +129,7 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
         "least-most",
         "of the sums",
         "sampling, of sums",
+        "CPU, of sums",
     ]
     headings += ["sampling's share, two passes", "mean lengths, two and one", "cut off at the limit"]
     lines = []

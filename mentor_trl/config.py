@@ -121,10 +121,10 @@ class MentorGRPOConfig(GRPOConfig):
         "gamma is this quantile of the token entropies of the on-policy rollouts of a rollout batch.",
     )
     entropy_threshold_from: str = option(
-        "current",
-        "Rollout batch whose on-policy rollouts give gamma: `'current'`, the same one, whose mixed rollouts are "
-        "sampled after them; `'previous'` (the paper), the one before, so that all are sampled at once. The first "
-        "batch takes its own.",
+        "previous",
+        "Rollout batch whose on-policy rollouts give gamma: `'previous'` (the paper), the one before, so that all "
+        "rollouts are sampled at once, and the first batch takes its own; `'current'`, the same one, whose mixed "
+        "rollouts are sampled after them.",
         choices=THRESHOLD_SOURCES,
     )
     entropy_threshold_min: float = option(0.1, "Lower bound of gamma, in nats.")

@@ -107,7 +107,7 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
             "SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml",
             GUIDANCE | {"expert_dtype"},
         ),
-        "quickstart/grpo.yaml": ("quickstart/mentor.yaml", GUIDANCE),
+        "quickstart/grpo.yaml": ("quickstart/mentor.yaml", GUIDANCE | {"entropy_threshold_from"}),
         "quickstart/mentor_paper.yaml": ("quickstart/mentor.yaml", {"correction_exponent"}),
         "Qwen2.5-3B/mentor/config_paper.yaml": (paper.format("Qwen2.5-7B"), {"model_name_or_path"}),
         "Llama-3.1-8B/mentor/config_paper.yaml": (

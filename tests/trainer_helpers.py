@@ -63,7 +63,8 @@ def make_trainer(
     **settings,
 ):
     """A trainer of a tiny policy (seed 0), with a tiny expert (seed 1) unless told otherwise."""
-    args = config(str(folder), **{**SETTINGS, **settings})
+    own = {"entropy_threshold_from": "current"} if issubclass(config, MentorGRPOConfig) else {}
+    args = config(str(folder), **{**SETTINGS, **own, **settings})
     kwargs = {"processing_class": processing_class or make_tiny_tokenizer(), **(trainer_kwargs or {})}
     needs_expert = issubclass(cls, MentorGRPOTrainer) and args.num_mixed_generations > 0
     if needs_expert and args.expert_model_name_or_path is None and "expert" not in kwargs:
