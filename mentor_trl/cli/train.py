@@ -133,9 +133,10 @@ def check_options(script_args: "MentorScriptArguments", training_args: "MentorGR
         )
     colocated = training_args.use_vllm and training_args.vllm_mode == "colocate"
     if colocated and importlib.util.find_spec("vllm") is None:
+        shared = training_args.num_mixed_generations > 0 and training_args.expert_base_url is None
         raise UsageError(
-            "`use_vllm` with `vllm_mode` colocate needs vLLM, which is not installed; run `pip install "
-            "'mentor-trl[vllm]'`, or set `use_vllm` to false or `vllm_mode` to server"
+            "`use_vllm` with `vllm_mode` colocate needs vLLM, which is not installed; run `pip install 'mentor-trl["
+            f"{'vllm-shared' if shared else 'vllm'}]'`, or set `use_vllm` to false or `vllm_mode` to server"
         )
     for tracker in training_args.report_to:
         if tracker in TRACKERS and not any(map(importlib.util.find_spec, TRACKERS[tracker])):

