@@ -192,7 +192,7 @@ def calibrate(args: Namespace, folders: dict[str, str], connection) -> None:
     for span in range(1, min(args.prompt, 64) + 1):
         recent = torch.cat([row.unfold(0, span, 1)[args.prompt - span : -1] for row in rows])
         near[span] = near_sentence_end(recent, endings).double().mean().item()
-    connection.send((rollout.entropies[rollout.mask].double().cpu(), near))
+    connection.send((rollout.entropies[rollout.mask].tolist(), near))
 
 
 def cases(args: Namespace, entropies: torch.Tensor, near: dict[int, float]) -> Iterator[Case]:
@@ -237,7 +237,7 @@ def measure_sampling(
         # One after the other: an engine takes its share of the memory that it finds
         start = lambda name: working(name, work, name, args, folders, servers)
         workers = {name: stack.enter_context(start(name)) for name in args.engine}
-        for number, case in enumerate(cases(args, entropies, near)):
+        for number, case in enumerate(cases(args, torch.tensor(entropies, dtype=torch.double), near)):
             for turn in range(-1 if number == 0 else 0, args.repeats):
                 request = case.request(args, 1000 * number + turn + 1, endings)
                 for name in rotated(list(workers), turn):

@@ -103,8 +103,10 @@ def test_engines(tmp_path):
     servers = runs["random", "stock servers"]
     # The coins of the rule "random" are the rows' own: both ways on stock vLLM have the same branch points
     assert servers["weight"] == runs["random", "stock, policy in this process"]["weight"] > 0.1
-    assert runs["none", "stock servers"]["requests"] == 4 and runs["none", "stock servers"]["weight"] == 0.0
-    assert servers["requests"] > 8 and servers["sent"] > 1000 and servers["received"] > 1000
+    plain = runs["none", "stock servers"]
+    # One request a row, and some that ask whether the server is still the same
+    assert plain["weight"] == 0.0 and 4 <= plain["requests"] < servers["requests"]
+    assert servers["sent"] > 1000 and servers["received"] > 1000
     assert all(run["engine_cpu"] > 0.0 for run in runs.values())
     assert {row["engine"] for row in part("steps")} == {"in process", "stock servers"} and len(part("step run")) == 4
     assert len(part("crossing")) == 3 * 2 * 2 and len(part("processor")) == 5

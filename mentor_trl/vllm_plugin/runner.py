@@ -19,7 +19,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from ..objective import mixture_logps, sentence_endings
-from ..vllm_server.token_table import engine_stop_ids
+from ..vllm_server.token_table import TokenTable, engine_stop_ids
 from .mixing import Round, RowTensors, exponential_race, policy_probs, sample_round
 from .records import RecordStore
 from .requests import RowOptions, parse_row
@@ -89,6 +89,7 @@ class MixedRunner:
             "vocab_sizes": self.vocab_sizes,
             "num_tokens": self.num_tokens,
             "draft_length": self.runner.num_spec_tokens,
+            "sentences_digest": self.sentences_digest,
             "counts": dict(self.counts),
         }
 
@@ -100,6 +101,14 @@ class MixedRunner:
         config = self.runner.model_config
         options = {"revision": config.tokenizer_revision, "trust_remote_code": config.trust_remote_code}
         return frozenset(sentence_endings(AutoTokenizer.from_pretrained(config.tokenizer, **options)))
+
+    @cached_property
+    def sentences_digest(self) -> str | None:
+        """Of the table of sentence ends; `None` where there is no tokenizer to make it."""
+        try:
+            return TokenTable(0, 0, tuple(sorted(self.sentence_ids))).digest
+        except (OSError, ValueError):
+            return None
 
     def sample_tokens(self, grammar_output):
         """Keep what the forward pass left for the sampler, which vLLM clears before it samples."""

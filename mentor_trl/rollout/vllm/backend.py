@@ -13,6 +13,7 @@ from ...experts.compatibility import check_context, check_tokenizers
 from ...experts.load import load_expert_tokenizer
 from ...objective import sentence_endings
 from ...vllm_server.identity import files_digest
+from ...vllm_server.token_table import TokenTable
 from ..serving.generation import PolicyGeneration
 from ..serving.nccl import DraftWeightClient, PolicyWeightClient
 from ..serving.policy_server import PolicyServer
@@ -78,6 +79,13 @@ class MixedVLLMGeneration(PolicyGeneration):
             expert_tokenizer = load_expert_tokenizer(expert, None, self.trust_remote_code)
         if expert_tokenizer is not None:
             check_tokenizers(self.processing_class, expert_tokenizer)
+        if self.config.branch_rule == "sentence":
+            ours = TokenTable(0, 0, tuple(sentence_endings(self.tokenizer))).digest
+            if info.get("sentences_digest") != ours:
+                raise SetupError(
+                    f"{where} has another table of sentence ends (digest {info.get('sentences_digest')}, and here "
+                    f"{ours}): its tokenizer is not the policy's. Serve with `--tokenizer {policy.name_or_path}`."
+                )
         option = "--max-model-len of `mentor-trl serve`" if self.mode == "server" else "`vllm_max_model_length`"
         limit = min(served["max_model_len"] for served in (info, info.get("policy_server")) if served is not None)
         check_context([longest_prompt], self.max_completion_length, limit, "the engine's", f"raise {option}")
