@@ -16,10 +16,12 @@ from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
 from mentor_trl.connection.failures import ServerError, WeightsLost, WrongServer
 from mentor_trl.errors import SetupError
+from mentor_trl.objective import sentence_endings
 from mentor_trl.rollout.serving import generation as serving
 from mentor_trl.rollout.serving.weights import new_run_id, remove_weights
 from mentor_trl.rollout.vllm import backend as generation
 from mentor_trl.rollout.vllm.vllm_engine import VLLMSetup
+from mentor_trl.vllm_server.token_table import TokenTable
 from served_helpers import StandIn, make_served_trainer, stand_in
 from trainer_helpers import SETTINGS, history, prompts, same_weights, weights
 
@@ -397,3 +399,20 @@ def test_the_key_reaches_both_servers(tmp_path):
             tmp_path, vllm_server_api_key_file="key", vllm_policy_server_base_url="http://policy:8000", max_steps=1
         )
     assert [server.api_key_file for server in servers] == ["key", "key"]
+
+
+def test_the_servers_table_of_sentences_is_the_policys(tmp_path):
+    settings = {"branch_rule": "sentence", "max_steps": 1}
+    table = TokenTable(0, 0, tuple(sentence_endings(make_tiny_tokenizer())))
+    with stand_in():
+        with pytest.raises(SetupError, match=f"digest None, and here {table.digest}"):
+            make_served_trainer(tmp_path, **settings)
+        made = StandIn.__init__
+
+        def told(self, *args, **kwargs):
+            made(self, *args, **kwargs)
+            self.info["sentences_digest"] = table.digest
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StandIn, "__init__", told)
+            make_served_trainer(tmp_path, **settings).train()
