@@ -76,7 +76,8 @@ class ExpertServer:
         """Make sure that the server is the one that was tested."""
         quiet = self._waiting == 0 and time.monotonic() - self._answered > QUIET_SECONDS
         while True:
-            if self._testing is None:
+            # One that is done stays here until the loop comes to `_tested`, which it would never while we wait for it
+            if self._testing is None or self._testing.done():
                 if self._trusted and not quiet:
                     return self.facts
                 self._testing = asyncio.ensure_future(self._test())
@@ -85,7 +86,8 @@ class ExpertServer:
             quiet = False
 
     def _tested(self, task: asyncio.Task) -> None:
-        self._testing = None
+        if self._testing is task:
+            self._testing = None
         if not task.cancelled():
             task.exception()
 

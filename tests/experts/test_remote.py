@@ -381,6 +381,26 @@ def test_a_server_that_was_silent_is_looked_at_again(url, stock, model, other, m
         speak_all(expert, 4)
 
 
+def test_nobody_waits_for_a_test_that_is_over(monkeypatch):
+    server, shield = expert_server.ExpertServer(None, None), asyncio.shield
+
+    def unfinished(test):
+        assert not test.done()  # to wait for it would not let the loop go on
+        return shield(test)
+
+    async def tested():
+        server._trusted, server._answered = True, expert_server.time.monotonic()
+        late.append(asyncio.ensure_future(server.prove()))  # begins before the loop comes to `_tested`
+
+    async def race():
+        await server.prove()
+        await late[0]
+
+    late, server._test = [], tested
+    monkeypatch.setattr(expert_server.asyncio, "shield", unfinished)
+    asyncio.run(race())
+
+
 def test_servers_that_keep_failing_are_given_up(url, stock):
     expert = connect(url)
     rows, completed = [3], stock.complete
