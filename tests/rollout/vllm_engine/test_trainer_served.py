@@ -361,7 +361,8 @@ def test_time_outs_that_do_not_fit_each_other_are_warned_of(tmp_path, monkeypatc
 def test_vllm_that_is_missing_is_named_before_models_load(settings, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "vllm" else find(name, *args))
-    with pytest.raises(SetupError, match=r"pip install 'mentor-trl\[vllm\]'"):
+    extra = "vllm" if settings.get("num_mixed_generations") == 0 else "vllm-shared"
+    with pytest.raises(SetupError, match=rf"pip install 'mentor-trl\[{extra}\]'"):
         make_served_trainer(tmp_path, model="no/model", **settings)
 
 
