@@ -191,6 +191,7 @@ def make_trainer(arm: Arm, args: argparse.Namespace, folders: dict[str, str], se
         settings |= {
             "num_mixed_generations": args.mixed,
             "alpha_schedule": "constant",
+            "entropy_threshold_from": "current",  # benchmarks/engine_steps.py compares it with "previous"
             "draft_length": args.draft_length,
             "rollout_batch_size": args.rows,
         }
