@@ -22,6 +22,10 @@ ENGINE_OPTIONS = {
 }
 
 
+# vLLM takes down the process groups of all engines when one of them is collected
+KEPT: list = []
+
+
 def with_padding(model):
     """The model with one more row of its vocabulary, whose logits are large."""
     padded = copy.deepcopy(model)
@@ -36,7 +40,8 @@ def make_policy(folder, model, sentence_ids=(), **options) -> PolicyLLM:
     with_padding(model).save_pretrained(folder)
     size = model.config.vocab_size
     tokens = {"num_tokens": size, "branch_id": size, "sentence_ids": list(sentence_ids)}
-    return PolicyLLM(str(folder), additional_config={TOKENS: tokens}, **{**ENGINE_OPTIONS, **options})
+    KEPT.append(PolicyLLM(str(folder), additional_config={TOKENS: tokens}, **{**ENGINE_OPTIONS, **options}))
+    return KEPT[-1]
 
 
 class LLMExpert:
@@ -49,7 +54,8 @@ class LLMExpert:
 
         model.save_pretrained(folder)
         settings = {**ENGINE_OPTIONS, "logprobs_mode": "processed_logprobs", "generation_config": "vllm", **options}
-        self.requests = EngineRequests(LLM(str(folder), enable_chunked_prefill=False, **settings))
+        KEPT.append(LLM(str(folder), enable_chunked_prefill=False, **settings))
+        self.requests = EngineRequests(KEPT[-1])
         self.asked = 0
 
     async def speak(self, prefix_ids, count, temperature, stop_token_ids, row_seed, truncation):

@@ -8,6 +8,10 @@ import torch
 from .decoder import Decoder
 
 
+# Of a model's argument; transformers 5.24 gave all of them the last one
+CACHE_NAMES = ("past_key_values", "cache_params", "cache")
+
+
 @dataclass(frozen=True)
 class Ability:
     """
@@ -60,7 +64,7 @@ class LockstepDecoder(Decoder):
         self.blocks = blocks
         takes = inspect.signature(self.model.base_model.forward).parameters
         self._takes_positions = "position_ids" in takes
-        self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
+        self._cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         self._states = None  # transformers' cache
         self._mask = torch.empty(0, 0)
         self._held: torch.Tensor | None = None
@@ -121,7 +125,7 @@ class LockstepDecoder(Decoder):
             inputs["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.size(1) :]
         if self._mask.size(1) > ids.size(1) and self._cache_name:
             inputs[self._cache_name] = self._states
-            if self._cache_name == "cache_params":
+            if not any(hasattr(layer, "keys") for layer in getattr(self._states, "layers", ())):
                 del inputs["attention_mask"]  # nothing but states: what is masked is in them
         with self.autocast():
             outputs = self.model.base_model(**inputs, use_cache=True)

@@ -112,4 +112,4 @@ def test_preemption(models, tmp_path_factory, monkeypatch):
     request = MixedRequest([prompt] * 600, [2.0] * 600, 4, (), seed=1)
     (tree,) = replace(CASES["w-medium"], groups=[(prompt, 2.0)]).trees(*models, request)
     assert misfit([(sequences(small.sample(request)), tree.mixed())]) <= 1.0
-    assert len(preempted) > 10
+    assert len(preempted) > 3
