@@ -140,6 +140,7 @@ def test_engines_that_could_not_branch_exactly(given, message):
         BranchingProcessor(config(**given), torch.device("cpu"), False)
 
 
+@pytest.mark.shared_engine
 def test_engines_of_both_kinds_may_share_a_process():
     """vLLM adds an extension to the worker class of its process, and no second one of the same methods."""
     from mentor_trl.vllm_plugin.worker import MentorWorkerExtension
