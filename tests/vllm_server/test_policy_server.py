@@ -53,7 +53,7 @@ def ask(server):
 
 @pytest.fixture
 def info(ask):
-    return ask("/collective_rpc", method="mentor_info").json()["results"][0]
+    return ask("/collective_rpc", method="mentor_info")["results"][0]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def complete(ask, info):
         own = {"model": info["policy"], "max_tokens": 6, "ignore_eos": True, "logprobs": 0, "temperature": 1.0}
         own |= {"stop_token_ids": [info["branch_id"]], "seed": request_seed(row, len(prompt), "policy")}
         answer = ask("/v1/completions", prompt=prompt, vllm_xargs=extra, return_token_ids=True, **{**own, **body})
-        return answer.json()["choices"][0]
+        return answer["choices"][0]
 
     return complete
 
@@ -103,7 +103,7 @@ def test_new_weights(ask, complete, tmp_path, models):
     ask("/collective_rpc", method="mentor_load_policy", args=[str(tmp_path / "weights"), "second"])
     ask("/reset_prefix_cache")
     try:
-        assert ask("/collective_rpc", method="mentor_info").json()["results"][0]["weights_version"] == "second"
+        assert ask("/collective_rpc", method="mentor_info")["results"][0]["weights_version"] == "second"
         with ThreadPoolExecutor(max_workers=64) as pool:
             choices = list(pool.map(lambda row: complete(row, [3, 1, 2], max_tokens=2), range(400)))
         rows = [tuple("branch" if index == BRANCH else index for index in choice["token_ids"]) for choice in choices]

@@ -50,11 +50,11 @@ def ranks(request, tmp_path_factory) -> list[dict]:
 
 
 def test_engine_and_training_model_agree_on_every_token(ranks):
-    """vLLM computes in bfloat16 here; log-probabilities of other weights, or other prompts, are off by 1 and more."""
+    """vLLM computes in bfloat16, without the branch id; of other weights, or behind others, the mean is off by 1."""
     for rank in ranks:
         for off in rank["off"]:
             found = off[~off.isnan()]
-            assert found.numel() and found.abs().max() < 0.8 and found.abs().mean() < 0.1
+            assert found.numel() and found.abs().max() < 1.5 and found.abs().mean() < 0.1
 
 
 def test_the_expert_speaks_until_guidance_is_over(ranks):
