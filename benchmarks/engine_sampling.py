@@ -112,7 +112,7 @@ def shared_engine(args: Namespace, folders: dict[str, str], servers: dict[str, S
 def stock_servers(args: Namespace, folders: dict[str, str], servers: dict[str, Server]):
     from mentor_trl.experts.remote import RemoteExpert
     from mentor_trl.rollout.stock.replicas import PolicyReplicas
-    from mentor_trl.rollout.stock.sampler import StockSampler
+    from mentor_trl.rollout.stock.stock_sampler import StockSampler
 
     policy = PolicyReplicas(servers["policy"].url, num_tokens=args.vocab - PADDING)
     expert = RemoteExpert(servers["expert"].url, AutoTokenizer.from_pretrained(folders["policy"]))
@@ -123,7 +123,7 @@ def stock_servers(args: Namespace, folders: dict[str, str], servers: dict[str, S
 def stock_llm(args: Namespace, folders: dict[str, str], servers: dict[str, Server]):
     from mentor_trl.experts.remote import RemoteExpert
     from mentor_trl.rollout.stock.policy_llm import PolicyLLM
-    from mentor_trl.rollout.stock.sampler import StockSampler
+    from mentor_trl.rollout.stock.stock_sampler import StockSampler
     from mentor_trl.vllm_server.options import TOKENS
     from mentor_trl.vllm_server.token_table import TokenTable
 

@@ -20,7 +20,7 @@ _EXPORTS = {
     "MixedSampler": "rollout",
     "PolicyLLM": "rollout.stock.policy_llm",
     "PolicyReplicas": "rollout.stock.replicas",
-    "StockSampler": "rollout.stock.sampler",
+    "StockSampler": "rollout.stock.stock_sampler",
     "ColocateSampler": "rollout.vllm.colocate",
     "ServerSampler": "rollout.vllm.server",
 }
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .rollout import LocalSampler, MixedRequest, MixedRollout, MixedSampler
     from .rollout.stock.policy_llm import PolicyLLM
     from .rollout.stock.replicas import PolicyReplicas
-    from .rollout.stock.sampler import StockSampler
+    from .rollout.stock.stock_sampler import StockSampler
     from .rollout.vllm.colocate import ColocateSampler
     from .rollout.vllm.server import ServerSampler
     from .trainer import MentorGRPOTrainer

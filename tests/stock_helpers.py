@@ -9,8 +9,8 @@ import torch
 
 from mentor_trl.objective import branch_weight, near_sentence_end
 from mentor_trl.objective.coins import coin_uniforms, request_seed
-from mentor_trl.rollout.stock.rows import Segment
-from mentor_trl.rollout.stock.sampler import StockSampler
+from mentor_trl.rollout.stock.stock_rows import Segment
+from mentor_trl.rollout.stock.stock_sampler import StockSampler
 from statistics_helpers import forward_logps
 
 

@@ -18,7 +18,7 @@ from mentor_trl.rollout import MixedRequest
 from mentor_trl.rollout.serving.adapters import write_adapter
 from mentor_trl.rollout.serving.weights import write_weights
 from mentor_trl.rollout.stock.replicas import PolicyReplicas
-from mentor_trl.rollout.stock.sampler import StockSampler
+from mentor_trl.rollout.stock.stock_sampler import StockSampler
 from statistics_helpers import Tree, forward_logps, misfit, sequences
 from trainer_helpers import RecordingTrainer, make_trainer, prompts, tiny
 

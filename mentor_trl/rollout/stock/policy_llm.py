@@ -14,8 +14,8 @@ from ...connection.background import background_loop
 from ...vllm_server.options import engine_environment, policy_engine_options
 from ..serving.inner_llm import InnerLLM
 from ..types import MixedRequest
-from .rows import Segment, Truncation
 from .segments import as_segment, branch_settings, segment_settings
+from .stock_rows import Segment, Truncation
 
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class PolicyLLM(InnerLLM):
     async def segment(
         self, request: MixedRequest, row: int, prefix: list[int], limit: int, truncation: Truncation
     ) -> Segment:
-        """See [`~mentor_trl.rollout.stock.rows.PolicyEngine`]."""
+        """See [`~mentor_trl.rollout.stock.stock_rows.PolicyEngine`]."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

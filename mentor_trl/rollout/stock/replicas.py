@@ -12,9 +12,9 @@ from ...connection.failures import TRANSIENT, WrongServer
 from ...vllm_server.token_table import TokenTable
 from ..serving.policy_server import PolicyServer
 from ..types import MixedRequest
-from .rows import Segment, Truncation
-from .sampler import check_branching
 from .segments import as_segment, branch_settings, segment_settings
+from .stock_rows import Segment, Truncation
+from .stock_sampler import check_branching
 
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class PolicyReplica(PolicyServer):
     async def segment(
         self, request: MixedRequest, row: int, prefix: list[int], limit: int, truncation: Truncation
     ) -> Segment | None:
-        """See [`~mentor_trl.rollout.stock.rows.PolicyEngine`]."""
+        """See [`~mentor_trl.rollout.stock.stock_rows.PolicyEngine`]."""
         branch_id = self.info["branch_id"]
         body = {
             "model": self.model_name,
@@ -181,7 +181,7 @@ class PolicyReplicas:
     async def segment(
         self, request: MixedRequest, row: int, prefix: list[int], limit: int, truncation: Truncation
     ) -> Segment | None:
-        """See [`~mentor_trl.rollout.stock.rows.PolicyEngine`]."""
+        """See [`~mentor_trl.rollout.stock.stock_rows.PolicyEngine`]."""
         return await self._places[row].segment(request, row, prefix, limit, truncation)
 
     def check_sentences(self, sentence_ids: Sequence[int]) -> None:

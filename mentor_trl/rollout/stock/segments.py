@@ -6,7 +6,7 @@ from typing import Any
 from ...objective.coins import request_seed
 from ...vllm_server.options import GAMMA, RULE, SEED, SHARE, SPAN
 from ..types import MixedRequest
-from .rows import Segment, Truncation
+from .stock_rows import Segment, Truncation
 
 
 # Settings that a server may have defaults for: of every request, so that nothing but what is asked for applies

@@ -16,7 +16,7 @@ from ..serving.policy_server import PolicyServer
 from ..types import MixedRequest
 from .policy_llm import PolicyLLM
 from .replicas import PolicyReplicas
-from .sampler import StockSampler, check_branching
+from .stock_sampler import StockSampler, check_branching
 
 
 # Those that vLLM makes room for

@@ -11,7 +11,7 @@ from mentor_trl.connection.client import Patience
 from mentor_trl.connection.failures import ServerError, WeightsLost, WrongServer
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout.stock.replicas import PolicyReplicas
-from mentor_trl.rollout.stock.sampler import StockSampler
+from mentor_trl.rollout.stock.stock_sampler import StockSampler
 from policy_server import PolicyStandIn
 from statistics_helpers import forward_logps, make_peaked_model
 from stock_helpers import EnumeratedExpert

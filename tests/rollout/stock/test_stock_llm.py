@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.stock.sampler import StockSampler, check_branching
+from mentor_trl.rollout.stock.stock_sampler import StockSampler, check_branching
 from statistics_helpers import forward_logps, make_peaked_model, misfit, sequences
 from stock_llm_helpers import BothEngines, LLMExpert, make_policy, truncated
 from test_exactness import CASES, SENTENCE_IDS

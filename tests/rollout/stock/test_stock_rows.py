@@ -8,8 +8,8 @@ import torch
 
 from mentor_trl.errors import EngineError, SetupError
 from mentor_trl.rollout import MixedRequest
-from mentor_trl.rollout.stock.rows import KnownCoins, Row
-from mentor_trl.rollout.stock.sampler import StockSampler, check_branching
+from mentor_trl.rollout.stock.stock_rows import KnownCoins, Row
+from mentor_trl.rollout.stock.stock_sampler import StockSampler, check_branching
 from statistics_helpers import make_peaked_model, misfit, sequences
 from stock_helpers import EnumeratedExpert, EnumeratedPolicy, sample_stock
 from test_exactness import CASES

@@ -14,7 +14,7 @@ from ...errors import EngineError, SetupError
 from ...experts.compatibility import check_context
 from ...objective.coins import coin_uniforms
 from ..types import MixedRequest, MixedRollout, Progress
-from .rows import NO_TRUNCATION, PolicyEngine, Row, RowSampler, SpeakingExpert, Truncation, assembled
+from .stock_rows import NO_TRUNCATION, PolicyEngine, Row, RowSampler, SpeakingExpert, Truncation, assembled
 
 
 T = TypeVar("T")
