@@ -1,5 +1,6 @@
 """Engine in process: one vLLM engine whose target is the expert and whose draft is the policy."""
 
+import io
 import os
 import time
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ...vllm_plugin.shared_options import engine_options
 from ...vllm_server.options import engine_environment
@@ -87,7 +89,7 @@ class ColocateSampler(InnerLLM):
             for row, key in enumerate(keys)
         ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in request.prompt_ids]
-        outputs = self.llm.generate(prompts, params, use_tqdm=partial(_Bar, progress) if progress else False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=partial(_bar, progress) if progress else False)
         completions = [list(output.outputs[0].token_ids) for output in outputs]
         if progress:
             progress(0, sum(map(len, completions)))
@@ -99,17 +101,18 @@ class ColocateSampler(InnerLLM):
         return assemble(request, completions, values, {"seconds": time.perf_counter() - started})
 
 
-class _Bar:
-    """What vLLM takes for a progress bar, of which only the finished rows are passed on."""
+def _bar(progress: Progress, rows: Iterable | None = None, **kwargs: Any) -> Any:
+    """What vLLM takes for tqdm: nothing around the rows that it adds, and a bar for those that are finished."""
+    return _Bar(progress, **kwargs) if rows is None else rows
+
+
+class _Bar(tqdm):
+    """A bar that nobody sees, and that passes on how many rows are finished."""
 
     def __init__(self, progress: Progress, **kwargs: Any):
-        self.progress, self.postfix = progress, ""
+        super().__init__(**kwargs | {"file": io.StringIO()})
+        self.progress = progress
 
-    def update(self, rows: int) -> None:
-        self.progress(rows, 0)
-
-    def refresh(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    def update(self, n: float | None = 1) -> bool | None:
+        self.progress(n, 0)
+        return super().update(n)
