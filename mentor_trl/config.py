@@ -158,6 +158,14 @@ class MentorGRPOConfig(GRPOConfig):
         "Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens.",
     )
 
+    # Parameters that control which groups are kept
+    dynamic_sampling: int = option(
+        0,
+        "How many times at most groups of a rollout batch of which nothing is learned, as their on-policy rewards are "
+        "all equal and no other row has an advantage, are sampled again with other prompts (DAPO). Every process "
+        "must hold whole groups.",
+    )
+
     # Parameters that control rollouts with vLLM
     vllm_weight_sync: str = option(
         "auto",
@@ -247,6 +255,7 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_group()
         self._check_ranges()
         self._check_trajectories()
+        self._check_dynamic_sampling()
         if self.num_mixed_generations > 0:
             self._check_sampling()
             self._check_expert_server()
@@ -315,6 +324,27 @@ class MentorGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`remove_unused_columns=True` removes the column `{self.trajectory_column}` from the training set. "
                 "Set it to False."
+            )
+
+    def _check_dynamic_sampling(self) -> None:
+        """Groups that are sampled at different times are put together, so each must be complete in itself."""
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"`dynamic_sampling` is {self.dynamic_sampling}; set it to 0 (none) or more.")
+        if not self.dynamic_sampling:
+            return
+        for name, value in (("scale_rewards", "batch"), ("multi_objective_aggregation", "normalize_then_sum")):
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"`{name}={value!r}` makes advantages of a whole batch, and `dynamic_sampling` replaces groups of "
+                    f"it. Set `{name}` to {self.__dataclass_fields__[name].default!r}, or `dynamic_sampling` to 0."
+                )
+        rows = self.generation_batch_size // self.world_size
+        if rows % self.num_generations:
+            raise ValueError(
+                f"`dynamic_sampling` needs whole groups on each process, and a process has {rows} rows "
+                f"(`generation_batch_size={self.generation_batch_size}` on {self.world_size} processes) of groups of "
+                f"`num_generations={self.num_generations}`. Change `per_device_train_batch_size` or "
+                "`steps_per_generation` so that it divides them, or set `dynamic_sampling` to 0."
             )
 
     def _check_ranges(self) -> None:

@@ -171,8 +171,9 @@ class Mentor(Algorithm):
         return tuple(sentence_endings(self.context.tokenizer))
 
     def seed(self, source: int) -> int:
-        """Seed of the coming request for a source: of the run, the process and the batch."""
+        """Seed of the coming request for a source: of the run, the process, the batch and the attempt at it."""
         entropy = [self.args.seed, self.context.processes.index, self.guidance.batches, source]
+        entropy += [self.attempt] * (self.attempt > 0)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
