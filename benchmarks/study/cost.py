@@ -1,0 +1,79 @@
+"""
+What a run costs, as one number: tokens that a model reads forward, times its parameters.
+
+A token that the policy samples counts 1, one that it is trained on 3 (a pass back is two forward), each times the
+policy's parameters; a token that the expert reads or writes counts 1, times the expert's. Prompts count, too. The
+expert reads every mixed row and every row that it scores as a whole once, and writes each trajectory that is used. What
+is not counted: drafts that were thrown away, rewards, evaluation, and passes that all arms make alike.
+"""
+
+from typing import Any, NamedTuple
+
+
+SAMPLED, TRAINED = 1, 3
+
+
+class Spent(NamedTuple):
+    """What was spent up to a step."""
+
+    step: int
+    cost: float  # forward-token equivalents x parameters
+    expert_tokens: float
+    seconds: float  # of training, without starting up and saving
+
+
+def of_rollouts(history: list[dict[str, Any]], options: dict[str, Any], policy: int, expert: int) -> list[Spent]:
+    """
+    Costs of a training by `mentor-trl train`, a step an entry.
+
+    Args:
+        history (`list[dict[str, Any]]`):
+            What the trainer logged, a step an entry.
+        options (`dict[str, Any]`):
+            Fields of the run.
+        policy, expert (`int`):
+            Parameters of the models.
+    """
+    spent, cost, expert_tokens, seconds, before = [], 0.0, 0.0, 0.0, 0.0
+    scores = options.get("distillation", "none") != "none"
+    for entry in history:
+        if "step_time" not in entry:
+            continue
+        seconds += entry["step_time"]
+        rows = {name: entry.get(f"mentor/{name}/rows", 0.0) for name in ("on_policy", "mixed", "trajectory")}
+        if any(rows.values()):
+            written = {name: rows[name] * entry.get(f"mentor/{name}/length", 0.0) for name in rows}
+            total = entry["num_tokens"] - before
+            before = entry["num_tokens"]
+            prompt = (total - sum(written.values())) / sum(rows.values())
+            tokens = {name: written[name] + rows[name] * prompt for name in rows}
+            consulted = entry.get("mentor/distillation/coef", 1.0) > 0.0 if scores else False
+            heard = tokens["mixed"] + (tokens["on_policy"] if consulted else 0.0)
+            heard += tokens["trajectory"]
+            cost += policy * (SAMPLED + TRAINED) * total + expert * heard
+            expert_tokens += heard
+        spent.append(Spent(entry["step"], cost, expert_tokens, seconds))
+    return spent
+
+
+def of_supervised(history: list[dict[str, Any]], unique_tokens: float, policy: int, expert: int) -> list[Spent]:
+    """
+    Costs of a training by `trl sft` on the expert's trajectories.
+
+    Args:
+        history (`list[dict[str, Any]]`):
+            What the trainer logged, a step an entry.
+        unique_tokens (`float`):
+            Tokens of all trajectories: however often they are learned, the expert writes them once.
+        policy, expert (`int`):
+            Parameters of the models.
+    """
+    spent, seconds = [], 0.0
+    last = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0.0)
+    steps = [entry for entry in history if "num_tokens" in entry and "loss" in entry]
+    for entry in steps:
+        seconds = last * entry["step"] / steps[-1]["step"]
+        written = min(entry["num_tokens"], unique_tokens)
+        cost = policy * TRAINED * entry["num_tokens"] + expert * written
+        spent.append(Spent(entry["step"], cost, written, seconds))
+    return spent
