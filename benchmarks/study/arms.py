@@ -109,26 +109,33 @@ class Plan:
         for seed in seeds:
             for block in (block for block in blocks if seed in block["seeds"]):
                 for task, arm in itertools.product(block["tasks"], block["arms"]):
-                    experts = block.get("experts", ["strong"]) if self._arm(arm).get("expert") else [None]
+                    experts = block.get("experts", ["strong"]) if self.arm(arm).get("expert") else [None]
                     for expert, extra in itertools.product(experts, self._grid(block, arm)):
                         yield self._run(study, task, arm, expert, seed, extra)
 
-    def _arm(self, name: str) -> dict[str, Any]:
+    def arm(self, name: str) -> dict[str, Any]:
+        """An arm with what it takes over from another."""
         arm = self.config["arms"][name]
-        return {**self._arm(arm["like"]), **arm} if "like" in arm else arm
+        return {**self.arm(arm["like"]), **arm} if "like" in arm else arm
 
     def _grid(self, block: dict[str, Any], arm: str) -> list[dict[str, Any]]:
-        """Options of each point of a search: those of the block, and the arm's own coefficient."""
-        if "grid" not in block:
+        """
+        Options of each point of a search: the learning rates of the block, and each alternative to the arm's own
+        coefficient at the one in the middle.
+        """
+        rates = block.get("learning_rates")
+        if rates is None:
             return [{}]
-        grid = {**block["grid"], **self._arm(arm).get("grid", {})}
-        return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+        ((name, values),) = self.arm(arm)["alternatives"].items()
+        middle = rates[len(rates) // 2]
+        return [{"learning_rate": rate} for rate in rates] + [
+            {"learning_rate": middle, name: value} for value in values
+        ]
 
     def _run(self, study: str, task: str, name: str, expert: str | None, seed: int, extra: dict[str, Any]) -> Run:
-        config, arm = self.config["tasks"][task], self._arm(name)
+        config, arm = self.config["tasks"][task], self.arm(name)
         settings = {**self.config["settings"], **config.get("settings", {})}
-        parent = arm.get("like", name)
-        tuned = {} if extra else self.tuned.get(task, {}).get(parent if arm.get("like") else name, {})
+        tuned = {} if extra else self.tuned.get(task, {}).get(arm.get("like", name), {})
         stages = []
         for position, stage in enumerate(arm.get("stages", ())):
             last = position == len(arm["stages"]) - 1

@@ -3,8 +3,8 @@ What a run costs, as one number: tokens that a model reads forward, times its pa
 
 A token that the policy samples counts 1, one that it is trained on 3 (a pass back is two forward), each times the
 policy's parameters; a token that the expert reads or writes counts 1, times the expert's. Prompts count, too. The
-expert reads every mixed row and every row that it scores as a whole once, and writes each trajectory that is used. What
-is not counted: drafts that were thrown away, rewards, evaluation, and passes that all arms make alike.
+expert reads every mixed row and every row that it scores as a whole once, and writes each trajectory that is used.
+What is not counted: drafts that were thrown away, rewards, evaluation, and passes that all arms make alike.
 """
 
 from typing import Any, NamedTuple
