@@ -17,7 +17,7 @@ TUNED = Path(__file__).with_name("tuned.yaml")
 UNTRAINED = {"policy": "policy", "expert": "expert_{expert}"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """
     A training of an arm: a recipe of `mentor-trl train`, or one of `trl sft`, with options of its own.
@@ -40,7 +40,7 @@ class Stage:
         return Path(self.recipe).stem == "sft"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """
     A run of the study.
@@ -69,11 +69,11 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The same for the same training and evaluation, under whatever label and in whatever study."""
+        """The same for the same training and evaluation, under whatever name and in whatever study."""
         described = asdict(self)
-        for name in ("study", "label"):
+        for name in ("study", "label", "arm"):
             described.pop(name)
-        return key_of(described)
+        return key_of(described | ({} if self.stages else {"arm": self.arm}))
 
     @property
     def name(self) -> str:
