@@ -1,6 +1,6 @@
 """
 Make what a run of the study trains on: prompts, right replies by each expert, and a policy and experts of 0.1M
-parameters. The models of a seed come from one base that knows all ways of writing; only the choice among them is tuned.
+parameters. The models of a seed come from one base that knows all ways of writing; the choice among them is tuned.
 
 ```bash
 python -m benchmarks.study.prepare chain --seed 1 --folder outputs/study/chain/seed1
@@ -56,7 +56,7 @@ def prepare(task: str, seed: int, folder: str | Path, settings: Settings | None 
     """
     Write prompts, models and `prepared.json` under `folder`, or leave them where the same call has written them.
 
-    `data/` has the prompts with a right reply by each expert (`trajectory_*`), and the same as `sft_*.jsonl`;
+    `data/` has the prompts with a right reply by each expert (`trajectory_*`), and the same in `sft_*/`;
     `hints_*/` has the prompts with the first half of that reply behind them.
 
     Args:
@@ -118,7 +118,7 @@ def write_data(module: ModuleType, folder: Path, splits: dict[str, list], rng: r
             hinted = [row | {"prompt": f"{row['prompt']} {first_half(reply)}"} for row, reply in zip(rows, replies)]
             write_lines(folder / f"hints_{name}" / f"{split}.jsonl", hinted)
             if split == "train":
-                write_lines(folder / "data" / f"sft_{name}.jsonl", pairs)
+                write_lines(folder / f"sft_{name}" / "train.jsonl", pairs)
                 gold_tokens[name] = sum(len(reply.split()) + 1 for reply in replies)
             for row, reply in zip(rows, replies):
                 row[f"trajectory_{name}"] = reply

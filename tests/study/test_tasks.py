@@ -103,7 +103,7 @@ def test_prepare(tmp_path, module):
             module.reward(prompts=[row["prompt"]] * 4, completions=replies, solution=[row["solution"]] * 4)
             == [1.0] * 4
         )
-    pairs = [json.loads(line) for line in (tmp_path / "data" / "sft_weak.jsonl").open()]
+    pairs = [json.loads(line) for line in (tmp_path / "sft_weak" / "train.jsonl").open()]
     assert [pair["completion"].strip() for pair in pairs] == [row["trajectory_weak"] for row in splits["train"]]
 
 
