@@ -17,7 +17,7 @@ TUNED = Path(__file__).with_name("tuned.yaml")
 UNTRAINED = {"policy": "policy", "expert": "expert_{expert}"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Stage:
     """
     A training of an arm: a recipe of `mentor-trl train`, or one of `trl sft`, with options of its own.

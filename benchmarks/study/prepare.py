@@ -1,6 +1,6 @@
 """
-Make what a run of the study trains on: prompts, right replies by each expert, and a policy and experts of 0.1M
-parameters. The models of a seed come from one base that knows all ways of writing; the choice among them is tuned.
+Make what a run of the study trains on: prompts, right replies by each expert, a policy and experts of 0.1M parameters.
+The models of a seed come from one base that knows all ways of writing; only the choice among them is tuned.
 
 ```bash
 python -m benchmarks.study.prepare chain --seed 1 --folder outputs/study/chain/seed1
