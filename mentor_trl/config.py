@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS
+from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS, MIXED_SCALES
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
@@ -95,7 +95,7 @@ class MentorGRPOConfig(GRPOConfig):
     num_mixed_generations: int = option(
         4,
         "Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed policy. The "
-        "others are on-policy; at least 2 of them must remain. `0` is plain GRPO.",
+        "others, none or at least 2, are on-policy. `0` is plain GRPO.",
     )
     branch_rule: str = option(
         "entropy",
@@ -158,6 +158,14 @@ class MentorGRPOConfig(GRPOConfig):
         "Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens.",
     )
 
+    # Parameters that control which groups are kept
+    dynamic_sampling: int = option(
+        0,
+        "How many times at most groups of a rollout batch of which nothing is learned, as their on-policy rewards are "
+        "all equal and no other row has an advantage, are sampled again with other prompts (DAPO). Every process "
+        "must hold whole groups.",
+    )
+
     # Parameters that control rollouts with vLLM
     vllm_weight_sync: str = option(
         "auto",
@@ -206,6 +214,13 @@ class MentorGRPOConfig(GRPOConfig):
         1.0,
         "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.",
     )
+    mixed_advantage_scale: str = option(
+        "range",
+        "What the mixed advantages are divided by: `'range'`, `reward_range`, the paper's; `'std'`, the standard "
+        "deviation of the on-policy rewards of the group, plus 1e-4 (where they are all equal, a mixed success then "
+        "has an advantage of 10,000 alpha); `'group_std'`, that of all rewards of the group, plus 1e-4.",
+        choices=MIXED_SCALES,
+    )
     correction: str = option(
         "temper",
         "Off-policy correction rho of a ratio r: `'temper'`, min(`correction_cap`, r)^`correction_exponent`; "
@@ -240,6 +255,7 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_group()
         self._check_ranges()
         self._check_trajectories()
+        self._check_dynamic_sampling()
         if self.num_mixed_generations > 0:
             self._check_sampling()
             self._check_expert_server()
@@ -251,6 +267,7 @@ class MentorGRPOConfig(GRPOConfig):
             ("alpha_schedule", ALPHA_SCHEDULES),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
+            ("mixed_advantage_scale", MIXED_SCALES),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
             ("vllm_weight_sync", WEIGHT_SYNCS),
         ):
@@ -263,11 +280,22 @@ class MentorGRPOConfig(GRPOConfig):
         n, mixed = self.num_generations, self.num_mixed_generations
         if mixed < 0:
             raise ValueError(f"`num_mixed_generations` is {mixed}; set it to 0 (plain GRPO) or more.")
-        if mixed and n - mixed < 2:
+        if mixed > n:
             raise ValueError(
-                f"`num_mixed_generations={mixed}` leaves {n - mixed} of `num_generations={n}` rollouts on-policy, and "
-                f"the baseline needs at least 2. Set `num_mixed_generations` to {max(n - 2, 0)} or less, or raise "
-                f"`num_generations` to {mixed + 2} or more."
+                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set it to {max(n - 2, 0)} or "
+                f"less, or raise `num_generations` to {mixed + 2} or more."
+            )
+        if mixed and n - mixed == 1:
+            raise ValueError(
+                f"`num_mixed_generations={mixed}` leaves 1 of `num_generations={n}` rollouts on-policy, and the "
+                f"baseline needs at least 2. Set `num_mixed_generations` to {n - 2} or less, or raise "
+                f"`num_generations` to {mixed + 2} or more. (With {n}, all rollouts are mixed.)"
+            )
+        if mixed and mixed == n and self.entropy_threshold_from == "current":
+            raise ValueError(
+                f"`entropy_threshold_from='current'` takes gamma from on-policy rollouts, and "
+                f"`num_mixed_generations={mixed}` of {n} leaves none. Set it to 'previous', or "
+                f"`num_mixed_generations` to {n - 2} or less."
             )
 
     def _check_trajectories(self) -> None:
@@ -296,6 +324,27 @@ class MentorGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`remove_unused_columns=True` removes the column `{self.trajectory_column}` from the training set. "
                 "Set it to False."
+            )
+
+    def _check_dynamic_sampling(self) -> None:
+        """Groups that are sampled at different times are put together, so each must be complete in itself."""
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"`dynamic_sampling` is {self.dynamic_sampling}; set it to 0 (none) or more.")
+        if not self.dynamic_sampling:
+            return
+        for name, value in (("scale_rewards", "batch"), ("multi_objective_aggregation", "normalize_then_sum")):
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"`{name}={value!r}` makes advantages of a whole batch, and `dynamic_sampling` replaces groups of "
+                    f"it. Set `{name}` to {self.__dataclass_fields__[name].default!r}, or `dynamic_sampling` to 0."
+                )
+        rows = self.generation_batch_size // self.world_size
+        if rows % self.num_generations:
+            raise ValueError(
+                f"`dynamic_sampling` needs whole groups on each process, and a process has {rows} rows "
+                f"(`generation_batch_size={self.generation_batch_size}` on {self.world_size} processes) of groups of "
+                f"`num_generations={self.num_generations}`. Change `per_device_train_batch_size` or "
+                "`steps_per_generation` so that it divides them, or set `dynamic_sampling` to 0."
             )
 
     def _check_ranges(self) -> None:

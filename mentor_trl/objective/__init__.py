@@ -1,6 +1,6 @@
 """The method as pure tensor functions: no model, no trainer, no I/O."""
 
-from .advantages import mixed_policy_advantages
+from .advantages import MIXED_SCALES, baseline_rows, mixed_policy_advantages
 from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
 from .mixture import (
@@ -23,8 +23,10 @@ __all__ = [
     "ALPHA_SCHEDULES",
     "BRANCH_RULES",
     "CORRECTIONS",
+    "MIXED_SCALES",
     "acceptance_probability",
     "alpha_at",
+    "baseline_rows",
     "branch_weight",
     "coin_uniforms",
     "correction_weights",
