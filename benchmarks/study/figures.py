@@ -1,6 +1,6 @@
 """
-Figures of the report: what is drawn is worked out first, as plain numbers, then drawn. A picture carries the digest of its
-numbers, so that it can be told whether it is up to date without comparing pixels, which differ by machine.
+Figures of the report: what is drawn is worked out first, as plain numbers, then drawn. A picture carries the digest of
+its numbers, so that it can be told whether it is up to date without comparing pixels, which differ by machine.
 """
 
 import hashlib
@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.study.lines import Run
 from benchmarks.study.measures import CONFIDENCE, ENOUGH, against_cost, at_level, interval
@@ -25,7 +27,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-INK, OTHER, FAINT = COLORS[0], "0.45", 0.45
+INK, OTHER, FAINT = COLORS[0], "0.45", 0.5
+SEED = {"color": INK, "linewidth": 0.8}
+MEAN = {"color": INK, "linewidth": 2.0}
+BASELINE = {"color": OTHER, "linewidth": 1.2, "linestyle": "--"}
+EQUAL = {"color": OTHER, "linewidth": 1.0, "linestyle": ":"}
+DOT = {"color": COLORS[1], "linestyle": "none", "marker": "o", "markersize": 4.5, "alpha": 0.7}
+BAR = {"color": INK, "linestyle": "none", "marker": "|", "markersize": 13, "markeredgewidth": 2.2}
+WHISKER = {"color": INK, "linewidth": 1.6}
+DIGEST = "Digest"
 LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 Curve = tuple[list[float], list[float]]
 
@@ -115,26 +125,37 @@ CURVES: dict[str, tuple[Callable[[Run, Row], Curve], str, tuple[str, str], dict[
 }
 # Measures, a panel each, with an arm a line
 DOTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "outcomes": (("accuracy", "area"), "Outcomes by seed"),
     "branches": (("metrics.branch_rate", "metrics.replaced_rate"), "Where the expert speaks"),
     "differences": (("difference",), "Differences by seed"),
 }
+# One figure of a whole table, with a panel a block
+EXPERTS = "experts"
 
 
-def build(kind: str, table: Table, block: Block) -> Figure:
+def build(kind: str, table: Table) -> list[Figure]:
     """
-    A figure of a table's block.
+    The figures of a kind for a table, one for each block; those for which nothing was run are left out.
 
     Raises:
         SetupError: If there is no such kind of figure.
     """
+    if kind == EXPERTS:
+        figures = [_by_expert(table)]
+    elif kind in CURVES or kind in DOTS:
+        make = _multiples if kind in CURVES else _dots
+        figures = [make(kind, table, block, *_named(kind, table, block)) for block in table.blocks]
+    else:
+        known = ", ".join((*CURVES, *DOTS, EXPERTS))
+        raise SetupError(f"The table {table.name} asks for the figure {kind}; there are {known}.")
+    return [figure for figure in figures if figure.panels]
+
+
+def _named(kind: str, table: Table, block: Block) -> tuple[str, str]:
+    """Name of a figure, and the place that its title names."""
     several = len(table.blocks) > 1
     name = "-".join([table.name, kind.replace("_", "-"), *((block.task, block.expert) if several else ())])
-    place = f"task {block.task}, {block.expert} expert"
-    if kind in CURVES:
-        return _multiples(kind, table, block, name, place)
-    if kind in DOTS:
-        return _dots(kind, table, block, name, place)
-    raise SetupError(f"The table {table.name} asks for the figure {kind}; there are {', '.join((*CURVES, *DOTS))}.")
+    return name, f"task {block.task}, {block.expert} expert"
 
 
 def _multiples(kind: str, table: Table, block: Block, name: str, place: str) -> Figure:
@@ -145,7 +166,8 @@ def _multiples(kind: str, table: Table, block: Block, name: str, place: str) -> 
             continue
         curves = [curve for curve in (draw(run, row) for run in row.runs.values()) if curve[0]]
         count = f"{len(row.runs)} seed{'s' * (len(row.runs) != 1)}" if row.runs else NOT_RUN
-        panels.append({"title": row.label, "count": count, "curves": curves, "mean": mean_curve(curves)})
+        panel = {"title": row.label, "count": count, "curves": curves, "mean": mean_curve(curves)}
+        panels.append({**panel, "baseline": row is block.baseline})
     other, caption = None, "A panel an arm; thin lines are seeds, the thick one is their mean."
     if block.baseline and block.baseline.runs:
         curves = [curve for curve in (draw(run, block.baseline) for run in block.baseline.runs.values()) if curve[0]]
@@ -175,6 +197,10 @@ def mean_curve(curves: Sequence[Curve]) -> Curve | None:
     return _pairs(points, np.mean([np.interp(points, x, y) for x, y in curves], axis=0))
 
 
+SHARES = ("accuracy", "area", "area_cost")
+DOTTED = f"Dots are seeds; a bar is their mean, with a t interval ({CONFIDENCE:.0%}) where there are {ENOUGH}."
+
+
 def _dots(kind: str, table: Table, block: Block, name: str, place: str) -> Figure:
     measures, title = DOTS[kind]
     panels = []
@@ -190,9 +216,20 @@ def _dots(kind: str, table: Table, block: Block, name: str, place: str) -> Figur
         if any(line["values"] for line in lines):
             # Arms that have nothing to show here are left out, those that were not run are not
             lines = [line for line in lines if line["values"] or line["count"] == NOT_RUN]
-            panels.append({"label": label, "lines": lines, "zero": what == "difference"})
-    caption = f"Dots are seeds; a bar is their mean, with a t interval ({CONFIDENCE:.0%}) where there are {ENOUGH}."
-    return Figure(name, table.name, f"{title}: {place}", caption, panels, ("", ""))
+            panels.append({"label": label, "lines": lines, "zero": what == "difference", "share": what in SHARES})
+    return Figure(name, table.name, f"{title}: {place}", DOTTED, panels, ("", ""))
+
+
+def _by_expert(table: Table) -> Figure:
+    panels = []
+    for block in table.blocks:
+        lines = [_line(row, "accuracy", table, block) for row in block.rows]
+        if any(line["values"] for line in lines):
+            panels.append(
+                {"label": f"{block.expert} expert ({block.task})", "lines": lines, "zero": False, "share": True}
+            )
+    title = f"Final accuracy by expert: task {', '.join(dict.fromkeys(block.task for block in table.blocks))}"
+    return Figure(f"{table.name}-{EXPERTS}", table.name, title, DOTTED, panels, ("final accuracy", ""))
 
 
 def _line(row: Row, what: str, table: Table, block: Block) -> dict[str, Any]:
@@ -212,9 +249,9 @@ def draw(figure: Figure) -> "Drawing":
 
 def _draw_multiples(figure: Figure) -> "Drawing":
     count = len(figure.panels)
-    columns = min(count, 4 if count != 5 and count != 6 else 3)
+    columns = min(count, 3 if count in (5, 6, 9) else 4)
     lines = math.ceil(count / columns)
-    drawing = new_figure(max(2.5 * columns, 5.0), 1.9 * lines + 1.2)
+    drawing = new_figure(max(2.4 * columns, 5.5), 1.85 * lines + 1.0)
     grid = drawing.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axis, panel in zip(grid, figure.panels):
         _draw_panel(axis, panel, figure)
@@ -223,10 +260,14 @@ def _draw_multiples(figure: Figure) -> "Drawing":
     # An axis with nothing below it shows its own numbers
     for axis in grid[count - columns : count]:
         axis.tick_params(labelbottom=True)
-    drawing.suptitle(figure.title, fontsize=11)
     drawing.supxlabel(figure.axes[0], fontsize=9.5)
     drawing.supylabel(figure.axes[1], fontsize=9.5)
-    _legend(drawing, figure)
+    entries = {"a seed": {**SEED, "alpha": FAINT}, "mean of the seeds": MEAN}
+    if figure.other and figure.other["mean"]:
+        entries[f"mean of {figure.other['label']}"] = BASELINE
+    if "line" in figure.options:
+        entries["equal cost"] = EQUAL
+    _legend(drawing, figure.title, entries)
     return drawing
 
 
@@ -237,68 +278,84 @@ def _draw_panel(axis: "Axes", panel: Mapping[str, Any], figure: Figure) -> None:
     if figure.options.get("log"):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
+    else:
+        axis.xaxis.set_major_formatter(_as_in_tables)
     if figure.options.get("share"):
         axis.set_ylim(-0.03, 1.03)
     if "line" in figure.options:
-        axis.axvline(figure.options["line"], color=OTHER, linestyle=":", linewidth=1.0)
-    if figure.other and figure.other["mean"]:
-        axis.plot(*figure.other["mean"], color=OTHER, linestyle="--", linewidth=1.2)
+        axis.axvline(figure.options["line"], **EQUAL)
+    if figure.other and figure.other["mean"] and not panel["baseline"]:
+        axis.plot(*figure.other["mean"], **BASELINE)
     for x, y in panel["curves"]:
-        axis.plot(x, y, color=INK, linewidth=0.8, alpha=FAINT, marker="." if len(x) == 1 else None)
+        axis.plot(x, y, **SEED, alpha=FAINT, marker="." if len(x) == 1 else None)
     if panel["mean"]:
-        axis.plot(*panel["mean"], color=INK, linewidth=2.0)
+        axis.plot(*panel["mean"], **MEAN, marker="." if len(panel["mean"][0]) == 1 else None)
     if not panel["curves"]:
         text = NOT_RUN if panel["count"] == NOT_RUN else "no value"
-        axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color=OTHER, fontsize=9)
+        place = {"transform": axis.transAxes, "ha": "center", "va": "center", "color": OTHER, "fontsize": 9}
+        axis.text(0.5, 0.5, text, bbox={"facecolor": "white", "edgecolor": "none"}, **place)
 
 
-def _legend(drawing: "Drawing", figure: Figure) -> None:
+def _as_in_tables(value: float, position: int | None = None) -> str:
+    return number(value) if abs(value) >= 1000 else f"{value:g}"
+
+
+def _legend(drawing: "Drawing", title: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """The title of a figure and what its lines are."""
     from matplotlib.lines import Line2D
 
-    entries = [
-        Line2D([], [], color=INK, linewidth=0.8, alpha=FAINT, label="a seed"),
-        Line2D([], [], color=INK, linewidth=2.0, label="mean of the seeds"),
-    ]
-    if figure.other and figure.other["mean"]:
-        entries.append(Line2D([], [], color=OTHER, linestyle="--", linewidth=1.2, label=f"mean of {figure.other['label']}"))
-    if "line" in figure.options:
-        entries.append(Line2D([], [], color=OTHER, linestyle=":", linewidth=1.0, label="equal cost"))
-    place = {"loc": "outside lower center", "frameon": False, "fontsize": 8.5}
-    drawing.legend(handles=entries, ncols=len(entries), **place)
+    handles = [Line2D([], [], label=label, **style) for label, style in entries.items()]
+    columns = len(entries) if drawing.get_figwidth() > 7 else 2
+    place = {"loc": "outside upper center", "frameon": False, "fontsize": 8.5, "title_fontsize": 11}
+    drawing.legend(handles=handles, title=title, ncols=columns, **place)
 
 
 def _draw_dots(figure: Figure) -> "Drawing":
-    most = max(len(panel["lines"]) for panel in figure.panels)
-    drawing = new_figure(3.4 * len(figure.panels) + 2.0, 0.3 * most + 1.4)
-    for axis, panel in zip(drawing.subplots(1, len(figure.panels), squeeze=False)[0], figure.panels):
+    labels = [[f"{line['label']} ({line['count']})" for line in panel["lines"]] for panel in figure.panels]
+    shared, count = all(one == labels[0] for one in labels), len(figure.panels)
+    names = 0.075 * max(len(label) for one in labels for label in one)
+    width = count * (4.4 - 0.6 * min(count, 4)) + names * (1 if shared else count)
+    drawing = new_figure(max(width, 6.0), 0.3 * max(map(len, labels)) + 1.5)
+    axes = drawing.subplots(1, count, squeeze=False)[0]
+    for at, (axis, panel) in enumerate(zip(axes, figure.panels)):
         quiet(axis, grid="x")
-        for at, line in enumerate(panel["lines"]):
-            _draw_line(axis, at, line)
-        labels = [f"{line['label']} ({line['count']})" for line in panel["lines"]]
-        axis.set_yticks(range(len(labels)), labels, fontsize=8.5)
-        axis.set_ylim(len(labels) - 0.4, -0.6)
+        for height, line in enumerate(panel["lines"]):
+            _draw_line(axis, height, line)
+        axis.set_yticks(range(len(labels[at])), labels[at] if not (shared and at) else [], fontsize=8.5)
+        axis.set_ylim(len(labels[at]) - 0.4, -0.6)
         axis.set_xlabel(panel["label"], fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
         if panel["zero"]:
             axis.axvline(0.0, color="0.25", linewidth=0.9)
         else:
             axis.set_xlim(left=0.0)
-    drawing.suptitle(f"{figure.title}; seeds in brackets", fontsize=11)
+        if panel["share"]:
+            axis.set_xlim(-0.03, 1.03)
+    if figure.axes[0]:
+        drawing.supxlabel(figure.axes[0], fontsize=9.5)
+    entries = {"a seed": DOT, "mean of the seeds": BAR}
+    if any(line["bounds"] for panel in figure.panels for line in panel["lines"]):
+        entries[f"{CONFIDENCE:.0%} t interval, {ENOUGH} seeds or more"] = WHISKER
+    _legend(drawing, f"{figure.title} (number of seeds)", entries)
     return drawing
 
 
 def _draw_line(axis: "Axes", at: int, line: Mapping[str, Any]) -> None:
     if line["bounds"]:
-        axis.plot(line["bounds"], [at, at], color=INK, linewidth=1.6)
+        axis.plot(line["bounds"], [at, at], **WHISKER)
     if line["mean"] is not None:
-        axis.plot([line["mean"]] * 2, [at - 0.28, at + 0.28], color=INK, linewidth=2.2)
-    axis.plot(line["values"], [at] * len(line["values"]), "o", color=COLORS[1], markersize=4.5, alpha=0.7)
+        axis.plot([line["mean"]], [at], **BAR)
+    axis.plot(line["values"], [at] * len(line["values"]), **DOT)
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Draw a figure into a PNG file that carries the digest of its numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(figure).savefig(path, dpi=DPI, metadata={"Software": None, "Description": figure.digest})
+    drawn, text = BytesIO(), PngInfo()
+    draw(figure).savefig(drawn, format="png", dpi=DPI)
+    text.add_text(DIGEST, figure.digest)
+    # Few colours make a small file, which matters where pictures are under version control
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True, pnginfo=text)
     return path
 
 
@@ -307,4 +364,4 @@ def drawn_from(path: Path) -> str | None:
     if not path.exists():
         return None
     with Image.open(path) as picture:
-        return picture.info.get("Description")
+        return picture.info.get(DIGEST)

@@ -29,25 +29,24 @@ MODULE = "python -m benchmarks.study.report"
 PREAMBLE = """\
 # The study
 
-Written by `{module}` from the JSON lines in [study/](study/), one line a run; no figure here was typed by hand, and
-`{module} --check` says whether this file agrees with the lines.
+Written by `{module}` from the JSON lines in [study/](study/), one line a run. No figure was
+typed by hand, and `{module} --check` says whether this file agrees with the lines.
 
 How to read the tables
 
-- A **seed** has its own base model, policy, experts, data order and sampling. Values are means over seeds, followed by
-  every seed in the order of their numbers. *not run* is an arm without a line; *2 of 5* seeds counts those that are
-  there.
+- A **seed** has its own base model, policy, experts, data and order of sampling. Values are means over seeds, followed
+  by every seed in the order of their numbers. *not run* is an arm without a line; *2 of 5* seeds counts what is there.
 - **Accuracy** is the share of right samples to the test prompts at temperature 1. A seed is **solved** where its final
   accuracy is at least {solved}{others}.
-- **Area by steps** is the mean height of the accuracy over optimizer steps, up to the smallest last step of the arms of
-  the table: 1 is right from the start, 0 never. **Area by cost** is the same over cost, up to the smallest total cost of
-  the trained arms of the table; an arm that has ended keeps its accuracy, and what was spent before the first
-  evaluation (on trajectories, on an earlier stage) counts while nothing is gained from it. **Accuracy at equal cost** is
-  read off there.
-- **Cost** is in forward-token equivalents times parameters: a token sampled by the policy counts 1, one trained on 3, a
-  token that an expert reads or writes 1, times the parameters of that model.
+- **Area by steps** is the mean height of the accuracy over optimizer steps, up to the smallest last step of the arms
+  of the table: 1 is right from the start, 0 never.
+- **Area by cost** is the same over cost, up to the smallest total cost of the trained arms of the table. An arm that
+  has ended keeps its accuracy. **Accuracy at equal cost** is read off at that cost.
+- **Cost** is in forward-token equivalents times parameters: a token sampled by the policy counts 1, one trained on 3,
+  a token that an expert reads or writes 1, times the parameters of that model. k, M, G, T are thousands, millions,
+  10⁹, 10¹².
 - **±** and *95%* are t intervals over at least 5 seeds; of fewer, only the range is given. Differences are paired by
-  seed. Seeds split between solved and not, so that a mean describes few of them: look at the seeds.
+  seed. Where seeds split between solved and not, a mean describes none of them: look at the seeds.
 """
 
 
@@ -72,12 +71,14 @@ class Report:
             raise SetupError("Two tables of the report have the same name.")
         self.figures: dict[str, figures.Figure] = {}
         for table in built:
-            drawn = [figures.build(kind, table, block) for kind in table.spec.get("figures", ()) for block in table.blocks]
-            self.figures |= {figure.name: figure for figure in drawn if figure.panels}
+            drawn = [figure for kind in table.spec.get("figures", ()) for figure in figures.build(kind, table)]
+            self.figures |= {figure.name: figure for figure in drawn}
 
     def text(self) -> str:
         """The report in Markdown."""
-        others = [f"{table.spec['solved']} in [{table.spec['title']}](#{table.name})" for table in self._own_threshold()]
+        others = [
+            f"{table.spec['solved']} in [{table.spec['title']}](#{table.name})" for table in self._own_threshold()
+        ]
         solved = self.config.get("solved", 0.9)
         preamble = PREAMBLE.format(module=MODULE, solved=solved, others=f" ({', '.join(others)})" if others else "")
         parts = [preamble, "## What was run", self._counts()]
@@ -110,10 +111,6 @@ class Report:
                 parts.append(f"{where}: areas up to step {number(end)} and up to a cost of {number(budget)}")
         return "; ".join(parts) + "." if parts else ""
 
-    def _own_threshold(self) -> list[Table]:
-        solved = self.config.get("solved", 0.9)
-        return [table for table in self.tables.values() if table.spec["solved"] != solved]
-
     def _counts(self) -> str:
         groups = defaultdict(list)
         for run in self.runs:
@@ -137,7 +134,11 @@ class Report:
         left = defaultdict(int)
         for run in self.runs:
             left[run.study, run.task, run.label] += id(run) not in shown
-        lines += [f"- In no table: {label} ({study}, {task}), {count} runs." for (study, task, label), count in left.items() if count]
+        lines += [
+            f"- In no table: {label} ({study}, {task}), {count} runs."
+            for (study, task, label), count in left.items()
+            if count
+        ]
         return "\n".join(lines) or "Nothing that was planned."
 
     def write(self, folder: Path) -> list[Path]:

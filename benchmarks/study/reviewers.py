@@ -1,4 +1,4 @@
-"""What the method's reviewers asked, each answered by figures of the tables: sentences of the configuration, filled."""
+"""What the method's reviewers asked, answered by figures of the tables: sentences of the configuration, filled."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.measures import ENOUGH, Interval, interval
-from benchmarks.study.tables import NONE, NOT_RUN, Block, Row, Table, difference, markdown, missing, number
+from benchmarks.study.tables import NONE, NOT_RUN, SUMMED_UP, Block, Row, Table, difference, markdown, missing, number
 from mentor_trl.errors import SetupError
 
 
@@ -84,7 +84,9 @@ def value(row: Row, what: str, block: Block, compared: str) -> str:
         return difference(found) if kind == "difference" else verdict(found)
     values = [number for number in row.values(what).values() if not math.isnan(number)]
     if what == "solved":
-        return f"{sum(values):.0f} of {len(values)} seeds"
+        return f"{sum(values):.0f} of {len(values)}"
+    if what in SUMMED_UP:
+        return number(interval(values).mean)
     return with_interval(interval(values))
 
 

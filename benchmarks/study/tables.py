@@ -219,29 +219,24 @@ def _listed(value: Any) -> list[Any]:
 
 def number(value: float, sign: bool = False) -> str:
     """
-    A number as it is read best: two digits after the point, or three in all.
+    A number as it is read best: two digits after the point, three of what is below .1, three in all of what is large.
 
     >>> number(0.6213), number(1.0), number(0.0034), number(160), number(163_900_000_000.0)
-    ('.62', '1.00', '.0034', '160', '164 G')
-    >>> number(0.12, sign=True), number(-0.12), number(float("nan"))
-    ('+.12', '-.12', '–')
+    ('.62', '1.00', '.003', '160', '164 G')
+    >>> number(0.12, sign=True), number(-0.12), number(-1e-9), number(float("nan"))
+    ('+.12', '-.12', '.000', '–')
     """
     if math.isnan(value):
         return NONE
-    mark = "-" if value < 0 else "+" if sign else ""
     size, unit = abs(value), ""
     for name in ("k", "M", "G", "T", "P"):
         if size < 999.5:
             break
         size, unit = size / 1000.0, f" {name}"
-    if size >= 99.95 or (size == int(size) and size >= 10 and not unit):
-        text = f"{size:.0f}"
-    elif size >= 9.995:
-        text = f"{size:.1f}"
-    elif size >= 0.00995 or size == 0.0:
-        text = f"{size:.2f}"
-    else:
-        text = f"{size:.2g}"
+    whole = size == int(size) and size >= 10 and not unit
+    digits = 0 if whole or size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 or size == 0.0 else 3
+    text = f"{size:.{digits}f}"
+    mark = "" if not float(text) else "-" if value < 0 else "+" if sign else ""
     return mark + text.removeprefix("0" if text.startswith("0.") else "") + unit
 
 
