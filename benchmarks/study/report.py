@@ -76,11 +76,10 @@ class Report:
 
     def text(self) -> str:
         """The report in Markdown."""
-        others = [
-            f"{table.spec['solved']} in [{table.spec['title']}](#{table.name})" for table in self._own_threshold()
-        ]
         solved = self.config.get("solved", 0.9)
-        preamble = PREAMBLE.format(module=MODULE, solved=solved, others=f" ({', '.join(others)})" if others else "")
+        others = [table.spec for table in self.tables.values() if table.spec["solved"] != solved]
+        named = "; ".join(f"{spec['solved']} in [{spec['title']}](#{spec['name']})" for spec in others)
+        preamble = PREAMBLE.format(module=MODULE, solved=solved, others=f" ({named})" if named else "")
         parts = [preamble, "## What was run", self._counts()]
         if self.config.get("questions"):
             asked = answers(self.config["questions"], self.tables, self.config["command"])
