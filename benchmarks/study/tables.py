@@ -226,7 +226,7 @@ def number(value: float, sign: bool = False) -> str:
     >>> number(0.12, sign=True), number(-0.12), number(-1e-9), number(float("nan"))
     ('+.12', '-.12', '.000', '–')
     """
-    if math.isnan(value):
+    if not math.isfinite(value):
         return NONE
     size, unit = abs(value), ""
     for name in ("k", "M", "G", "T", "P"):
