@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.study.lines import Run
 from benchmarks.study.measures import CONFIDENCE, ENOUGH, against_cost, at_level, interval
-from benchmarks.study.tables import HEADINGS, NOT_RUN, Block, Row, Table, number
+from benchmarks.study.tables import HEADINGS, NONE, NOT_RUN, Block, Row, Table
 from mentor_trl.analysis.style import COLORS, DPI, new_figure, quiet
 from mentor_trl.errors import SetupError
 
@@ -107,7 +108,8 @@ def by_samples(run: Run, row: Row) -> Curve:
 
 
 ACCURACY = "accuracy (share of right samples)"
-COST = "cost (forward-token equivalents x parameters)"
+COST = "cost in {unit}forward-token equivalents × parameters"
+UNITS = {1e15: "10¹⁵ ", 1e12: "10¹² ", 1e9: "10⁹ ", 1e6: "10⁶ ", 1e3: "10³ ", 1.0: ""}
 # What is drawn of each run, title, axes, further options
 CURVES: dict[str, tuple[Callable[[Run, Row], Curve], str, tuple[str, str], dict[str, Any]]] = {
     "steps": (by_step("accuracy"), "Accuracy against steps", ("optimizer step", ACCURACY), {"share": True}),
@@ -213,10 +215,12 @@ def _dots(kind: str, table: Table, block: Block, name: str, place: str) -> Figur
             label = f"{HEADINGS.get(table.compared, table.compared)}, less that of {base.label}"
         rows = [row for row in block.rows if what != "difference" or row is not block.baseline]
         lines = [_line(row, what, table, block) for row in rows]
-        if any(line["values"] for line in lines):
-            # Arms that have nothing to show here are left out, those that were not run are not
-            lines = [line for line in lines if line["values"] or line["count"] == NOT_RUN]
-            panels.append({"label": label, "lines": lines, "zero": what == "difference", "share": what in SHARES})
+        panels.append({"label": label, "lines": lines, "zero": what == "difference", "share": what in SHARES})
+    # An arm that has no value in any panel is left out, unless that is because it was not run
+    kept = {line["label"] for panel in panels for line in panel["lines"] if line["values"] or line["count"] == NOT_RUN}
+    for panel in panels:
+        panel["lines"] = [line for line in panel["lines"] if line["label"] in kept]
+    panels = [panel for panel in panels if any(line["values"] for line in panel["lines"])]
     return Figure(name, table.name, f"{title}: {place}", DOTTED, panels, ("", ""))
 
 
@@ -238,7 +242,7 @@ def _line(row: Row, what: str, table: Table, block: Block) -> dict[str, Any]:
     summary = interval(values)
     bounds = _rounded([summary.low, summary.high]) if summary.count >= ENOUGH else None
     mean = _rounded([summary.mean])[0] if values else None
-    count = f"{len(row.runs)}" if row.runs else NOT_RUN
+    count = (f"{len(values)}" if values else NONE) if row.runs else NOT_RUN
     return {"label": row.label, "count": count, "values": _rounded(values), "mean": mean, "bounds": bounds}
 
 
@@ -260,7 +264,11 @@ def _draw_multiples(figure: Figure) -> "Drawing":
     # An axis with nothing below it shows its own numbers
     for axis in grid[count - columns : count]:
         axis.tick_params(labelbottom=True)
-    drawing.supxlabel(figure.axes[0], fontsize=9.5)
+    largest = max(x[-1] for panel in figure.panels for x, _ in panel["curves"])
+    scale = next(scale for scale in UNITS if largest >= scale or scale == 1.0) if "{unit}" in figure.axes[0] else 1.0
+    if not figure.options.get("log"):
+        grid[0].xaxis.set_major_formatter(lambda value, position: f"{value / scale:g}")
+    drawing.supxlabel(figure.axes[0].format(unit=UNITS[scale]), fontsize=9.5)
     drawing.supylabel(figure.axes[1], fontsize=9.5)
     entries = {"a seed": {**SEED, "alpha": FAINT}, "mean of the seeds": MEAN}
     if figure.other and figure.other["mean"]:
@@ -273,18 +281,16 @@ def _draw_multiples(figure: Figure) -> "Drawing":
 
 def _draw_panel(axis: "Axes", panel: Mapping[str, Any], figure: Figure) -> None:
     quiet(axis)
-    axis.set_title(f"{panel['title']}\n{panel['count']}", fontsize=8.5)
+    axis.set_title(f"{fill(panel['title'], 32)}\n{panel['count']}", fontsize=8.5)
     axis.tick_params(labelsize=8)
     if figure.options.get("log"):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-    else:
-        axis.xaxis.set_major_formatter(_as_in_tables)
     if figure.options.get("share"):
         axis.set_ylim(-0.03, 1.03)
     if "line" in figure.options:
         axis.axvline(figure.options["line"], **EQUAL)
-    if figure.other and figure.other["mean"] and not panel["baseline"]:
+    if figure.other and figure.other["mean"] and panel["curves"] and not panel["baseline"]:
         axis.plot(*figure.other["mean"], **BASELINE)
     for x, y in panel["curves"]:
         axis.plot(x, y, **SEED, alpha=FAINT, marker="." if len(x) == 1 else None)
@@ -292,12 +298,8 @@ def _draw_panel(axis: "Axes", panel: Mapping[str, Any], figure: Figure) -> None:
         axis.plot(*panel["mean"], **MEAN, marker="." if len(panel["mean"][0]) == 1 else None)
     if not panel["curves"]:
         text = NOT_RUN if panel["count"] == NOT_RUN else "no value"
-        place = {"transform": axis.transAxes, "ha": "center", "va": "center", "color": OTHER, "fontsize": 9}
-        axis.text(0.5, 0.5, text, bbox={"facecolor": "white", "edgecolor": "none"}, **place)
-
-
-def _as_in_tables(value: float, position: int | None = None) -> str:
-    return number(value) if abs(value) >= 1000 else f"{value:g}"
+        place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+        axis.text(0.5, 0.5, text, color=OTHER, fontsize=9, **place)
 
 
 def _legend(drawing: "Drawing", title: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -311,11 +313,11 @@ def _legend(drawing: "Drawing", title: str, entries: Mapping[str, Mapping[str, A
 
 
 def _draw_dots(figure: Figure) -> "Drawing":
-    labels = [[f"{line['label']} ({line['count']})" for line in panel["lines"]] for panel in figure.panels]
-    shared, count = all(one == labels[0] for one in labels), len(figure.panels)
-    names = 0.075 * max(len(label) for one in labels for label in one)
-    width = count * (4.4 - 0.6 * min(count, 4)) + names * (1 if shared else count)
-    drawing = new_figure(max(width, 6.0), 0.3 * max(map(len, labels)) + 1.5)
+    labels, count = [[line["label"] for line in panel["lines"]] for panel in figure.panels], len(figure.panels)
+    shared = all(one == labels[0] for one in labels)
+    names = 0.075 * max(len(label) for one in labels for label in one) + 0.4
+    width = count * (4.2 - 0.5 * min(count, 4)) + names * (1 if shared else count)
+    drawing = new_figure(max(width, 6.0), 0.29 * max(map(len, labels)) + 1.5)
     axes = drawing.subplots(1, count, squeeze=False)[0]
     for at, (axis, panel) in enumerate(zip(axes, figure.panels)):
         quiet(axis, grid="x")
@@ -327,16 +329,16 @@ def _draw_dots(figure: Figure) -> "Drawing":
         axis.tick_params(axis="x", labelsize=8)
         if panel["zero"]:
             axis.axvline(0.0, color="0.25", linewidth=0.9)
+        elif panel["share"]:
+            axis.set_xlim(-0.03, 1.03)
         else:
             axis.set_xlim(left=0.0)
-        if panel["share"]:
-            axis.set_xlim(-0.03, 1.03)
     if figure.axes[0]:
         drawing.supxlabel(figure.axes[0], fontsize=9.5)
     entries = {"a seed": DOT, "mean of the seeds": BAR}
     if any(line["bounds"] for panel in figure.panels for line in panel["lines"]):
         entries[f"{CONFIDENCE:.0%} t interval, {ENOUGH} seeds or more"] = WHISKER
-    _legend(drawing, f"{figure.title} (number of seeds)", entries)
+    _legend(drawing, f"{figure.title} (on the right: number of seeds)", entries)
     return drawing
 
 
@@ -346,6 +348,8 @@ def _draw_line(axis: "Axes", at: int, line: Mapping[str, Any]) -> None:
     if line["mean"] is not None:
         axis.plot([line["mean"]], [at], **BAR)
     axis.plot(line["values"], [at] * len(line["values"]), **DOT)
+    place = {"transform": axis.get_yaxis_transform(), "va": "center", "color": OTHER, "fontsize": 8}
+    axis.text(1.02, at, line["count"], **place)
 
 
 def save(figure: Figure, path: Path) -> Path:
