@@ -47,15 +47,16 @@ def of_rollouts(
         rows = {name: entry.get(f"mentor/{name}/rows", 0.0) for name in ("on_policy", "mixed", "trajectory")}
         if any(rows.values()):
             written = {name: rows[name] * entry.get(f"mentor/{name}/length", 0.0) for name in rows}
-            total = entry["num_tokens"] - before
-            before = entry["num_tokens"]
-            prompt = (total - sum(written.values())) / sum(rows.values())
+            sampled, before = entry["num_tokens"] - before, entry["num_tokens"]
+            # With dynamic sampling some of the rows are thrown away
+            trained = sampled * sum(rows.values()) / entry.get("mentor/resampling/rows", sum(rows.values()))
+            prompt = (trained - sum(written.values())) / sum(rows.values())
             tokens = {name: written[name] + rows[name] * prompt for name in rows}
             heard = tokens["mixed"] + tokens["trajectory"]
             if scores and entry.get("mentor/distillation/coef", 1.0) > 0.0:
                 heard += tokens["on_policy"]
             heard += hint_tokens * sum(rows.values()) / options.get("num_generations", 8)
-            cost += policy * (SAMPLED + TRAINED) * total + expert * heard
+            cost += policy * (SAMPLED * sampled + TRAINED * trained) + expert * heard
             expert_tokens += heard
         spent.append(Spent(entry["step"], cost, expert_tokens, seconds))
     return spent

@@ -111,6 +111,8 @@ def test_rollouts_cost_what_was_sampled_trained_and_heard():
     assert scored[0].expert_tokens == 100
     hinted = cost.of_rollouts(history, {"num_generations": 4}, policy=10, expert=100, hint_tokens=7)
     assert hinted[0].expert_tokens == 60 + 2 * 7
+    history[0]["mentor/resampling/rows"] = 16
+    assert cost.of_rollouts(history, {}, policy=10, expert=0)[0].cost == 10 * (100 + 3 * 50)
 
 
 def test_trajectories_are_written_once():
