@@ -1,9 +1,14 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.study import cost, store, tune
-from benchmarks.study.arms import Plan, Stage
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.study import cost, store, tune  # noqa: E402
+from benchmarks.study.arms import Plan, Stage  # noqa: E402
 
 
 CONFIG = {
