@@ -39,7 +39,6 @@ def of_rollouts(
             Tokens of the trajectory behind the hint of a prompt, where prompts have hints.
     """
     spent, cost, expert_tokens, seconds, before = [], 0.0, 0.0, 0.0, 0.0
-    scores = options.get("distillation", "none") != "none"
     for entry in history:
         if "step_time" not in entry:
             continue
@@ -53,8 +52,9 @@ def of_rollouts(
             prompt = (trained - sum(written.values())) / sum(rows.values())
             tokens = {name: written[name] + rows[name] * prompt for name in rows}
             heard = tokens["mixed"] + tokens["trajectory"]
-            if scores and entry.get("mentor/distillation/coef", 1.0) > 0.0:
-                heard += tokens["on_policy"]
+            if written["on_policy"]:  # scores count by the tokens written; a prompt is read with every row
+                scored = entry.get("mentor/distillation/expert_tokens", 0.0)
+                heard += scored * tokens["on_policy"] / written["on_policy"]
             heard += hint_tokens * sum(rows.values()) / options.get("num_generations", 8)
             cost += policy * (SAMPLED * sampled + TRAINED * trained) + expert * heard
             expert_tokens += heard

@@ -112,8 +112,9 @@ def test_rollouts_cost_what_was_sampled_trained_and_heard():
     spent = cost.of_rollouts(history, {}, policy=10, expert=100)
     # 100 tokens, of which 60 were written: prompts have 5, and mixed rows 4 x (10 + 5)
     assert spent == [(1, 10 * 4 * 100 + 100 * 60, 60, 2.0), (2, 10 * 4 * 100 + 100 * 60, 60, 3.0)]
-    scored = cost.of_rollouts(history, {"distillation": "opd"}, policy=10, expert=100)
-    assert scored[0].expert_tokens == 100
+    history[0]["mentor/distillation/expert_tokens"] = 10.0  # half of the 20 tokens that on-policy rows have
+    assert cost.of_rollouts(history, {}, policy=10, expert=100)[0].expert_tokens == 60 + 20
+    del history[0]["mentor/distillation/expert_tokens"]
     hinted = cost.of_rollouts(history, {"num_generations": 4}, policy=10, expert=100, hint_tokens=7)
     assert hinted[0].expert_tokens == 60 + 2 * 7
     history[0]["mentor/resampling/rows"] = 16
