@@ -79,15 +79,16 @@ def check_dynamic_sampling(dataset, components: dict[str, object]) -> None:
         )
 
 
-def refuse_multimodal(multimodal: bool, option: str) -> None:
+def refuse_multimodal(multimodal: bool, option: str, off: object = 0) -> None:
     """
     Raises:
-        [`SetupError`]: if prompts are processed as text and images; `option` is the field that asks for guided rows.
+        [`SetupError`]: if prompts are processed as text and images; `option` is the field that asks for guided rows,
+            `off` what asks for none.
     """
     if multimodal:
         raise SetupError(
             f"The processing class is multimodal, and the rollouts of `{option}` are text only. Pass the tokenizer as "
-            f"`processing_class`, or set `{option}=0`."
+            f"`processing_class`, or set `{option}={off!r}`."
         )
 
 

@@ -32,6 +32,7 @@ def row_metrics(
         if not rows.any():
             continue
         values = {
+            "rows": rows.float().sum(),
             "reward": rewards_N[rows].nanmean(),
             "reward_std": nanstd(rewards_N[rows]),
             "length": lengths_N[rows].float().mean(),

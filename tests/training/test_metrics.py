@@ -29,6 +29,7 @@ def test_rows_by_source():
         truncated_N=torch.tensor([False, True, True, False, False]),
     )
     expected = {
+        "on_policy/rows": 3.0,
         "on_policy/reward": 0.5,
         "on_policy/reward_std": math.sqrt(0.5),
         "on_policy/length": 3.0,
@@ -37,6 +38,7 @@ def test_rows_by_source():
         "on_policy/advantage_nonzero": 2 / 3,
         "on_policy/rewards/accuracy": 0.5,
         "on_policy/rewards/format": NAN,
+        "mixed/rows": 2.0,
         "mixed/reward": 0.75,
         "mixed/reward_std": math.sqrt(0.125),
         "mixed/length": 6.0,
