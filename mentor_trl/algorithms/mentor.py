@@ -51,6 +51,7 @@ class Mentor(Algorithm):
             minimum=args.entropy_threshold_min,
             fixed=args.entropy_threshold,
         )
+        self.attempt = 0  # the batch's, see `seed`
         self._range_warned = False
 
     @classmethod
@@ -82,6 +83,7 @@ class Mentor(Algorithm):
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
         if batch.alpha == 0.0:
             return super().rollout(prompt_ids, batch, rollouts)
+        self.attempt = batch.attempt
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
         prompts = [[prompt_ids[row] for row in part] for part in rows]
         with rollouts.session() as session:

@@ -24,6 +24,7 @@ class RolloutBatch:
     source_B: torch.Tensor  # int64, an index into `sources`
     alpha: float = 0.0  # weight of guided rows
     gamma: float | None = None  # entropy threshold in nats, where there is one
+    attempt: int = 0  # how many times rows of the batch have been sampled before (`dynamic_sampling`)
     payload: Any = None  # what else the plan holds, such as the texts of expert trajectories
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
