@@ -111,8 +111,9 @@ def _curve(name: str, values: Iterable[float | None], count: int, place: str) ->
 
 def _of_few_samples(curves: Mapping[str, tuple[float, ...]]) -> tuple[float, ...]:
     """Distinct solutions, without a last evaluation that had more samples, and so more chances, than the others."""
-    *before, last = zip(*(values for name, values in curves.items() if name.startswith("pass@"))) or [()]
-    more = before and sum(map(math.isnan, last)) < sum(map(math.isnan, before[-1]))
+    passes = [values for name, values in curves.items() if name.startswith("pass@")]
+    known = [sum(not math.isnan(value) for value in values) for values in zip(*passes)]
+    more = len(known) > 1 and known[-1] > known[-2]
     return (*curves["distinct"][:-1], math.nan) if more else curves["distinct"]
 
 

@@ -102,7 +102,7 @@ def first_reached(x: Sequence[float], accuracy: Sequence[float], level: float) -
     """
     Where a curve first reaches a level, between its points by a straight line; NaN if it does not.
 
-    >>> first_reached([0, 10, 20], [0.0, 0.4, 0.8], 0.6)
+    >>> first_reached([0, 10, 20], [0.0, 0.5, 1.0], 0.75)
     15.0
     """
     for at, value in enumerate(accuracy):

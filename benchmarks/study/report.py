@@ -19,7 +19,7 @@ import yaml
 from benchmarks.study import figures
 from benchmarks.study.lines import FOLDER, Run, read_runs
 from benchmarks.study.reviewers import answers, studies
-from benchmarks.study.tables import Table, build_table, cells, markdown, missing, number
+from benchmarks.study.tables import Table, build_table, cells, expert_name, markdown, missing, number
 from mentor_trl.errors import SetupError
 
 
@@ -105,7 +105,8 @@ class Report:
         parts = []
         for block in table.blocks:
             if any(row.runs for row in block.rows):
-                where = f"{block.task}, {block.expert} expert" if len(table.blocks) > 1 else f"Task {block.task}"
+                several = len(table.blocks) > 1
+                where = f"{block.task}, expert {expert_name(block.expert)}" if several else f"Task {block.task}"
                 end, budget = block.context.end, block.context.budget
                 parts.append(f"{where}: areas up to step {number(end)} and up to a cost of {number(budget)}")
         return "; ".join(parts) + "." if parts else ""

@@ -34,6 +34,7 @@ HEADINGS = {
 COLUMNS = ("seeds", "solved", "accuracy", "area", "difference", "area_cost", "cost", "seconds", "expert_tokens")
 SUMMED_UP = ("cost", "seconds", "expert_tokens")  # whose seeds are not listed
 NOT_RUN, NONE = "not run", "–"
+EXPERTS = {"barely": "barely stronger", "other": "strong, with other habits"}  # others are called what they are
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        return ", ".join(filter(None, (self.task, f"{self.expert} expert" if self.expert else None)))
+        return ", ".join(filter(None, (self.task, f"expert {expert_name(self.expert)}" if self.expert else None)))
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,10 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def expert_name(expert: str | None) -> str:
+    return EXPERTS.get(expert, expert) if expert else NONE
+
+
 def number(value: float, sign: bool = False) -> str:
     """
     A number as it is read best: two digits after the point, three of what is below .1, three in all of what is large.
@@ -306,7 +311,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     rows = []
     for block in table.blocks:
         for row in block.rows:
-            place = [getattr(row, name) or NONE for name in shown]
+            place = [{"task": row.task, "expert": expert_name(row.expert)}[name] for name in shown]
             values = [cell(row, column, block.baseline, table.compared) for column in table.columns]
             rows.append([*place, row.label, *values])
     return headings, rows
