@@ -114,6 +114,11 @@ class Table:
     def rows(self) -> list[Row]:
         return [row for block in self.blocks for row in block.rows]
 
+    @property
+    def run(self) -> bool:
+        """Whether anything of it was run."""
+        return any(row.runs for row in self.rows)
+
     def block(self, task: str | None = None, expert: str | None = None) -> Block:
         """The block of a task and an expert; the first that fits."""
         for block in self.blocks:

@@ -75,7 +75,7 @@ def test_sentences_are_filled_with_figures(table):
     assert fill("MENTOR {head:mentor:area},\n GRPO {head:grpo:solved}", found) == (
         "MENTOR .50 (range of 2: .50, .50), GRPO 1 of 3"
     )
-    assert fill("{head:*:difference}", found) == "MENTOR +.38 (range of 2: +.25, +.50); GATS not run"
+    assert fill("{head:*:difference}", found) == "MENTOR +.38 (range of 2: +.25, +.50); not run: GATS"
     assert fill("{head:mentor:difference.accuracy:chain:strong}", found) == "+.75 (range of 2: +.50, +1.00)"
     for slot, message in (("tail:mentor:area", "no table tail"), ("head:opd:area", "no arm opd")):
         with pytest.raises(SetupError, match=message):
@@ -105,7 +105,7 @@ def test_the_report_is_checked_against_the_lines(config, lines, line, write_line
     options = ["--config", str(study), "--lines", str(folder), "--output", str(output)]
     report.main(options)
     text = (output / "study.md").read_text()
-    assert "+.38 (range of 2: +.25, +.50), higher in all 2 seeds; GRPO 1 of 3; MENTOR 2 of 2; GATS not run." in text
+    assert "+.38 (range of 2: +.25, +.50), higher in all 2 seeds; GRPO 1 of 3; MENTOR 2 of 2; not run: GATS." in text
     assert "Incomplete: 2 of 3 rows lack runs" in text and "| one | chain | 2 | strong | 1, 2, 3 | 5 |" in text
     assert {path.name for path in (output / "study").glob("*.png")} == {"head-steps.png", "head-entropy.png"}
     report.main([*options, "--check"])
@@ -161,6 +161,7 @@ def test_the_study_has_an_answer_to_each_question_before_anything_is_run(plan):
     text = empty.text()
     assert len(plan.config["report"]["questions"]) == 11 and not empty.figures
     assert "Nothing yet: there are no lines." in text and "{" not in text
+    assert text.count("*Not run.* Arms: ") == text.count(": nothing was run.") == len(empty.tables)
     unknown = {row.arm for table in empty.tables.values() for row in table.rows} - set(plan.config["arms"])
     assert not unknown
 
