@@ -36,6 +36,9 @@ SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": 
 # Trajectories in groups that lie across, of which every third prompt has none
 TRAJECTORIES = {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 0}
 TRAJECTORIES |= {"num_trajectory_generations": 2, "num_iterations": 2, "max_steps": 4, "max_completion_length": 12}
+# Half of the prompts have one reward
+RESAMPLED = {"per_device_train_batch_size": 8, "num_generations": 4, "num_mixed_generations": 2, "max_steps": 3}
+RESAMPLED |= {"dynamic_sampling": 3, "max_completion_length": 12}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -92,6 +95,25 @@ def train_with_trajectories(folder: Path) -> dict:
     return {"batches": batches, "weights": weights(trainer), "history": history(trainer)}
 
 
+def half_reward(prompts, completions, **kwargs) -> list[float]:
+    return [sum(map(ord, c)) % 101 / 101 * (int(p.split("+")[0]) % 2) for p, c in zip(prompts, completions)]
+
+
+def train_resampled(folder: Path) -> dict:
+    settings = {**RESAMPLED, "model": str(folder / "policy"), "reward_funcs": half_reward, "log_completions": True}
+    trainer = make_trainer(folder / "resampled", cls=RecordingTrainer, **settings)
+    trainer.train()
+    decode = trainer.processing_class.batch_decode
+    names = ("prompt_ids", "completion_ids")
+    batches = [
+        {name: decode(batch[name], skip_special_tokens=True) for name in names}
+        | {name: batch[name] for name in ("completion_mask", "num_items_in_batch", "row_advantages")}
+        for batch in trainer.batches
+    ]
+    state = {"drawn": trainer.resampling.drawn, "guidance": trainer.algorithm.guidance.state_dict()}
+    return {"batches": batches, "weights": weights(trainer), "history": history(trainer), **state}
+
+
 def failing_push(folder: Path) -> str:
     """The error of a run of sharded weights that the main process cannot write."""
     params, write = generation.PolicyGeneration._iter_named_params, generation.write_weights
@@ -130,6 +152,7 @@ def main(folder: Path) -> None:
         trainer.train()
         reports[name] = {**report(trainer), "metrics": kept}
     reports["trajectories"] = train_with_trajectories(folder)
+    reports["resampled"] = train_resampled(folder)
     for name, settings in SERVED.items():
         settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         with stand_in() as servers:

@@ -40,7 +40,7 @@ class Stage:
         return Path(self.recipe).stem == "sft"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """
     A run of the study.
@@ -69,11 +69,11 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The same for the same training and evaluation, under whatever label and in whatever study."""
+        """The same for the same training and evaluation, under whatever name and in whatever study."""
         described = asdict(self)
-        for name in ("study", "label"):
+        for name in ("study", "label", "arm"):
             described.pop(name)
-        return key_of(described)
+        return key_of(described | ({} if self.stages else {"arm": self.arm}))
 
     @property
     def name(self) -> str:
@@ -101,17 +101,20 @@ class Plan:
 
     def runs(self, study: str) -> Iterator[Run]:
         """
-        Runs of a study, those of one seed together and the first seeds first, so that a study that is stopped has all
-        arms.
+        Runs of a study, each once, those of one seed together and the first seeds first, so that a study that is
+        stopped has all arms.
         """
-        blocks = self.config["studies"][study]
+        blocks, seen = self.config["studies"][study], set()
         seeds = sorted({seed for block in blocks for seed in block["seeds"]})
         for seed in seeds:
             for block in (block for block in blocks if seed in block["seeds"]):
                 for task, arm in itertools.product(block["tasks"], block["arms"]):
                     experts = block.get("experts", ["strong"]) if self.arm(arm).get("expert") else [None]
                     for expert, extra in itertools.product(experts, self._grid(block, arm)):
-                        yield self._run(study, task, arm, expert, seed, extra)
+                        run = self._run(study, task, arm, expert, seed, extra)
+                        if (arm, run.key) not in seen:
+                            yield run
+                        seen.add((arm, run.key))
 
     def arm(self, name: str) -> dict[str, Any]:
         """An arm with what it takes over from another."""

@@ -22,7 +22,9 @@ class Spent(NamedTuple):
     seconds: float  # of training, without starting up and saving
 
 
-def of_rollouts(history: list[dict[str, Any]], options: dict[str, Any], policy: int, expert: int) -> list[Spent]:
+def of_rollouts(
+    history: list[dict[str, Any]], options: dict[str, Any], policy: int, expert: int, hint_tokens: float = 0.0
+) -> list[Spent]:
     """
     Costs of a training by `mentor-trl train`, a step an entry.
 
@@ -33,9 +35,10 @@ def of_rollouts(history: list[dict[str, Any]], options: dict[str, Any], policy: 
             Fields of the run.
         policy, expert (`int`):
             Parameters of the models.
+        hint_tokens (`float`, *optional*, defaults to `0.0`):
+            Tokens of the trajectory behind the hint of a prompt, where prompts have hints.
     """
     spent, cost, expert_tokens, seconds, before = [], 0.0, 0.0, 0.0, 0.0
-    scores = options.get("distillation", "none") != "none"
     for entry in history:
         if "step_time" not in entry:
             continue
@@ -43,20 +46,25 @@ def of_rollouts(history: list[dict[str, Any]], options: dict[str, Any], policy: 
         rows = {name: entry.get(f"mentor/{name}/rows", 0.0) for name in ("on_policy", "mixed", "trajectory")}
         if any(rows.values()):
             written = {name: rows[name] * entry.get(f"mentor/{name}/length", 0.0) for name in rows}
-            total = entry["num_tokens"] - before
-            before = entry["num_tokens"]
-            prompt = (total - sum(written.values())) / sum(rows.values())
+            sampled, before = entry["num_tokens"] - before, entry["num_tokens"]
+            # With dynamic sampling some of the rows are thrown away
+            trained = sampled * sum(rows.values()) / entry.get("mentor/resampling/rows", sum(rows.values()))
+            prompt = (trained - sum(written.values())) / sum(rows.values())
             tokens = {name: written[name] + rows[name] * prompt for name in rows}
-            consulted = entry.get("mentor/distillation/coef", 1.0) > 0.0 if scores else False
-            heard = tokens["mixed"] + (tokens["on_policy"] if consulted else 0.0)
-            heard += tokens["trajectory"]
-            cost += policy * (SAMPLED + TRAINED) * total + expert * heard
+            heard = tokens["mixed"] + tokens["trajectory"]
+            if written["on_policy"]:  # scores count by the tokens written; a prompt is read with every row
+                scored = entry.get("mentor/distillation/expert_tokens", 0.0)
+                heard += scored * tokens["on_policy"] / written["on_policy"]
+            heard += hint_tokens * sum(rows.values()) / options.get("num_generations", 8)
+            cost += policy * (SAMPLED * sampled + TRAINED * trained) + expert * heard
             expert_tokens += heard
         spent.append(Spent(entry["step"], cost, expert_tokens, seconds))
     return spent
 
 
-def of_supervised(history: list[dict[str, Any]], unique_tokens: float, policy: int, expert: int) -> list[Spent]:
+def of_supervised(
+    history: list[dict[str, Any]], unique_tokens: float, policy: int, expert: int, step_seconds: float = 0.0
+) -> list[Spent]:
     """
     Costs of a training by `trl sft` on the expert's trajectories.
 
@@ -67,13 +75,13 @@ def of_supervised(history: list[dict[str, Any]], unique_tokens: float, policy: i
             Tokens of all trajectories: however often they are learned, the expert writes them once.
         policy, expert (`int`):
             Parameters of the models.
+        step_seconds (`float`, *optional*, defaults to `0.0`):
+            Time of a step.
     """
-    spent, seconds = [], 0.0
-    last = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0.0)
-    steps = [entry for entry in history if "num_tokens" in entry and "loss" in entry]
-    for entry in steps:
-        seconds = last * entry["step"] / steps[-1]["step"]
-        written = min(entry["num_tokens"], unique_tokens)
-        cost = policy * TRAINED * entry["num_tokens"] + expert * written
-        spent.append(Spent(entry["step"], cost, written, seconds))
+    spent = []
+    for entry in history:
+        if "num_tokens" in entry and "loss" in entry:
+            written = min(entry["num_tokens"], unique_tokens)
+            cost = policy * TRAINED * entry["num_tokens"] + expert * written
+            spent.append(Spent(entry["step"], cost, written, entry["step"] * step_seconds))
     return spent

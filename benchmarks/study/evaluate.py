@@ -53,7 +53,20 @@ def evaluate(
         part = _sample(model, tokenizer, repeated[first : first + batch_size], max_new_tokens)
         for values, new in zip((texts, entropies, lengths), part):
             values.extend(new)
-    columns = {name: [row[name] for row in repeated] for name in repeated[0]}
+    return judged(repeated, texts, entropies, lengths, num_samples, reward, describe)
+
+
+def judged(
+    rows: list[dict[str, str]],
+    texts: list[str],
+    entropies: list[float],
+    lengths: list[int],
+    num_samples: int,
+    reward: Callable[..., list[float]],
+    describe: Callable[[str, str], dict[str, Any]],
+) -> dict[str, Any]:
+    """What [`evaluate`] returns of responses, those of a prompt together, with their entropies (sums) and lengths."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
     correct = np.array(reward(prompts=prompts, completions=texts, **columns)).reshape(-1, num_samples) >= 1.0
     described = [describe(prompt, text) for prompt, text in zip(prompts, texts)]

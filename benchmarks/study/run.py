@@ -47,12 +47,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the JSON lines")
     parser.add_argument("--list", action="store_true", help="say what is left to run, and run nothing")
     options = parser.parse_args(argv)
-    wanted = []
+    wanted, finished = [], store.by_key(options.results)
     for study in options.studies:
         done = store.done(options.results / f"{study}.jsonl")
         for run in plan.runs(study):
             chosen = (options.tasks, run.task), (options.arms, run.arm), (options.seeds, run.seed)
-            if all(allowed is None or value in allowed for allowed, value in chosen) and run.key not in done:
+            left_out = any(allowed is not None and value not in allowed for allowed, value in chosen)
+            if left_out or (run.arm, run.key) in done:
+                continue
+            done.add((run.arm, run.key))
+            if run.key in finished and not options.list:  # another study has made it
+                line = finished[run.key] | {name: getattr(run, name) for name in ("study", "arm", "label")}
+                store.add(options.results / f"{study}.jsonl", line)
+            else:
                 wanted.append(run)
     if options.list:
         print("\n".join(f"{run.study} {run.name} {run.label}" for run in wanted))

@@ -37,6 +37,11 @@ def read(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def done(file: Path) -> set[str]:
-    """Keys of the finished runs."""
-    return {line["key"] for line in read(file)}
+def by_key(folder: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs of all studies by their key."""
+    return {line["key"]: line for file in sorted(folder.glob("*.jsonl")) for line in read(file)}
+
+
+def done(file: Path) -> set[tuple[str, str]]:
+    """Arms and keys of the finished runs of a study."""
+    return {(line["arm"], line["key"]) for line in read(file)}

@@ -51,7 +51,7 @@ def make(run: Run, file: Path) -> None:
         commands.append(" ".join(command))
         within(train, command)
         history = history_of(target)
-        spent = {one.step: one for one in costs(stage, run, history, facts, prepared)}
+        spent = {one.step: one for one in costs(stage, run, history, facts, target)}
         before = points[-1][2]
         for step in sorted(int(path.name.split("-")[-1]) for path in target.glob("checkpoint-*")):
             here = {name: before[name] + getattr(spent[step], name) for name in before}
@@ -148,11 +148,20 @@ def history_of(target: Path) -> list[dict[str, Any]]:
     return json.loads((last / "trainer_state.json").read_text())["log_history"]
 
 
-def costs(stage: Stage, run: Run, history: list[dict], facts: dict, prepared: Path) -> list:
-    sizes = facts["parameters"]["policy"], expert_parameters(run, facts)
+def costs(stage: Stage, run: Run, history: list[dict], facts: dict, target: Path) -> list[cost.Spent]:
+    sizes, written = (facts["parameters"]["policy"], expert_parameters(run, facts)), facts["gold_tokens"]
     if stage.supervised:
-        return cost.of_supervised(history, facts["sft_tokens"][run.expert], *sizes)
-    return cost.of_rollouts(history, stage.options, *sizes)
+        return cost.of_supervised(history, written[run.expert], *sizes, step_seconds=step_seconds(target))
+    hinted = "hints_" in stage.options.get("dataset_name", "")
+    hint_tokens = written[run.expert] / facts["source"]["settings"]["num_train_prompts"] if hinted else 0.0
+    return cost.of_rollouts(history, stage.options, *sizes, hint_tokens)
+
+
+def step_seconds(target: Path) -> float:
+    """Time of a step between the first checkpoint and the last, where the trainer logs none."""
+    written = sorted((int(path.name.split("-")[-1]), path.stat().st_mtime) for path in target.glob("checkpoint-*"))
+    (first, start), (last, end) = written[0], written[-1]
+    return (end - start) / max(last - first, 1)
 
 
 def expert_parameters(run: Run, facts: dict) -> int:

@@ -15,7 +15,7 @@ from ..rollout.progress import SamplingProgress
 from ..rollout.types import MixedSampler, Progress
 from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
 from ..training.processes import Processes
-from .requirements import check_dataset
+from .requirements import check_dataset, check_dynamic_sampling, refuse_multimodal
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Algorithm:
     def __init__(self, args: MentorGRPOConfig):
         self.args = args
         self.context: Context | None = None
+        self.attempt = 0  # how many times rows of the batch have been sampled before (`dynamic_sampling`)
 
     @classmethod
     def chosen(cls, args: MentorGRPOConfig) -> bool:
@@ -110,6 +111,8 @@ class Algorithm:
         if components.get("environment_factory") is None:  # an environment may bring the prompts
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
                 check_dataset(dataset, name, self.text_only)
+        if self.args.dynamic_sampling:
+            check_dynamic_sampling(train_dataset, components)
 
     def prepare(self, context: Context) -> None:
         """
@@ -124,6 +127,8 @@ class Algorithm:
                 "The tokenizer has no end-of-sequence token, so no completion could end. Set `eos_token` on it, and "
                 "save it with the model."
             )
+        if self.args.dynamic_sampling:
+            refuse_multimodal(context.multimodal, "dynamic_sampling")
         if self.needs_scores and context.expert is None:
             raise SetupError(
                 f"{type(self).__name__} asks for log-probabilities of the expert at given tokens, and no expert is at "

@@ -101,33 +101,44 @@ class Mentor(Algorithm):
         return self.args.entropy_threshold_from == "previous" and self.guidance.gamma is not None
 
     def _sample_in_turn(self, prompts, session, rollouts: Rollouts) -> tuple[float, list[MixedRollout]]:
-        """On-policy rows, gamma from their entropies, then mixed rows."""
-        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(prompts[0]), "On-policy rows") as progress:
-            request = self._request(prompts[0], [math.inf] * len(prompts[0]), 0, rollouts)
-            on_policy = session.sample(request, progress)
-        self.guidance.update(self._entropies(prompts[0], on_policy, rollouts))
+        """
+        On-policy rows, gamma from their entropies, then mixed rows. Where all rows are mixed, on-policy ones are
+        sampled for gamma alone.
+        """
+        asked = prompts[self._heard]
+        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(asked), "On-policy rows") as progress:
+            on_policy = session.sample(self._request(asked, [math.inf] * len(asked), 0, rollouts), progress)
+        self.guidance.update(self._entropies(asked, on_policy, rollouts))
         gamma = self.guidance.gamma
         with rollouts.profile("mentor.mixed"), rollouts.progress(len(prompts[1]), "Mixed rows") as progress:
             mixed = session.sample(self._request(prompts[1], [gamma] * len(prompts[1]), 1, rollouts), progress)
+        if self._heard == 1:
+            (on_policy,) = on_policy.split([0])
+            self.guidance.update(self._entropies(prompts[1], mixed, rollouts))
         return gamma, [on_policy, mixed]
 
     def _sample_at_once(self, prompts, session, rollouts: Rollouts) -> tuple[float, list[MixedRollout]]:
-        """All rows under the gamma of the batch before, and the next one's from this batch's on-policy rows."""
+        """All rows under the gamma of the batch before, and the next one's from the rows of this batch."""
         gamma, counts = self.guidance.gamma, [len(part) for part in prompts]
         gammas = [math.inf] * counts[0] + [gamma] * counts[1]
         with rollouts.profile("mentor.rollouts"), rollouts.progress(len(gammas), "Rows") as progress:
             request = self._request(prompts[0] + prompts[1], gammas, 0, rollouts)
             sampled = session.sample(request, progress).split(counts)
-        self.guidance.update(self._entropies(prompts[0], sampled[0], rollouts))
+        self.guidance.update(self._entropies(prompts[self._heard], sampled[self._heard], rollouts))
         return gamma, sampled
 
-    def _entropies(self, prompt_ids, on_policy: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
-        """Entropies of the on-policy tokens of all processes: the engine's, or those of the training model."""
+    @property
+    def _heard(self) -> int:
+        """Source whose entropies give gamma: the policy, or the mixed rows where there are no others."""
+        return int(self.args.num_mixed_generations == self.args.num_generations)
+
+    def _entropies(self, prompt_ids, rollout: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
+        """Entropies of the policy at the tokens of all processes: the engine's, or those of the training model."""
         processes = self.context.processes
-        if processes.everywhere(on_policy.entropies is not None):
-            entropies = on_policy.entropies[on_policy.mask]
+        if processes.everywhere(rollout.entropies is not None):
+            entropies = rollout.entropies[rollout.mask]
         else:
-            entropies = rollouts.entropies(prompt_ids, on_policy.completion_ids)
+            entropies = rollouts.entropies(prompt_ids, rollout.completion_ids)
         return processes.gather_tokens(entropies)
 
     def _request(self, prompt_ids: list[list[int]], gamma: list[float], source: int, rollouts: Rollouts):
@@ -160,8 +171,9 @@ class Mentor(Algorithm):
         return tuple(sentence_endings(self.context.tokenizer))
 
     def seed(self, source: int) -> int:
-        """Seed of the coming request for a source: of the run, the process and the batch."""
+        """Seed of the coming request for a source: of the run, the process, the batch and the attempt at it."""
         entropy = [self.args.seed, self.context.processes.index, self.guidance.batches, source]
+        entropy += [self.attempt] * (self.attempt > 0)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
@@ -172,7 +184,13 @@ class Mentor(Algorithm):
         self._check_reward_range(scored.rewards_N)
         mixed_N = scored.source_N == 1
         advantages_N = mixed_policy_advantages(
-            scored.rewards_N, mixed_N, args.num_generations, batch.alpha, args.reward_range, args.scale_rewards
+            scored.rewards_N,
+            mixed_N,
+            args.num_generations,
+            batch.alpha,
+            args.reward_range,
+            args.scale_rewards,
+            args.mixed_advantage_scale,
         )
         rollout = batch.part("mixed").rollout.padded(scored.mask_B_T.size(1))
         ratio, rho, where = self._correction(rollout, batch, scored)
@@ -222,7 +240,8 @@ class Mentor(Algorithm):
     def _check_reward_range(self, rewards_N: torch.Tensor) -> None:
         finite = rewards_N[rewards_N.isfinite()]
         spread = (finite.max() - finite.min()).item() if finite.numel() else 0.0
-        if spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
+        scaled = self.args.mixed_advantage_scale == "range"
+        if scaled and spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
             self._range_warned = True
             warnings.warn(
                 f"Rewards of this batch differ by {spread:.4g}, more than `reward_range={self.args.reward_range}`, so "

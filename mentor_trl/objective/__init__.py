@@ -1,8 +1,15 @@
 """The method as pure tensor functions: no model, no trainer, no I/O."""
 
-from .advantages import mixed_policy_advantages
+from .advantages import MIXED_SCALES, baseline_rows, mixed_policy_advantages
 from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
+from .distillation import (
+    DISTILLATION_LOSSES,
+    DISTILLATIONS,
+    distillation_advantages,
+    preference_weights,
+    score_gap,
+)
 from .mixture import (
     BRANCH_RULES,
     acceptance_probability,
@@ -23,12 +30,17 @@ __all__ = [
     "ALPHA_SCHEDULES",
     "BRANCH_RULES",
     "CORRECTIONS",
+    "DISTILLATIONS",
+    "DISTILLATION_LOSSES",
+    "MIXED_SCALES",
     "acceptance_probability",
     "alpha_at",
+    "baseline_rows",
     "branch_weight",
     "coin_uniforms",
     "correction_weights",
     "couple",
+    "distillation_advantages",
     "draw_coin",
     "entropy_from_logps",
     "entropy_threshold",
@@ -37,8 +49,10 @@ __all__ = [
     "mixed_policy_advantages",
     "mixture_logps",
     "near_sentence_end",
+    "preference_weights",
     "request_seed",
     "residual",
+    "score_gap",
     "sentence_endings",
     "shaping_weights",
 ]

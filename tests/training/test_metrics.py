@@ -73,6 +73,8 @@ def test_share_of_groups_without_spread():
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, NAN, 1.0, 0.0])
     assert share_without_spread(rewards[:6], mixed[:6], 3) == pytest.approx(0.5)
     assert 0.0 <= share_without_spread(rewards, mixed, 3) <= 1.0
+    # all rows are mixed: their rewards are the baseline
+    assert share_without_spread(torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.ones(4, dtype=torch.bool), 2) == 0.5
 
 
 def make_rollout(**stats) -> MixedRollout:

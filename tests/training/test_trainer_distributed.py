@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from distributed_run import CASES, RESUME, SERVED, problems
+from distributed_run import CASES, RESUME, SERVED, half_reward, problems
 
 from trainer_helpers import advantages_by_hand, make_trainer, same_weights
 
@@ -100,6 +101,28 @@ def test_trajectories_take_the_last_places_of_groups_that_lie_across_processes(r
     found = [entry["mentor/trajectory/missing"] for entry in runs[0]["history"] if "reward" in entry]
     assert found[: len(missing)] == pytest.approx(missing) and 0.0 < max(missing) < 1.0
     assert same_weights(runs[0]["weights"], runs[1]["weights"])
+
+
+def test_groups_are_sampled_again_on_their_process(ranks, folder):
+    runs = [rank["resampled"] for rank in ranks]
+    assert same_weights(runs[0]["weights"], runs[1]["weights"])
+    assert runs[0]["drawn"] == runs[1]["drawn"] > 0 and runs[0]["guidance"] == runs[1]["guidance"]
+    logs = [entry for entry in runs[0]["history"] if "loss" in entry]
+    assert max(entry["mentor/resampling/rounds"] for entry in logs) > 1
+    for step, (batches, entry) in enumerate(zip(zip(*(run["batches"] for run in runs)), logs), start=1):
+        table = pd.read_parquet(folder / "resampled" / "completions" / f"completions_{step:05d}.parquet")
+        assert table["prompt"].tolist() == [text for batch in batches for text in batch["prompt_ids"]]
+        assert table["completion"].tolist() == [text for batch in batches for text in batch["completion_ids"]]
+        rewards = half_reward(table["prompt"], table["completion"])
+        assert table["reward"].tolist() == pytest.approx(rewards)
+        assert table["advantage"].tolist() == pytest.approx(advantages_by_hand(rewards, 4, 2, 1.0), abs=2e-3)
+        assert [batch["row_advantages"] for batch in batches] == [table["advantage"].tolist()] * 2
+        # A group of an odd prompt has an advantage; those of even ones are left where the rounds are used up
+        odd = [number % 2 for number in table["prompt"].str.partition("+")[0].astype(int)][::4]
+        assert sum(odd) / 4 == 1.0 - entry["mentor/resampling/left"]
+        assert entry["mentor/resampling/left"] == 0.0 or entry["mentor/resampling/rounds"] == 3
+        total = sum(batch["completion_mask"].sum().item() for batch in batches)
+        assert [batch["num_items_in_batch"].item() for batch in batches] == [total] * 2
 
 
 def test_processes_and_sources_sample_from_their_own_generators(ranks):
