@@ -35,10 +35,15 @@ def test_a_line_that_cannot_be_used_is_named(fields, message, line, write_lines)
 
 
 def test_a_run_counts_once_in_its_study_and_a_line_that_was_cut_off_does_not(line, write_lines):
-    folder = write_lines([line(key="a"), line(key="a", seed=2), line(key="b"), line(key="a", study="other")])
+    folder = write_lines([line(key="a"), line(key="a", seed=2), line("grpo", key="a"), line(key="a", study="other")])
     with (folder / "one.jsonl").open("a") as stream:
         stream.write(json.dumps(line(key="c"))[:50] + "\n" + json.dumps(line(key="d", seed=4)) + "\n")
-    assert [(run.study, run.seed) for run in read_runs(folder)] == [("one", 1), ("one", 1), ("one", 4), ("other", 1)]
+    assert [(run.study, run.arm, run.seed) for run in read_runs(folder)] == [
+        ("one", "mentor", 1),
+        ("one", "grpo", 1),
+        ("one", "mentor", 4),
+        ("other", "mentor", 1),
+    ]
 
 
 def test_area_is_the_mean_height_up_to_an_end():

@@ -171,7 +171,7 @@ def test_every_run_of_the_study_is_in_a_table(plan, line):
     runs = [run for study in plan.config["studies"] for run in plan.runs(study)]
     accuracy = lambda run: [0.3] if run.arm in ("policy", "expert") else [0.0, 0.5, 1.0]
     lines = [line(accuracy=accuracy(run), **{name: getattr(run, name) for name in fields}) for run in runs]
-    lines = list({(run.study, run.key): one for run, one in zip(runs, lines)}.values())
+    lines = list({(run.study, run.arm, run.key): one for run, one in zip(runs, lines)}.values())
     full = Report(plan.config, [parse(line) for line in lines])
     assert "In no table" not in full.text()
     assert {figure.table for figure in full.figures.values()}
