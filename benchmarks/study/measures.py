@@ -124,6 +124,10 @@ def _last(name: str) -> Callable[[Run, Context], float]:
     return lambda run, context: run.curves[name][-1]
 
 
+def _spent(name: str) -> Callable[[Run, Context], float]:
+    return lambda run, context: run.curves[name][-1] if run.trained else math.nan
+
+
 def _area_by_cost(run: Run, context: Context) -> float:
     compared = math.isfinite(context.budget) and run.curves["cost"][-1] > 0.0
     return area(*against_cost(run, context), context.budget) if compared else math.nan
@@ -152,9 +156,9 @@ MEASURES: dict[str, Callable[[Run, Context], float]] = {
     "length": _last("length"),
     "distinct": _last("distinct"),
     "distinct_level": lambda run, context: at_level(run, "distinct.few", context.level),
-    "cost": _last("cost"),
-    "seconds": _last("seconds"),
-    "expert_tokens": _last("expert_tokens"),
+    "cost": _spent("cost"),
+    "seconds": _spent("seconds"),
+    "expert_tokens": _spent("expert_tokens"),
     "guided_until": _guided_until,
 }
 
