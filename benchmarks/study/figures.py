@@ -286,7 +286,7 @@ def _draw_multiples(figure: Figure) -> "Drawing":
 
 def _draw_panel(axis: "Axes", panel: Mapping[str, Any], figure: Figure) -> None:
     quiet(axis)
-    axis.set_title(f"{fill(panel['title'], 32)}\n{panel['count']}", fontsize=8.5)
+    axis.set_title(f"{fill(panel['title'], 30)}\n{panel['count']}", fontsize=8.5)
     axis.tick_params(labelsize=8)
     if figure.options.get("log"):
         axis.set_xscale("log", base=2)
@@ -364,7 +364,7 @@ def save(figure: Figure, path: Path) -> Path:
     draw(figure).savefig(drawn, format="png", dpi=DPI)
     text.add_text(DIGEST, figure.digest)
     # Few colours make a small file, which matters where pictures are under version control
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True, pnginfo=text)
+    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True, pnginfo=text)
     return path
 
 

@@ -40,7 +40,7 @@ How to read the tables
 - **Accuracy** is the share of right samples to the test prompts at temperature 1. A seed is **solved** where its final
   accuracy is at least {solved}{others}.
 - **Area by steps** is the mean height of the accuracy over optimizer steps, up to the smallest last step of the arms
-  of the table: 1 is right from the start, 0 never.
+  of the table: 1 is right from the start, 0 never. Steps of supervised training count like those of RL.
 - **Area by cost** is the same over cost, up to the smallest total cost of the trained arms of the table. An arm that
   has ended keeps its accuracy. **Accuracy at equal cost** is read off at that cost.
 - **Cost** is in forward-token equivalents times parameters: a token sampled by the policy counts 1, one trained on 3,

@@ -1,6 +1,7 @@
 """Tables of the report: arms against what was measured of them, all seeds shown, what was not run named as such."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -282,6 +283,9 @@ def cell(row: Row, column: str, baseline: Row | None, compared: str) -> str:
             return NONE
         name = column.partition(".")[2] or compared
         return difference(interval(list(row.differences(baseline, name).values())))
+    if column.startswith("options."):
+        stated = {run.options.get(column.partition(".")[2]) for run in row.runs.values()} - {None}
+        return ", ".join(sorted(f"{one:g}" if isinstance(one, float) else str(one) for one in stated)) or NONE
     values = row.values(column)
     if column == "solved":
         return f"{sum(values.values()):.0f} of {len(values)}"
@@ -302,9 +306,8 @@ def heading(column: str, table: Table) -> str:
         baselines = [block.baseline for block in table.blocks if block.baseline]
         label = baselines[0].label if baselines else base
         return f"{heading(name, table)}, less that of {label}"
-    return HEADINGS.get(column, column.removeprefix("metrics.").removeprefix("describe.")).format(
-        level=number(table.spec["level"])
-    )
+    plain = re.sub(r"^(metrics|describe|options)\.", "", column).replace("_", " ")
+    return HEADINGS.get(column, plain).format(level=number(table.spec["level"]))
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:

@@ -23,13 +23,14 @@ def table(config, lines):
 
 
 def test_a_table_shows_every_seed_and_what_was_not_run(table):
-    found = table(columns=["seeds", "solved", "accuracy", "area", "difference"])
+    found = table(columns=["options.learning_rate", "seeds", "solved", "accuracy", "area", "difference"])
     headings, rows = cells(found)
+    assert headings[1:3] == ["learning rate", "seeds"]
     assert headings[-1] == "area by steps, less that of GRPO"
     assert rows == [
-        ["GRPO", "3", "1 of 3", ".50 · .00 .50 1.00", ".25 · .00 .25 .50", "–"],
-        ["MENTOR", "2 of 3", "2 of 2", "1.00 · 1.00 1.00", ".50 · .50 .50", "+.38 (range of 2: +.25, +.50)"],
-        ["GATS", "0 of 3", *["not run"] * 4],
+        ["GRPO", "0.0002", "3", "1 of 3", ".50 · .00 .50 1.00", ".25 · .00 .25 .50", "–"],
+        ["MENTOR", "0.0002", "2 of 3", "2 of 2", "1.00 · 1.00 1.00", ".50 · .50 .50", "+.38 (range of 2: +.25, +.50)"],
+        ["GATS", "not run", "0 of 3", *["not run"] * 4],
     ]
     assert list(missing(found)) == ["MENTOR (chain, expert strong): no run with seed 3", "GATS (chain): not run"]
 
