@@ -195,6 +195,7 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
     trajectories = prompts().add_column("trajectory", ["abc"] * 40)
     luffy = {"num_mixed_generations": 0, "num_trajectory_generations": 1, "train_dataset": trajectories}
     luffy = logged(make_trainer(tmp_path / "d", model=str(tiny_model_dir), beta=0.05, **luffy))
+    again = logged(make_trainer(tmp_path / "e", num_mixed_generations=0, dynamic_sampling=1))
     assert luffy and not any("/mixed/" in name for name in luffy)
     assert plain and not any("/mixed/" in name for name in plain)
     by_rewards = set()
@@ -205,4 +206,4 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
         log_metric=lambda name, value: by_rewards.add(name),
     )
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    assert guided | decayed | plain | luffy | by_rewards == set(re.findall(r"`(mentor/[^`]*)`", text))
+    assert guided | decayed | plain | luffy | again | by_rewards == set(re.findall(r"`(mentor/[^`]*)`", text))

@@ -10,15 +10,19 @@ from datasets import IterableDataset
 
 from helpers import make_tiny_model
 from mentor_trl import MentorGRPOConfig, MentorGRPOTrainer
+from mentor_trl.connection.failures import ServerError
 from mentor_trl.errors import SetupError
 from mentor_trl.training.resampling import Resampling, Round, merged, silent_groups
 from mentor_trl.training.rollout_log import read_records
+from served_helpers import make_served_trainer, stand_in
 from trainer_helpers import advantages_by_hand, history, make_trainer, prompts, same_weights, weights
 
 
 NAN = math.nan
 GRPO = {"num_mixed_generations": 0, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 3}
 GRPO |= {"gradient_accumulation_steps": 2, "max_completion_length": 12}
+MIXED = {"num_generations": 4, "num_mixed_generations": 2, "per_device_train_batch_size": 8, "max_steps": 2}
+MIXED |= {"gradient_accumulation_steps": 2, "max_completion_length": 10, "dynamic_sampling": 3}
 
 
 def number(prompt: str) -> int:
@@ -67,6 +71,10 @@ def groups(output, size: int) -> list[str]:
 
 def logs_of(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logs_without_times(trainer) -> list[dict]:
+    return [entry for entry in history(trainer) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +210,27 @@ def test_resuming_repeats_the_run(step, mixed, tmp_path):
         assert table.read_bytes() == (tmp_path / "whole" / "completions" / table.name).read_bytes()
 
 
+def test_a_server_that_dies_in_a_further_round_leaves_a_checkpoint(tmp_path):
+    settings = {**MIXED, "max_steps": 3, "seed": 7, "reward_funcs": reward, "log_completions": True}
+    with stand_in():
+        whole = make_served_trainer(tmp_path / "whole", cls=Rounds, **settings)
+        whole.train()
+    counts = [len(rounds) for rounds in whole.rounds]
+    assert counts[-1] > 1
+    with stand_in({2 * sum(counts): ServerError}):  # the very last request
+        broken = make_served_trainer(tmp_path / "broken", cls=Rounds, **settings)
+        with pytest.raises(ServerError, match="is gone"), pytest.warns(UserWarning, match="Resume it from .*-2"):
+            broken.train()
+    with stand_in():
+        resumed = make_served_trainer(tmp_path / "broken", cls=Rounds, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-2"))
+    assert same_weights(weights(whole), weights(resumed))
+    assert logs_without_times(whole)[-1] == logs_without_times(resumed)[-1]
+    name = "completions/completions_00003.parquet"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
 # Mixed rollouts and trajectories
-
-
-MIXED = {"num_generations": 4, "num_mixed_generations": 2, "per_device_train_batch_size": 8, "max_steps": 2}
-MIXED |= {"gradient_accumulation_steps": 2, "max_completion_length": 10, "dynamic_sampling": 3}
 
 
 def test_mixed_rows(tmp_path):

@@ -114,7 +114,7 @@ def test_groups_are_sampled_again_on_their_process(ranks, folder):
         assert table["prompt"].tolist() == [text for batch in batches for text in batch["prompt_ids"]]
         assert table["completion"].tolist() == [text for batch in batches for text in batch["completion_ids"]]
         rewards = half_reward(table["prompt"], table["completion"])
-        assert table["reward"].tolist() == pytest.approx(rewards)
+        assert table["half_reward"].tolist() == pytest.approx(rewards)
         assert table["advantage"].tolist() == pytest.approx(advantages_by_hand(rewards, 4, 2, 1.0), abs=2e-3)
         assert [batch["row_advantages"] for batch in batches] == [table["advantage"].tolist()] * 2
         # A group of an odd prompt has an advantage; those of even ones are left where the rounds are used up
