@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.study import prepare  # noqa: E402
 
 
-TASKS = ["chain", "fork"]
+TASKS = ["chain", "fork", "paths"]
 TINY = prepare.Settings(
     num_test_prompts=8,
     num_train_prompts=16,
