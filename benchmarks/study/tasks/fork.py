@@ -16,15 +16,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.study.tasks.words import EOS, PAD, SPECIAL, whole_reply, word_tokenizer
+from benchmarks.study.tasks.words import SPECIAL, whole_reply, word_tokenizer
 from examples.quickstart.task import OPERATIONS, apply
 from examples.quickstart.task import Problem as Chain
 from examples.quickstart.task import sample_problem as sample_chain
 
 
-__all__ = ["EOS", "PAD", "STYLES", "VOCABULARY", "Problem", "build_tokenizer", "describe", "reward", "sample_problem"]
-
 WAYS = ("red", "blue", "green", "gold", "white", "black")
+DECISIONS = WAYS
 VOCABULARY = [*SPECIAL, *"0123456789", *OPERATIONS, "=", ":", "try", "ok", "wait", "answer", *WAYS]
 
 
@@ -59,7 +58,7 @@ STYLES = {
     "base": Style(knows=0.5, ok=0.1, wait=0.1),
     "policy": Style(),
     "weak": Style(knows=0.6),
-    "barely": Style(knows=0.1),
+    "barely": Style(knows=0.13),
     "strong": Style(knows=1.0),
     "other": Style(knows=1.0, ok=0.5, wait=0.9),
 }

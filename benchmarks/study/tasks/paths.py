@@ -14,13 +14,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.study.tasks.words import EOS, PAD, SPECIAL, whole_reply, word_tokenizer
+from benchmarks.study.tasks.words import SPECIAL, whole_reply, word_tokenizer
 
-
-__all__ = ["EOS", "PAD", "STYLES", "VOCABULARY", "Problem", "build_tokenizer", "describe", "reward", "sample_problem"]
 
 SIZE, MOST_MOVES, DISTANCES = 10, 12, (5, 6, 7)
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+DECISIONS = tuple(MOVES)
 VOCABULARY = [*SPECIAL, *"0123456789", "to", ":", *MOVES, "ok", "wait", "done"]
 
 Cell = tuple[int, int]
