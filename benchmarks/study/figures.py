@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.study.lines import Run
 from benchmarks.study.measures import CONFIDENCE, ENOUGH, against_cost, at_level, interval
-from benchmarks.study.tables import HEADINGS, NONE, NOT_RUN, Block, Row, Table
+from benchmarks.study.tables import HEADINGS, NONE, NOT_RUN, Block, Row, Table, expert_name
 from mentor_trl.analysis.style import COLORS, DPI, new_figure, quiet
 from mentor_trl.errors import SetupError
 
@@ -157,7 +157,7 @@ def _named(kind: str, table: Table, block: Block) -> tuple[str, str]:
     """Name of a figure, and the place that its title names."""
     several = len(table.blocks) > 1
     name = "-".join([table.name, kind.replace("_", "-"), *((block.task, block.expert) if several else ())])
-    return name, f"task {block.task}, {block.expert} expert"
+    return name, f"task {block.task}, expert {expert_name(block.expert)}"
 
 
 def _multiples(kind: str, table: Table, block: Block, name: str, place: str) -> Figure:
@@ -229,11 +229,16 @@ def _by_expert(table: Table) -> Figure:
     for block in table.blocks:
         lines = [_line(row, "accuracy", table, block) for row in block.rows]
         if any(line["values"] for line in lines):
-            panels.append(
-                {"label": f"{block.expert} expert ({block.task})", "lines": lines, "zero": False, "share": True}
-            )
+            panels.append({"label": expert_name(block.expert), "lines": lines, "zero": False, "share": True})
     title = f"Final accuracy by expert: task {', '.join(dict.fromkeys(block.task for block in table.blocks))}"
-    return Figure(f"{table.name}-{EXPERTS}", table.name, title, DOTTED, panels, ("final accuracy", ""))
+    return Figure(
+        f"{table.name}-{EXPERTS}",
+        table.name,
+        title,
+        DOTTED,
+        panels,
+        ("final accuracy; below each panel, its expert", ""),
+    )
 
 
 def _line(row: Row, what: str, table: Table, block: Block) -> dict[str, Any]:
@@ -281,7 +286,7 @@ def _draw_multiples(figure: Figure) -> "Drawing":
 
 def _draw_panel(axis: "Axes", panel: Mapping[str, Any], figure: Figure) -> None:
     quiet(axis)
-    axis.set_title(f"{fill(panel['title'], 32)}\n{panel['count']}", fontsize=8.5)
+    axis.set_title(f"{fill(panel['title'], 30)}\n{panel['count']}", fontsize=8.5)
     axis.tick_params(labelsize=8)
     if figure.options.get("log"):
         axis.set_xscale("log", base=2)
@@ -359,7 +364,7 @@ def save(figure: Figure, path: Path) -> Path:
     draw(figure).savefig(drawn, format="png", dpi=DPI)
     text.add_text(DIGEST, figure.digest)
     # Few colours make a small file, which matters where pictures are under version control
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True, pnginfo=text)
+    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True, pnginfo=text)
     return path
 
 

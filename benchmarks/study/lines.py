@@ -55,8 +55,8 @@ class Run:
 
 def read_runs(folder: str | Path = FOLDER) -> list[Run]:
     """
-    Runs of all `.jsonl` files of a folder, in the order of the files' names. Of lines with the same `key` the first
-    counts; a line that a kill has cut off is no run.
+    Runs of all `.jsonl` files of a folder, in the order of the files' names. Of lines of a study and an arm with
+    the same `key` the first counts; a line that a kill has cut off is no run.
 
     Raises:
         SetupError: If a line lacks a field, or a curve has not one value for each step.
@@ -68,7 +68,7 @@ def read_runs(folder: str | Path = FOLDER) -> list[Run]:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
-            key = (line.get("study"), line["key"]) if "key" in line else len(runs)
+            key = tuple(map(line.get, ("study", "arm", "key"))) if "key" in line else len(runs)
             if key not in keys:
                 runs.append(parse(line, f"{path}, line {number}"))
             keys.add(key)
@@ -111,8 +111,9 @@ def _curve(name: str, values: Iterable[float | None], count: int, place: str) ->
 
 def _of_few_samples(curves: Mapping[str, tuple[float, ...]]) -> tuple[float, ...]:
     """Distinct solutions, without a last evaluation that had more samples, and so more chances, than the others."""
-    *before, last = zip(*(values for name, values in curves.items() if name.startswith("pass@"))) or [()]
-    more = before and sum(map(math.isnan, last)) < sum(map(math.isnan, before[-1]))
+    passes = [values for name, values in curves.items() if name.startswith("pass@")]
+    known = [sum(not math.isnan(value) for value in values) for values in zip(*passes)]
+    more = len(known) > 1 and known[-1] > known[-2]
     return (*curves["distinct"][:-1], math.nan) if more else curves["distinct"]
 
 

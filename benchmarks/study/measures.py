@@ -102,7 +102,7 @@ def first_reached(x: Sequence[float], accuracy: Sequence[float], level: float) -
     """
     Where a curve first reaches a level, between its points by a straight line; NaN if it does not.
 
-    >>> first_reached([0, 10, 20], [0.0, 0.4, 0.8], 0.6)
+    >>> first_reached([0, 10, 20], [0.0, 0.5, 1.0], 0.75)
     15.0
     """
     for at, value in enumerate(accuracy):
@@ -122,6 +122,10 @@ def at_level(run: Run, name: str, level: float) -> float:
 
 def _last(name: str) -> Callable[[Run, Context], float]:
     return lambda run, context: run.curves[name][-1]
+
+
+def _spent(name: str) -> Callable[[Run, Context], float]:
+    return lambda run, context: run.curves[name][-1] if run.trained else math.nan
 
 
 def _area_by_cost(run: Run, context: Context) -> float:
@@ -152,9 +156,9 @@ MEASURES: dict[str, Callable[[Run, Context], float]] = {
     "length": _last("length"),
     "distinct": _last("distinct"),
     "distinct_level": lambda run, context: at_level(run, "distinct.few", context.level),
-    "cost": _last("cost"),
-    "seconds": _last("seconds"),
-    "expert_tokens": _last("expert_tokens"),
+    "cost": _spent("cost"),
+    "seconds": _spent("seconds"),
+    "expert_tokens": _spent("expert_tokens"),
     "guided_until": _guided_until,
 }
 

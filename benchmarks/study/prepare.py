@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.study.tasks.words import EOS, PAD
+
 
 EXPERTS = ("weak", "barely", "strong", "other")
 MAX_NEW_TOKENS = 48
@@ -49,7 +51,7 @@ class Settings:
     num_attention_heads: int = 4
     base: Phase = field(default_factory=lambda: Phase(steps=1200, learning_rate=5e-3))
     tuned: Phase = field(default_factory=lambda: Phase(steps=200, learning_rate=5e-4))
-    samples: int = 4
+    samples: int = 8
 
 
 def prepare(task: str, seed: int, folder: str | Path, settings: Settings | None = None) -> dict[str, Any]:
@@ -162,8 +164,8 @@ def pretrain(
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=module.VOCABULARY.index(module.EOS),
-        pad_token_id=module.VOCABULARY.index(module.PAD),
+        eos_token_id=module.VOCABULARY.index(EOS),
+        pad_token_id=module.VOCABULARY.index(PAD),
     )
     rng = random.Random(seed)
     base = LlamaForCausalLM(config)
@@ -206,8 +208,8 @@ def sample_examples(module: ModuleType, style: str, held_out: set, rng: random.R
 def make_batch(module: ModuleType, examples: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids, padded on the right, and labels that leave out the prompt and the padding."""
     index = {word: position for position, word in enumerate(module.VOCABULARY)}
-    rows = [[index[word] for word in f"{prompt} {response} {module.EOS}".split()] for prompt, response in examples]
-    ids = torch.full((len(rows), max(map(len, rows))), index[module.PAD])
+    rows = [[index[word] for word in f"{prompt} {response} {EOS}".split()] for prompt, response in examples]
+    ids = torch.full((len(rows), max(map(len, rows))), index[PAD])
     labels = torch.full_like(ids, -100)
     for position, (row, (prompt, _)) in enumerate(zip(rows, examples)):
         first = len(prompt.split())
@@ -216,18 +218,23 @@ def make_batch(module: ModuleType, examples: list[tuple[str, str]]) -> tuple[tor
     return ids, labels
 
 
-@torch.no_grad()
 def measure(module: ModuleType, model: LlamaForCausalLM, problems: list, samples: int) -> float:
     """Share of right responses among `samples` to each problem, at temperature 1."""
     tokenizer = module.build_tokenizer()
     problems = [problem for problem in problems for _ in range(samples)]
     prompts = [problem.prompt for problem in problems]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": MAX_NEW_TOKENS}
-    ids = model.generate(**inputs, **sampling)[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    prompt_length, ids = sample(model, tokenizer, prompts)
+    texts = tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
     rewards = module.reward(prompts=prompts, completions=texts, solution=[problem.solution for problem in problems])
     return sum(one >= 1 for one in rewards) / len(rewards)
+
+
+@torch.no_grad()
+def sample(model: LlamaForCausalLM, tokenizer: Any, prompts: list[str]) -> tuple[int, torch.Tensor]:
+    """Sample a response to each prompt; return the length of the padded prompts, and these with their responses."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": MAX_NEW_TOKENS}
+    return inputs["input_ids"].shape[1], model.generate(**inputs, **options)
 
 
 def main() -> int:

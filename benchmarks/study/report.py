@@ -19,12 +19,13 @@ import yaml
 from benchmarks.study import figures
 from benchmarks.study.lines import FOLDER, Run, read_runs
 from benchmarks.study.reviewers import answers, studies
-from benchmarks.study.tables import Table, build_table, cells, markdown, missing, number
+from benchmarks.study.tables import Table, build_table, cells, expert_name, markdown, missing, number
 from mentor_trl.errors import SetupError
 
 
 CONFIG = Path(__file__).with_name("study.yaml")
 OUTPUT = Path("docs/results")
+QUESTIONS = {"questions": "## What the reviewers asked", "findings": "## What else was to be settled"}
 MODULE = "python -m benchmarks.study.report"
 PREAMBLE = """\
 # The study
@@ -39,14 +40,15 @@ How to read the tables
 - **Accuracy** is the share of right samples to the test prompts at temperature 1. A seed is **solved** where its final
   accuracy is at least {solved}{others}.
 - **Area by steps** is the mean height of the accuracy over optimizer steps, up to the smallest last step of the arms
-  of the table: 1 is right from the start, 0 never.
+  of the table: 1 is right from the start, 0 never. Steps of supervised training count like those of RL.
 - **Area by cost** is the same over cost, up to the smallest total cost of the trained arms of the table. An arm that
   has ended keeps its accuracy. **Accuracy at equal cost** is read off at that cost.
 - **Cost** is in forward-token equivalents times parameters: a token sampled by the policy counts 1, one trained on 3,
   a token that an expert reads or writes 1, times the parameters of that model. k, M, G, T are thousands, millions,
   10⁹, 10¹².
 - **±** and *95%* are t intervals over at least 5 seeds; of fewer, only the range is given. Differences are paired by
-  seed. Where seeds split between solved and not, a mean describes none of them: look at the seeds.
+  seed. Where seeds split between solved and not, a mean describes none of them: look at the seeds. Many arms are
+  compared with one, and nothing is corrected for that: one in twenty 95% intervals misses by chance.
 """
 
 
@@ -81,9 +83,10 @@ class Report:
         named = "; ".join(f"{spec['solved']} in [{spec['title']}](#{spec['name']})" for spec in others)
         preamble = PREAMBLE.format(module=MODULE, solved=solved, others=f" ({named})" if named else "")
         parts = [preamble, "## What was run", self._counts()]
-        if self.config.get("questions"):
-            asked = answers(self.config["questions"], self.tables, self.config["command"])
-            parts += ["## What the reviewers asked", self.config.get("asked", ""), asked]
+        for name, title in QUESTIONS.items():
+            if self.config.get(name):
+                answered = answers(self.config[name], self.tables, self.config["command"])
+                parts += [title, self.config.get("asked", "") if name == "questions" else "", answered]
         parts += [self.section(table) for table in self.tables.values()]
         parts += ["## What is missing", self._missing()]
         return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
@@ -92,7 +95,7 @@ class Report:
         """A table with its commands and figures."""
         made = " and ".join(f"`{self.config['command'].format(study=study)}`" for study in studies([table]))
         parts = [f'<a id="{table.name}"></a>\n\n## {table.spec["title"]}', table.spec.get("note", "")]
-        parts += [self._compared(table), markdown(*cells(table))]
+        parts += [self._compared(table), markdown(*cells(table)) if table.run else _planned(table)]
         parts.append(f"Runs by {made}; this table alone by `{MODULE} --table {table.name}`.")
         for figure in self.figures.values():
             if figure.table == table.name:
@@ -105,7 +108,8 @@ class Report:
         parts = []
         for block in table.blocks:
             if any(row.runs for row in block.rows):
-                where = f"{block.task}, {block.expert} expert" if len(table.blocks) > 1 else f"Task {block.task}"
+                several = len(table.blocks) > 1
+                where = f"{block.task}, expert {expert_name(block.expert)}" if several else f"Task {block.task}"
                 end, budget = block.context.end, block.context.budget
                 parts.append(f"{where}: areas up to step {number(end)} and up to a cost of {number(budget)}")
         return "; ".join(parts) + "." if parts else ""
@@ -128,7 +132,10 @@ class Report:
         return markdown(headings, rows)
 
     def _missing(self) -> str:
-        lines = [f"- {table.spec['title']}: {text}." for table in self.tables.values() for text in missing(table)]
+        lines = []
+        for table in self.tables.values():
+            texts = missing(table) if table.run else ["nothing was run"]
+            lines += [f"- {table.spec['title']}: {text}." for text in texts]
         shown = {id(run) for table in self.tables.values() for row in table.rows for run in row.runs.values()}
         left = defaultdict(int)
         for run in self.runs:
@@ -163,6 +170,13 @@ class Report:
         wanted = {f"{name}.png" for name in self.figures}
         extra = [path for path in sorted((folder / self.pictures).glob("*.png")) if path.name not in wanted]
         return found + [f"{path} belongs to no table" for path in extra]
+
+
+def _planned(table: Table) -> str:
+    """What stands in the place of a table without runs."""
+    arms = "; ".join(dict.fromkeys(row.label for row in table.rows))
+    tasks = ", ".join(dict.fromkeys(block.task for block in table.blocks))
+    return f"*Not run.* Arms: {arms}. Tasks: {tasks}."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

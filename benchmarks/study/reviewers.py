@@ -32,7 +32,8 @@ def answers(questions: Sequence[Mapping[str, Any]], tables: Mapping[str, Table],
         commands = "<br>".join(f"`{command.format(study=study)}`" for study in studies(named)) or NONE
         gaps = sum(1 for table in named for _ in missing(table))
         gap = f" *Incomplete: {gaps} of {sum(len(table.rows) for table in named)} rows lack runs.*" if gaps else ""
-        rows.append([str(at), question["question"], fill(question["sentence"], tables) + gap, links, commands])
+        answer = fill(question["sentence"], tables) + gap if any(table.run for table in named) else f"*{NOT_RUN}*"
+        rows.append([str(at), question["question"], answer, links, commands])
     return markdown(["", "question", "what was measured", "tables", "runs by"], rows)
 
 
@@ -67,7 +68,9 @@ def _slot(text: str, tables: Mapping[str, Table]) -> str:
             raise SetupError(f"The table {name} has no arm {arm}, which the slot {{{text}}} names.")
         return value(row, what, block, table.compared)
     rows = [row for row in block.rows if not (what.startswith(("difference", "verdict")) and row is block.baseline)]
-    return "; ".join(f"{row.label} {value(row, what, block, table.compared)}" for row in rows)
+    found = [f"{row.label} {value(row, what, block, table.compared)}" for row in rows if row.runs]
+    left = [row.label for row in rows if not row.runs]
+    return "; ".join(found + ([f"{NOT_RUN}: {' and '.join(left)}"] if left else []))
 
 
 def value(row: Row, what: str, block: Block, compared: str) -> str:

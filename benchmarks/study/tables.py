@@ -1,6 +1,7 @@
 """Tables of the report: arms against what was measured of them, all seeds shown, what was not run named as such."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ HEADINGS = {
 COLUMNS = ("seeds", "solved", "accuracy", "area", "difference", "area_cost", "cost", "seconds", "expert_tokens")
 SUMMED_UP = ("cost", "seconds", "expert_tokens")  # whose seeds are not listed
 NOT_RUN, NONE = "not run", "–"
+EXPERTS = {"barely": "barely stronger", "other": "strong, with other habits"}  # others are called what they are
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        return ", ".join(filter(None, (self.task, f"{self.expert} expert" if self.expert else None)))
+        return ", ".join(filter(None, (self.task, f"expert {expert_name(self.expert)}" if self.expert else None)))
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class Table:
     @property
     def rows(self) -> list[Row]:
         return [row for block in self.blocks for row in block.rows]
+
+    @property
+    def run(self) -> bool:
+        """Whether anything of it was run."""
+        return any(row.runs for row in self.rows)
 
     def block(self, task: str | None = None, expert: str | None = None) -> Block:
         """The block of a task and an expert; the first that fits."""
@@ -217,6 +224,10 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def expert_name(expert: str | None) -> str:
+    return EXPERTS.get(expert, expert) if expert else NONE
+
+
 def number(value: float, sign: bool = False) -> str:
     """
     A number as it is read best: two digits after the point, three of what is below .1, three in all of what is large.
@@ -272,6 +283,9 @@ def cell(row: Row, column: str, baseline: Row | None, compared: str) -> str:
             return NONE
         name = column.partition(".")[2] or compared
         return difference(interval(list(row.differences(baseline, name).values())))
+    if column.startswith("options."):
+        stated = {run.options.get(column.partition(".")[2]) for run in row.runs.values()} - {None}
+        return ", ".join(sorted(f"{one:g}" if isinstance(one, float) else str(one) for one in stated)) or NONE
     values = row.values(column)
     if column == "solved":
         return f"{sum(values.values()):.0f} of {len(values)}"
@@ -292,9 +306,8 @@ def heading(column: str, table: Table) -> str:
         baselines = [block.baseline for block in table.blocks if block.baseline]
         label = baselines[0].label if baselines else base
         return f"{heading(name, table)}, less that of {label}"
-    return HEADINGS.get(column, column.removeprefix("metrics.").removeprefix("describe.")).format(
-        level=number(table.spec["level"])
-    )
+    plain = re.sub(r"^(metrics|describe|options)\.", "", column).replace("_", " ")
+    return HEADINGS.get(column, plain).format(level=number(table.spec["level"]))
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:
@@ -306,7 +319,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     rows = []
     for block in table.blocks:
         for row in block.rows:
-            place = [getattr(row, name) or NONE for name in shown]
+            place = [{"task": row.task, "expert": expert_name(row.expert)}[name] for name in shown]
             values = [cell(row, column, block.baseline, table.compared) for column in table.columns]
             rows.append([*place, row.label, *values])
     return headings, rows

@@ -56,9 +56,8 @@ def make(run: Run, file: Path) -> None:
         for step in sorted(int(path.name.split("-")[-1]) for path in target.glob("checkpoint-*")):
             here = {name: before[name] + getattr(spent[step], name) for name in before}
             points.append((offset + step, f"{target}/checkpoint-{step}", here))
-        metrics |= (
-            {} if stage.supervised else interval_metrics(history, [p[0] - offset for p in points if p[0] >= offset])
-        )
+        steps = [step - offset for step, _, _ in points if step >= offset]
+        extend(metrics, interval_metrics([] if stage.supervised else history, steps), offset, run)
         offset, model = offset + stage.steps, points[-1][1]
     evaluations = [evaluated(run, path, last=index == len(points) - 1) for index, (_, path, _) in enumerate(points)]
     line = {
@@ -180,6 +179,13 @@ def interval_metrics(history: list[dict[str, Any]], steps: list[int]) -> dict[st
             values = [entry[name] for entry in part if entry.get(name) is not None]
             means[name].append(round(sum(values) / len(values), 6) if values else None)
     return means
+
+
+def extend(metrics: dict[str, list], more: dict[str, list], offset: int, run: Run) -> None:
+    """Put the means of a stage behind those of the stages before it; `None` where a stage has no such metric."""
+    before, after = offset // run.evaluation["evaluate_every"], max(map(len, more.values()), default=0)
+    for name in metrics.keys() | more.keys():
+        metrics[name] = metrics.get(name, [None] * before) + more.get(name, [None] * after)
 
 
 def evaluated(run: Run, path: str, last: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -15,10 +16,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.study import prepare  # noqa: E402
+from benchmarks.study import prepare, properties  # noqa: E402
 
 
-TASKS = ["chain", "fork"]
+TASKS = ["chain", "fork", "paths"]
 TINY = prepare.Settings(
     num_test_prompts=8,
     num_train_prompts=16,
@@ -115,3 +116,16 @@ def test_prepare_again_only_where_something_has_changed(tmp_path):
     assert policy.read_text() == "kept"
     prepare.prepare("chain", 1, tmp_path, replace(TINY, samples=2))
     assert policy.read_text() != "kept"
+
+
+def test_properties(tmp_path, module):
+    task = module.__name__.split(".")[-1]
+    prepare.prepare(task, 1, tmp_path, TINY)
+    rows = read(tmp_path / "data" / "test.jsonl")
+    measured = properties.uncertainty(module, tmp_path / "models" / "policy", rows)
+    size = len(module.VOCABULARY)
+    # Two steps of training leave the policy nearly uniform everywhere.
+    assert measured["entropy_decisions"] == pytest.approx(math.log(size), abs=0.1)
+    assert measured["entropy_others"] == pytest.approx(math.log(size), abs=0.1)
+    assert measured["decisions"] == pytest.approx(len(module.DECISIONS) / size, abs=0.1)
+    assert properties.solutions(module, tmp_path / "models" / "policy", rows, samples=2) == {"right": 0, "distinct": 0}

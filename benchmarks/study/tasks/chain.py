@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.quickstart import task
-from examples.quickstart.task import (
-    EOS,
-    PAD,
-    VOCABULARY,
-    Problem,
-    build_tokenizer,
-    exact_answer_reward,
-    sample_problem,
-)
+from examples.quickstart.task import VOCABULARY, Problem, build_tokenizer, exact_answer_reward, sample_problem
 
 
-__all__ = ["EOS", "PAD", "STYLES", "VOCABULARY", "Problem", "build_tokenizer", "describe", "reward", "sample_problem"]
+__all__ = [
+    "DECISIONS",
+    "STYLES",
+    "VOCABULARY",
+    "build_tokenizer",
+    "describe",
+    "reward",
+    "sample_problem",
+    "write_response",
+]
+
+DECISIONS = ("guess", "work")
 
 
 @dataclass(frozen=True)

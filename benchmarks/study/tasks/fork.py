@@ -1,14 +1,14 @@
 """
-The visible fork: each of three steps can be tried in four ways, and three of the ways are dead ends.
+The visible fork: each of three steps can be tried in six ways, and five of the ways are dead ends.
 
 A prompt is a chain such as `4 +7 *3 -9 :`, as in the quickstart. A reply does one step after the other, and names the
 way before it goes it; then it states the running values:
 
-    try gold 4 +7 = 1 try blue 1 *3 = 3 try green 3 -9 = 4 answer 1 3 4
+    try blue 4 +7 = 1 try black 1 *3 = 3 try white 3 -9 = 4 answer 1 3 4
 
 Which way leads on depends on the operation alone; any other leaves the value as it is, and the rest of the reply is
 lost. Everything but the ways follows from what stands before it. So the ways are where a model that does not know them
-is uncertain, and nowhere else: a policy that chooses them blindly gets through one time in sixty-four.
+is uncertain, and nowhere else: a policy that chooses them blindly gets through one time in 216.
 """
 
 import random
@@ -16,15 +16,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.study.tasks.words import EOS, PAD, SPECIAL, whole_reply, word_tokenizer
+from benchmarks.study.tasks.words import SPECIAL, whole_reply, word_tokenizer
 from examples.quickstart.task import OPERATIONS, apply
 from examples.quickstart.task import Problem as Chain
 from examples.quickstart.task import sample_problem as sample_chain
 
 
-__all__ = ["EOS", "PAD", "STYLES", "VOCABULARY", "Problem", "build_tokenizer", "describe", "reward", "sample_problem"]
-
-WAYS = ("red", "blue", "green", "gold")
+WAYS = ("red", "blue", "green", "gold", "white", "black")
+DECISIONS = WAYS
 VOCABULARY = [*SPECIAL, *"0123456789", *OPERATIONS, "=", ":", "try", "ok", "wait", "answer", *WAYS]
 
 
@@ -56,10 +55,10 @@ class Style:
 
 
 STYLES = {
-    "base": Style(knows=0.5),
+    "base": Style(knows=0.5, ok=0.1, wait=0.1),
     "policy": Style(),
-    "weak": Style(knows=0.56),
-    "barely": Style(knows=0.12),
+    "weak": Style(knows=0.6),
+    "barely": Style(knows=0.13),
     "strong": Style(knows=1.0),
     "other": Style(knows=1.0, ok=0.5, wait=0.9),
 }
@@ -70,7 +69,7 @@ def right_way(operator: str, operand: int) -> str:
     Return the way that leads on.
 
     >>> right_way("+", 7), right_way("-", 9)
-    ('gold', 'green')
+    ('blue', 'white')
     """
     return WAYS[("+-*".index(operator) + operand) % len(WAYS)]
 
@@ -98,9 +97,9 @@ def read_solution(reply: str) -> str | None:
     """
     Return the ways that a reply goes and the values it comes to, or `None` where its answer states other values.
 
-    >>> read_solution("try gold 4 +7 = 1 wait try red 1 *3 = 3 answer 1 3")
-    'gold 1 red 3'
-    >>> read_solution("try gold 4 +7 = 1 answer 2") is None
+    >>> read_solution("try blue 4 +7 = 1 wait try black 1 *3 = 3 answer 1 3")
+    'blue 1 black 3'
+    >>> read_solution("try blue 4 +7 = 1 answer 2") is None
     True
     """
     steps = re.findall(r"\btry (\w+) \d \S+ = (\d)", reply)
@@ -120,7 +119,7 @@ def describe(prompt: str, completion: str) -> dict[str, Any]:
     """
     Say how often a reply goes the right way, and how it is written.
 
-    >>> describe("4 +7 *3 -9 :", "try gold 4 +7 = 1 ok try red 1 *3 = 1 try red 1 -9 = 1 answer 1 1 1")["right_way"]
+    >>> describe("4 +7 *3 -9 :", "try blue 4 +7 = 1 ok try red 1 *3 = 1 try red 1 -9 = 1 answer 1 1 1")["right_way"]
     0.3333333333333333
     """
     reply = whole_reply(prompt, completion)
