@@ -338,6 +338,7 @@ def test_prompts_are_drawn_without_replacement_and_go_on_where_they_were():
     [
         ({"dynamic_sampling": -1}, "`dynamic_sampling` is -1; set it to 0"),
         ({"scale_rewards": "batch"}, "`scale_rewards='batch'` makes advantages of a whole batch.*to 'group', or"),
+        ({"distillation": "opd"}, "without `distillation_reward` learns nothing from rewards"),
         (
             {"multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation='normalize_then_sum'`.*to 'sum_then_normalize'",
