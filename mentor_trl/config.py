@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS
+from .objective import BRANCH_RULES, CORRECTIONS, SCHEDULES
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
@@ -193,8 +193,10 @@ class MentorGRPOConfig(GRPOConfig):
     alpha: float = option(1.0, "Initial weight of the mixed rollouts' advantages (alpha_0).")
     alpha_schedule: str = option(
         "cosine",
-        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not).",
-        choices=ALPHA_SCHEDULES,
+        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not). "
+        "`'adaptive'`: alpha follows the measured difference of mixed and on-policy rewards, whatever "
+        "`expert_decay_steps` is, and guidance is withdrawn when it does not help any more.",
+        choices=SCHEDULES,
     )
     expert_decay_steps: int = option(
         120,
@@ -202,6 +204,24 @@ class MentorGRPOConfig(GRPOConfig):
         "lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's "
         "defaults, 2 in the paper's setup.",
     )
+    guidance_margin: float = option(
+        0.05,
+        "With `alpha_schedule='adaptive'`, guidance is withdrawn when the upper 95% bound of the difference is below "
+        "this share of `reward_range` times the share of on-policy successes.",
+    )
+    guidance_patience: int = option(
+        5, "Number of rollout batches in a row for which that bound must be below the margin."
+    )
+    guidance_smoothing: float = option(
+        0.9, "Weight of a rollout batch in the measured difference, relative to the one behind it."
+    )
+    guidance_probe_every: int = option(
+        20,
+        "Once guidance is withdrawn, one rollout batch in so many has mixed rollouts again, which are counted and not "
+        "learned from; guidance is back when they are better by more than the margin. 0: never, and the expert is "
+        "freed.",
+    )
+    success_reward: float = option(0.5, "Reward from which on a rollout counts as a success.")
     reward_range: float = option(
         1.0,
         "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.",
@@ -248,7 +268,7 @@ class MentorGRPOConfig(GRPOConfig):
         for name, choices in (
             ("branch_rule", BRANCH_RULES),
             ("entropy_threshold_from", THRESHOLD_SOURCES),
-            ("alpha_schedule", ALPHA_SCHEDULES),
+            ("alpha_schedule", SCHEDULES),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
@@ -322,6 +342,10 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.log_rollout_records >= 0, "log_rollout_records", "0 (none) or more")
         require(self.alpha >= 0.0, "alpha", "0 or more")
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
+        require(self.guidance_margin > 0.0, "guidance_margin", "positive, e.g. 0.05")
+        require(self.guidance_patience >= 1, "guidance_patience", "at least 1")
+        require(0.0 <= self.guidance_smoothing < 1.0, "guidance_smoothing", "at least 0 and below 1")
+        require(self.guidance_probe_every >= 0, "guidance_probe_every", "0 (never) or more")
         require(self.reward_range > 0.0, "reward_range", "positive")
         require(self.correction_cap > 0.0, "correction_cap", "positive (`inf` for no cap)")
         require(

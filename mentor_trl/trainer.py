@@ -25,7 +25,7 @@ from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
 from .rollout.progress import SamplingProgress
-from .training.batch import Credit, RolloutBatch, Scored
+from .training.batch import Credit, RolloutBatch, Scored, leave_out
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
 from .training.forward import TokenPass, policy_entropies
 from .training.loss_pass import LossPass
@@ -206,8 +206,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         try:
             if self._mode == "eval":
                 return super()._generate_and_score_completions(inputs)
-            if self.algorithm.over:
-                self.engine.release_expert()
+            self.algorithm.spare(self.engine)
             self.batch = self.algorithm.plan(inputs, self.processes.index * len(inputs))
             output = super()._generate_and_score_completions(inputs)
         except EngineError:
@@ -219,7 +218,8 @@ class MentorGRPOTrainer(GRPOTrainer):
         output["advantages"] = credit.advantages
         output["mentor_source"] = self.batch.source_B.to(output["completion_ids"].device)
         self._log_batch(inputs, scored, credit)
-        self.algorithm.observe(self.batch, scored)
+        self._log_metrics(self.algorithm.observe(self.batch, scored) or {})
+        leave_out(output, self.batch, self.processes)
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):

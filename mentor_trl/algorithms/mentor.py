@@ -18,7 +18,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
-from ..objective import correction_weights, fold_correction, mixed_policy_advantages, sentence_endings
+from ..objective import Gap, correction_weights, fold_correction, mixed_policy_advantages, sentence_endings
 from ..rollout.types import MixedRequest, MixedRollout, mixed_rows
 from ..training.batch import Credit, Part, RolloutBatch, Scored, scatter
 from ..training.metrics import PREFIX, guidance_metrics, share_without_spread, speed_metric
@@ -26,6 +26,7 @@ from .base import Algorithm, Context, Rollouts
 from .guidance import Guidance
 from .papers import MENTOR_PAPER
 from .requirements import refuse_components, refuse_multimodal, warn_of_kl
+from .withdrawal import Withdrawal
 
 
 PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
@@ -50,6 +51,7 @@ class Mentor(Algorithm):
             quantile=args.entropy_quantile,
             minimum=args.entropy_threshold_min,
             fixed=args.entropy_threshold,
+            withdrawal=_withdrawal(args) if args.alpha_schedule == "adaptive" else None,
         )
         self._range_warned = False
 
@@ -72,15 +74,19 @@ class Mentor(Algorithm):
     def over(self) -> bool:
         return self.guidance.over
 
+    @property
+    def resting(self) -> bool:
+        return not self.guidance.mixes
+
     def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
-        alpha, args = self.guidance.alpha, self.args
-        if alpha == 0.0:
+        guidance, args = self.guidance, self.args
+        if not guidance.mixes:
             return super().plan(inputs, first)
         mixed_B = mixed_rows(first, len(inputs), args.num_generations, args.num_mixed_generations)
-        return RolloutBatch(self.sources, mixed_B.long(), alpha=alpha)
+        return RolloutBatch(self.sources, mixed_B.long(), alpha=guidance.alpha, mixes=True, probe=guidance.probe)
 
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
-        if batch.alpha == 0.0:
+        if not batch.mixes:
             return super().rollout(prompt_ids, batch, rollouts)
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
         prompts = [[prompt_ids[row] for row in part] for part in rows]
@@ -166,7 +172,7 @@ class Mentor(Algorithm):
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
         alpha = {f"{PREFIX}alpha": batch.alpha}
-        if batch.alpha == 0.0:
+        if not batch.mixes:
             return super().credit(batch, scored)._replace(metrics=alpha)
         args, processes = self.args, self.context.processes
         self._check_reward_range(scored.rewards_N)
@@ -230,14 +236,29 @@ class Mentor(Algorithm):
                 stacklevel=2,
             )
 
-    def observe(self, batch: RolloutBatch, scored: Scored) -> None:
-        self.guidance.batches += 1
+    def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float]:
+        guidance = self.guidance
+        guidance.batches += 1
+        if guidance.withdrawal is None:
+            return {}
+        metrics = guidance.withdrawal.observe(scored.rewards_N, scored.source_N == 1, self.args.num_generations)
+        return {f"{PREFIX}guidance/{name}": value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return self.guidance.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guidance.load_state_dict(state)
+
+
+def _withdrawal(args: MentorGRPOConfig) -> Withdrawal:
+    return Withdrawal(
+        Gap(args.guidance_smoothing, args.reward_range),
+        margin=args.guidance_margin,
+        patience=args.guidance_patience,
+        probe_every=args.guidance_probe_every,
+        success_reward=args.success_reward,
+    )
 
 
 def _check_sharding(args: MentorGRPOConfig) -> None:

@@ -3,6 +3,7 @@
 from .advantages import mixed_policy_advantages
 from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
+from .gap import Gap
 from .mixture import (
     BRANCH_RULES,
     acceptance_probability,
@@ -14,7 +15,7 @@ from .mixture import (
     mixture_logps,
     residual,
 )
-from .schedule import ALPHA_SCHEDULES, alpha_at, entropy_threshold
+from .schedule import ALPHA_SCHEDULES, SCHEDULES, alpha_at, entropy_threshold
 from .sentences import near_sentence_end, sentence_endings
 from .shaping import shaping_weights
 
@@ -23,6 +24,8 @@ __all__ = [
     "ALPHA_SCHEDULES",
     "BRANCH_RULES",
     "CORRECTIONS",
+    "Gap",
+    "SCHEDULES",
     "acceptance_probability",
     "alpha_at",
     "branch_weight",
