@@ -14,6 +14,7 @@ from .objective import BRANCH_RULES, CORRECTIONS, SCHEDULES
 
 CORRECTION_LEVELS = ("conditional", "mixture")
 THRESHOLD_SOURCES = ("previous", "current")
+GUIDED_PROMPTS = ("all", "failing")
 WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
 LOADING_OPTIONS = (
     "expert_model_init_kwargs",
@@ -205,9 +206,9 @@ class MentorGRPOConfig(GRPOConfig):
         "defaults, 2 in the paper's setup.",
     )
     guidance_margin: float = option(
-        0.05,
-        "With `alpha_schedule='adaptive'`, guidance is withdrawn when the upper 95% bound of the difference is below "
-        "this share of `reward_range` times the share of on-policy successes.",
+        0.1,
+        "With `alpha_schedule='adaptive'`, guidance is withdrawn when the upper 95-percent bound of the difference is "
+        "below this share of `reward_range` times the share of on-policy successes.",
     )
     guidance_patience: int = option(
         5, "Number of rollout batches in a row for which that bound must be below the margin."
@@ -222,6 +223,24 @@ class MentorGRPOConfig(GRPOConfig):
         "freed.",
     )
     success_reward: float = option(0.5, "Reward from which on a rollout counts as a success.")
+    guide_prompts: str = option(
+        "all",
+        "Prompts that get mixed rollouts: `'all'`, or `'failing'`, those whose on-policy rollouts of the same batch "
+        "succeed less often than `guide_below`; the others get on-policy rollouts instead. Reward functions then see "
+        "a batch in two parts. Needs `entropy_threshold_from='current'`, and whole groups on each process.",
+        choices=GUIDED_PROMPTS,
+    )
+    guide_below: float | None = option(
+        None,
+        "Share of on-policy successes below which a prompt is guided with `guide_prompts='failing'`. If not set, only "
+        "where all fail.",
+    )
+    guide_share: float = option(
+        0.25,
+        "Share of the prompts of a batch, drawn at random, that get mixed rollouts in any case with "
+        "`alpha_schedule='adaptive'` and `guide_prompts='failing'`. Only these are compared: a comparison of failing "
+        "prompts alone would always favour guidance.",
+    )
     reward_range: float = option(
         1.0,
         "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.",
@@ -262,6 +281,7 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_trajectories()
         if self.num_mixed_generations > 0:
             self._check_sampling()
+            self._check_guided_prompts()
             self._check_expert_server()
 
     def _check_choices(self) -> None:
@@ -269,6 +289,7 @@ class MentorGRPOConfig(GRPOConfig):
             ("branch_rule", BRANCH_RULES),
             ("entropy_threshold_from", THRESHOLD_SOURCES),
             ("alpha_schedule", SCHEDULES),
+            ("guide_prompts", GUIDED_PROMPTS),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
@@ -342,10 +363,16 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.log_rollout_records >= 0, "log_rollout_records", "0 (none) or more")
         require(self.alpha >= 0.0, "alpha", "0 or more")
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
-        require(self.guidance_margin > 0.0, "guidance_margin", "positive, e.g. 0.05")
+        require(self.guidance_margin > 0.0, "guidance_margin", "positive, e.g. 0.1")
         require(self.guidance_patience >= 1, "guidance_patience", "at least 1")
         require(0.0 <= self.guidance_smoothing < 1.0, "guidance_smoothing", "at least 0 and below 1")
         require(self.guidance_probe_every >= 0, "guidance_probe_every", "0 (never) or more")
+        require(
+            self.guide_below is None or 0.0 < self.guide_below <= 1.0,
+            "guide_below",
+            "above 0 and at most 1, or unset",
+        )
+        require(0.0 < self.guide_share <= 1.0, "guide_share", "above 0 and at most 1")
         require(self.reward_range > 0.0, "reward_range", "positive")
         require(self.correction_cap > 0.0, "correction_cap", "positive (`inf` for no cap)")
         require(
@@ -359,6 +386,22 @@ class MentorGRPOConfig(GRPOConfig):
             "expert_load_in_4bit",
             "False where `expert_load_in_8bit` is True",
         )
+
+    def _check_guided_prompts(self) -> None:
+        if self.guide_prompts == "all":
+            return
+        if self.entropy_threshold_from == "previous":
+            raise ValueError(
+                f"`guide_prompts={self.guide_prompts!r}` samples on-policy rollouts before mixed ones, and "
+                "`entropy_threshold_from='previous'` samples all at once. Set it to 'current'."
+            )
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations:
+            raise ValueError(
+                f"`guide_prompts={self.guide_prompts!r}` needs whole groups on each process, which has {rows} rows of "
+                f"a rollout batch (`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
+                f"`num_generations={self.num_generations}`. Set one of them so that it is."
+            )
 
     def _check_sampling(self) -> None:
         """Mixed rollouts are exact for temperature sampling only; everything else is refused, not approximated."""

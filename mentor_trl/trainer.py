@@ -33,6 +33,7 @@ from .training.metrics import batch_metrics
 from .training.processes import Processes
 from .training.resume import check_expert_kept, check_one_batch, usable_checkpoint, warn_of_missing
 from .training.reward_functions import checked_rewards, warn_of_undefined
+from .training.reward_parts import RewardParts
 from .training.rollout_log import collect_records, save_records
 from .training.tables import evaluation_table, new_logs
 from .training.trackers import fit_trackers
@@ -207,6 +208,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             if self._mode == "eval":
                 return super()._generate_and_score_completions(inputs)
             self.algorithm.spare(self.engine)
+            self.reward_parts = RewardParts(self, super()._calculate_rewards, inputs)
             self.batch = self.algorithm.plan(inputs, self.processes.index * len(inputs))
             output = super()._generate_and_score_completions(inputs)
         except EngineError:
@@ -230,24 +232,22 @@ class MentorGRPOTrainer(GRPOTrainer):
         forward = TokenPass(self._forward, self._tokenizer.pad_token_id, self.args.per_device_train_batch_size)
         entropies, profile = partial(policy_entropies, forward, self.processes), partial(profiling_context, self)
         progress = partial(SamplingProgress, disable=self.args.disable_tqdm or not self.is_world_process_zero())
-        rollouts = Rollouts(generate, self.engine.session, entropies, profile, self.eos_token_ids, progress)
-        self.batch = self.algorithm.rollout(prompt_ids, self.batch, rollouts)
+        ways = generate, self.engine.session, entropies, profile, self.eos_token_ids, progress, self.reward_parts.first
+        self.batch = self.algorithm.rollout(prompt_ids, self.batch, Rollouts(*ways))
         return self.batch.completion_ids, self.batch.engine_logps
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        training = self._mode == "train"
-        sources = self.batch.source_names() if training else ["eval"] * len(prompts)
-        self._log_completion_extra("source", sources)
-        rewards_N_F = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if training:
-            warn_of_undefined(rewards_N_F, self.reward_func_names)
-            self.batch = replace(self.batch, completion_ids=completion_ids_list, rewards_N_F=rewards_N_F)
+        if self._mode == "eval":
+            self._log_completion_extra("source", ["eval"] * len(prompts))
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards_N_F = self.reward_parts.all(inputs, prompts, completions, completion_ids_list)
+        self._log_completion_extra("source", self.batch.source_names())
+        warn_of_undefined(rewards_N_F, self.reward_func_names)
+        self.batch = replace(self.batch, completion_ids=completion_ids_list, rewards_N_F=rewards_N_F)
         return rewards_N_F
 
     def _scored(self, output: dict[str, Any]) -> Scored:
-        rewards_N_F, mask = self.batch.rewards_N_F, output["completion_mask"].bool()
-        rewards_N = (rewards_N_F * self.reward_weights.to(rewards_N_F.device)).nansum(dim=1)
-        logps = output.get("old_per_token_logps")
+        mask, logps = output["completion_mask"].bool(), output.get("old_per_token_logps")
         if logps is None and self.algorithm.needs_policy_logps:
             pairs = ([output[f"prompt_{what}"], output[f"completion_{what}"]] for what in ("ids", "mask"))
             tokens, attention = (torch.cat(pair, dim=1) for pair in pairs)
@@ -255,7 +255,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             logps, _, _ = self._forward(tokens, attention, mask.size(1), batch_size=rows)
         self.batch = self.batch.completed(logps, mask)
         return Scored(
-            rewards_N=rewards_N.masked_fill(rewards_N_F.isnan().all(dim=1), torch.nan),
+            rewards_N=self.reward_parts.weighted(self.batch.rewards_N_F),
             source_N=self.processes.gather(self.batch.source_B),
             local=self.processes.local(len(mask)),
             advantages_B=output["advantages"],

@@ -46,6 +46,9 @@ class Rollouts:
     stop_token_ids: Sequence[int] = ()
     # Shows how far the sampling of so many rows of a name is; yields what a session's `sample` takes as `progress`
     progress: Callable[[int, str], AbstractContextManager[Progress]] = SamplingProgress
+    # Weighted rewards of some of the rows, the same on each process, by their tokens of prompts and completions: those
+    # of all processes, NaN where undefined. The reward functions then see the other rows alone. Collective.
+    rewards: Callable[[list[int], list[list[int]], list[list[int]]], torch.Tensor] | None = None
 
 
 class Algorithm:

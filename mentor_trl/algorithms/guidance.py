@@ -27,6 +27,8 @@ class Guidance:
         share (`float`, *optional*, defaults to `0.0`):
             Mean of min(1, H / gamma) over that batch's on-policy tokens: the weight of the branch rule `"random"`,
             where it is not set.
+        row_tokens (`float`, *optional*, defaults to `0.0`):
+            Mean length of the mixed rows of the last rollout batch that has any.
         withdrawal ([`~mentor_trl.algorithms.withdrawal.Withdrawal`], *optional*):
             Of the schedule `"adaptive"`: what alpha follows instead of the number of batches.
     """
@@ -40,6 +42,7 @@ class Guidance:
     batches: int = 0
     gamma: float | None = None
     share: float = 0.0
+    row_tokens: float = 0.0
     withdrawal: Withdrawal | None = None
 
     @property
@@ -74,10 +77,11 @@ class Guidance:
         self.share = branch_weight(entropies.cpu().double(), self.gamma).mean().item() if entropies.numel() else 0.0
 
     def state_dict(self) -> dict:
-        state = {"batches": self.batches, "gamma": self.gamma, "share": self.share}
+        state = {"batches": self.batches, "gamma": self.gamma, "share": self.share, "row_tokens": self.row_tokens}
         return state if self.withdrawal is None else state | {"withdrawal": self.withdrawal.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.batches, self.gamma, self.share = state["batches"], state["gamma"], state["share"]
+        self.row_tokens = state.get("row_tokens", 0.0)  # not in checkpoints of version 0.1
         if self.withdrawal is not None and "withdrawal" in state:
             self.withdrawal.load_state_dict(state["withdrawal"])

@@ -3,7 +3,7 @@
 from .advantages import mixed_policy_advantages
 from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
-from .gap import Gap
+from .gap import Gap, success_rates
 from .mixture import (
     BRANCH_RULES,
     acceptance_probability,
@@ -44,4 +44,5 @@ __all__ = [
     "residual",
     "sentence_endings",
     "shaping_weights",
+    "success_rates",
 ]

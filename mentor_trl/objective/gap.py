@@ -11,9 +11,16 @@ Z_95 = 1.6448536269514722
 
 
 def group_means(values_N: torch.Tensor, rows_N: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Mean of each group over some of its rows, `(groups,)` float64 on the CPU; NaN is left out."""
-    values_N = values_N.cpu().double().masked_fill(~rows_N.cpu(), torch.nan)
+    """Mean of each group over some of its rows, `(groups,)`; NaN is left out."""
+    values_N = values_N.masked_fill(~rows_N, torch.nan)
     return values_N.view(-1, num_generations).nanmean(dim=1)
+
+
+def success_rates(rewards_N: torch.Tensor, rows: int, success_reward: float) -> torch.Tensor:
+    """Share of successes among each `rows` consecutive rewards, float64 on the CPU; NaN where none is defined."""
+    rewards_N = rewards_N.cpu()
+    successes_N = (rewards_N >= success_reward).double().masked_fill(rewards_N.isnan(), torch.nan)
+    return group_means(successes_N, torch.ones_like(rewards_N, dtype=torch.bool), rows)
 
 
 @dataclass
@@ -52,10 +59,11 @@ class Gap:
         Take in a batch of complete groups of `num_generations` consecutive rows. A row without a reward (NaN) does not
         count, nor does a group without rewards of both kinds. Returns whether any group counted.
         """
+        rewards_N, mixed_N = rewards_N.cpu().double(), mixed_N.cpu()
         on = group_means(rewards_N, ~mixed_N, num_generations)
         mixed = group_means(rewards_N, mixed_N, num_generations)
-        successes_N = (rewards_N >= success_reward).double().masked_fill(rewards_N.isnan(), torch.nan)
-        success = group_means(successes_N, ~mixed_N, num_generations)
+        on_policy_N = rewards_N.masked_fill(mixed_N, torch.nan)
+        success = success_rates(on_policy_N, num_generations, success_reward)
         valid = ~(mixed - on).isnan()
         if not valid.any():
             return False

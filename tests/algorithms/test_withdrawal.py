@@ -21,7 +21,7 @@ def hear(withdrawal: Withdrawal, on: list[float], mixed: list[float], groups: in
 
 
 def test_withdrawn_after_patience():
-    withdrawal = Withdrawal(Gap(smoothing=0.0), patience=2)
+    withdrawal = Withdrawal(Gap(smoothing=0.0), margin=0.05, patience=2)
     # 100 equal differences d: half width 1.645 sqrt(2) / 100 = .0233
     heard = hear(withdrawal, [1, 1], [1, 1])
     assert heard["upper_bound"] == pytest.approx(0.023262, rel=1e-4) and heard["standard_error"] == 0.0

@@ -47,6 +47,11 @@ CASES = {
     # inside the fourth batch, and inside the fifth, a probe
     "withdrawn": (13, {**OFF_POLICY, **ADAPTIVE, "max_steps": 18}),
     "probe": (18, {**OFF_POLICY, **ADAPTIVE, "max_steps": 21}),
+    "failing": (
+        5,
+        {**OFF_POLICY, "alpha_schedule": "adaptive", "guide_prompts": "failing", "max_steps": 12, "num_generations": 4}
+        | {"num_mixed_generations": 2, "log_completions": True},
+    ),
     "two_rewards": (
         2,
         {"gradient_accumulation_steps": 2, "max_steps": 4, "log_completions": True}
