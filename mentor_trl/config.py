@@ -13,14 +13,16 @@ from .config_checks import (
     check_distillation,
     check_dynamic_sampling,
     check_expert_server,
+    check_guided_prompts,
     check_sampling,
     check_trajectories,
 )
-from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS, DISTILLATIONS, MIXED_SCALES
+from .objective import BRANCH_RULES, CORRECTIONS, DISTILLATIONS, MIXED_SCALES, SCHEDULES
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
 THRESHOLD_SOURCES = ("previous", "current")
+GUIDED_PROMPTS = ("all", "failing")
 WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
 
 
@@ -225,14 +227,52 @@ class MentorGRPOConfig(GRPOConfig):
     alpha: float = option(1.0, "Initial weight of the mixed rollouts' advantages (alpha_0).")
     alpha_schedule: str = option(
         "cosine",
-        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not).",
-        choices=ALPHA_SCHEDULES,
+        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not). "
+        "`'adaptive'`: alpha follows the measured difference of mixed and on-policy rewards, whatever "
+        "`expert_decay_steps` is, and guidance is withdrawn when it does not help any more.",
+        choices=SCHEDULES,
     )
     expert_decay_steps: int = option(
         120,
         "Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A rollout batch "
         "lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's "
         "defaults, 2 in the paper's setup.",
+    )
+    guidance_margin: float = option(
+        0.1,
+        "With `alpha_schedule='adaptive'`, guidance is withdrawn when the upper 95-percent bound of the difference is "
+        "below this share of `reward_range` times the share of on-policy successes.",
+    )
+    guidance_patience: int = option(
+        5, "Number of rollout batches in a row for which that bound must be below the margin."
+    )
+    guidance_smoothing: float = option(
+        0.9, "Weight of a rollout batch in the measured difference, relative to the one behind it."
+    )
+    guidance_probe_every: int = option(
+        20,
+        "Once guidance is withdrawn, one rollout batch in so many has mixed rollouts again, which are counted and not "
+        "learned from; guidance is back when they are better by more than the margin. 0: never, and the expert is "
+        "freed.",
+    )
+    success_reward: float = option(0.5, "Reward from which on a rollout counts as a success.")
+    guide_prompts: str = option(
+        "all",
+        "Prompts that get mixed rollouts: `'all'`, or `'failing'`, those whose on-policy rollouts of the same batch "
+        "succeed less often than `guide_below`; the others get on-policy rollouts instead. Reward functions then see "
+        "a batch in two parts. Needs `entropy_threshold_from='current'`, and whole groups on each process.",
+        choices=GUIDED_PROMPTS,
+    )
+    guide_below: float | None = option(
+        None,
+        "Share of on-policy successes below which a prompt is guided with `guide_prompts='failing'`. If not set, only "
+        "where all fail.",
+    )
+    guide_share: float = option(
+        0.25,
+        "Share of the prompts of a batch, drawn at random, that get mixed rollouts in any case with "
+        "`alpha_schedule='adaptive'` and `guide_prompts='failing'`. Only these are compared: a comparison of failing "
+        "prompts alone would always favour guidance.",
     )
     reward_range: float = option(
         1.0,
@@ -284,12 +324,14 @@ class MentorGRPOConfig(GRPOConfig):
         if self.num_mixed_generations > 0:
             check_sampling(self)
             check_expert_server(self)
+            check_guided_prompts(self)
 
     def _check_choices(self) -> None:
         for name, choices in (
             ("branch_rule", BRANCH_RULES),
             ("entropy_threshold_from", THRESHOLD_SOURCES),
-            ("alpha_schedule", ALPHA_SCHEDULES),
+            ("alpha_schedule", SCHEDULES),
+            ("guide_prompts", GUIDED_PROMPTS),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
             ("mixed_advantage_scale", MIXED_SCALES),
@@ -316,6 +358,12 @@ class MentorGRPOConfig(GRPOConfig):
                 f"`num_mixed_generations={mixed}` leaves 1 of `num_generations={n}` rollouts on-policy, and the "
                 f"baseline needs at least 2. Set `num_mixed_generations` to {n - 2} or less, or raise "
                 f"`num_generations` to {mixed + 2} or more. (With {n}, all rollouts are mixed.)"
+            )
+        if mixed and mixed == n and self.alpha_schedule == "adaptive":
+            raise ValueError(
+                f"`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and `num_mixed_generations={mixed}` "
+                f"of {n} leaves none of these. Choose another schedule, or set `num_mixed_generations` to {n - 2} or "
+                "less."
             )
         if mixed and mixed == n and self.entropy_threshold_from == "current":
             raise ValueError(
@@ -348,6 +396,16 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.log_rollout_records >= 0, "log_rollout_records", "0 (none) or more")
         require(self.alpha >= 0.0, "alpha", "0 or more")
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
+        require(self.guidance_margin > 0.0, "guidance_margin", "positive, e.g. 0.1")
+        require(self.guidance_patience >= 1, "guidance_patience", "at least 1")
+        require(0.0 <= self.guidance_smoothing < 1.0, "guidance_smoothing", "at least 0 and below 1")
+        require(self.guidance_probe_every >= 0, "guidance_probe_every", "0 (never) or more")
+        require(
+            self.guide_below is None or 0.0 < self.guide_below <= 1.0,
+            "guide_below",
+            "above 0 and at most 1, or unset",
+        )
+        require(0.0 < self.guide_share <= 1.0, "guide_share", "above 0 and at most 1")
         require(self.reward_range > 0.0, "reward_range", "positive")
         require(self.correction_cap > 0.0, "correction_cap", "positive (`inf` for no cap)")
         require(

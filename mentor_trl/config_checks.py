@@ -70,6 +70,23 @@ def check_dynamic_sampling(args: Any) -> None:
         )
 
 
+def check_guided_prompts(args: Any) -> None:
+    if args.guide_prompts == "all":
+        return
+    if args.entropy_threshold_from == "previous":
+        raise ValueError(
+            f"`guide_prompts={args.guide_prompts!r}` samples on-policy rollouts before mixed ones, and "
+            "`entropy_threshold_from='previous'` samples all at once. Set it to 'current'."
+        )
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if rows % args.num_generations:
+        raise ValueError(
+            f"`guide_prompts={args.guide_prompts!r}` needs whole groups on each process, which has {rows} rows of "
+            f"a rollout batch (`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
+            f"`num_generations={args.num_generations}`. Set one of them so that it is."
+        )
+
+
 def check_policy_sampling(args: Any, what: str, plain: str) -> None:
     """Refuse what makes the policy's distribution another than that of its log-probabilities."""
     neutral = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}

@@ -25,7 +25,7 @@ from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
 from .rollout.progress import SamplingProgress
-from .training.batch import RolloutBatch, Scored
+from .training.batch import RolloutBatch, Scored, leave_out
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
 from .training.forward import TokenPass, policy_entropies, policy_logps
 from .training.loss_pass import LossPass
@@ -34,6 +34,7 @@ from .training.processes import Processes
 from .training.resampling import Filled, Resampling, Round, aside
 from .training.resume import check_expert_kept, check_one_batch, usable_checkpoint, warn_of_missing
 from .training.reward_functions import checked_rewards, warn_of_undefined
+from .training.reward_parts import RewardParts
 from .training.tables import evaluation_table, new_logs, replace_last
 from .training.trackers import fit_trackers
 
@@ -207,8 +208,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         try:
             if self._mode == "eval":
                 return super()._generate_and_score_completions(inputs)
-            if self.algorithm.over:
-                self.engine.release_expert()
+            self.algorithm.spare(self.engine)
             first = self._sample(inputs)
             filled = self.resampling.fill(first, self._logs, self._sample_again)
         except EngineError:
@@ -217,16 +217,18 @@ class MentorGRPOTrainer(GRPOTrainer):
             raise
         self.batch = first.batch
         self._log_batch(first, filled)
-        self.algorithm.observe(first.batch, first.scored)
+        self._log_metrics(self.algorithm.observe(first.batch, first.scored) or {})
         return filled.output
 
     def _sample(self, inputs: list[dict[str, Any]], attempt: int = 0) -> Round:
+        self.reward_parts = RewardParts(self, super()._calculate_rewards, inputs)
         self.batch = replace(self.algorithm.plan(inputs, self.processes.index * len(inputs)), attempt=attempt)
         output = super()._generate_and_score_completions(inputs)
         scored = self._scored(output)
         credit = self.algorithm.credit(self.batch, scored)
         output["advantages"] = credit.advantages
         output["mentor_source"] = self.batch.source_B.to(output["completion_ids"].device)
+        leave_out(output, self.batch, self.processes)
         replace_last(self._logs["advantages"], credit.advantages_N.tolist())
         return Round(inputs, output, self.batch, scored, credit)
 
@@ -245,29 +247,27 @@ class MentorGRPOTrainer(GRPOTrainer):
         forward = TokenPass(self._forward, self._tokenizer.pad_token_id, self.args.per_device_train_batch_size)
         entropies, profile = partial(policy_entropies, forward, self.processes), partial(profiling_context, self)
         progress = partial(SamplingProgress, disable=self.args.disable_tqdm or not self.is_world_process_zero())
-        rollouts = Rollouts(generate, self.engine.session, entropies, profile, self.eos_token_ids, progress)
-        self.batch = self.algorithm.rollout(prompt_ids, self.batch, rollouts)
+        ways = generate, self.engine.session, entropies, profile, self.eos_token_ids, progress, self.reward_parts.first
+        self.batch = self.algorithm.rollout(prompt_ids, self.batch, Rollouts(*ways))
         return self.batch.completion_ids, self.batch.engine_logps
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        training = self._mode == "train"
-        sources = self.batch.source_names() if training else ["eval"] * len(prompts)
-        self._log_completion_extra("source", sources)
-        rewards_N_F = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if training:
-            warn_of_undefined(rewards_N_F, self.reward_func_names)
-            self.batch = replace(self.batch, completion_ids=completion_ids_list, rewards_N_F=rewards_N_F)
+        if self._mode == "eval":
+            self._log_completion_extra("source", ["eval"] * len(prompts))
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards_N_F = self.reward_parts.all(inputs, prompts, completions, completion_ids_list)
+        self._log_completion_extra("source", self.batch.source_names())
+        warn_of_undefined(rewards_N_F, self.reward_func_names)
+        self.batch = replace(self.batch, completion_ids=completion_ids_list, rewards_N_F=rewards_N_F)
         return rewards_N_F
 
     def _scored(self, output: dict[str, Any]) -> Scored:
-        rewards_N_F, mask = self.batch.rewards_N_F, output["completion_mask"].bool()
-        rewards_N = (rewards_N_F * self.reward_weights.to(rewards_N_F.device)).nansum(dim=1)
-        logps = output.get("old_per_token_logps")
+        mask, logps = output["completion_mask"].bool(), output.get("old_per_token_logps")
         if logps is None and self.algorithm.needs_policy_logps:
             logps = policy_logps(self._forward, output, self.args.per_device_train_batch_size)
         self.batch = self.batch.completed(logps, mask)
         return Scored(
-            rewards_N=rewards_N.masked_fill(rewards_N_F.isnan().all(dim=1), torch.nan),
+            rewards_N=self.reward_parts.weighted(self.batch.rewards_N_F),
             source_N=self.processes.gather(self.batch.source_B),
             local=self.processes.local(len(mask)),
             advantages_B=output["advantages"],

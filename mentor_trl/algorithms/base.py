@@ -12,7 +12,7 @@ from ..config import MentorGRPOConfig
 from ..errors import SetupError
 from ..experts.port import Expert
 from ..rollout.progress import SamplingProgress
-from ..rollout.types import MixedSampler, Progress
+from ..rollout.types import Engine, MixedSampler, Progress
 from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
 from ..training.processes import Processes
 from .requirements import check_dataset, check_dynamic_sampling, refuse_multimodal
@@ -46,6 +46,9 @@ class Rollouts:
     stop_token_ids: Sequence[int] = ()
     # Shows how far the sampling of so many rows of a name is; yields what a session's `sample` takes as `progress`
     progress: Callable[[int, str], AbstractContextManager[Progress]] = SamplingProgress
+    # Weighted rewards of some of the rows, the same on each process, by their tokens of prompts and completions: those
+    # of all processes, NaN where undefined. The reward functions then see the other rows alone. Collective.
+    rewards: Callable[[list[int], list[list[int]], list[list[int]]], torch.Tensor] | None = None
 
 
 class Algorithm:
@@ -139,6 +142,18 @@ class Algorithm:
         """Whether the expert is not needed any more."""
         return False
 
+    @property
+    def resting(self) -> bool:
+        """Whether the coming batch does without the expert."""
+        return False
+
+    def spare(self, engine: Engine) -> None:
+        """Free the expert of an engine, or move it out of the way, where it is not needed."""
+        if self.over:
+            engine.release_expert()
+        elif self.resting:
+            engine.park_expert()
+
     def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
         """
         Decide the source of each row of this process, of which `first` is the global index of the first. Groups are
@@ -164,8 +179,8 @@ class Algorithm:
         """
         return None
 
-    def observe(self, batch: RolloutBatch, scored: Scored) -> None:
-        """Hear the rewards of a batch, when it is done."""
+    def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float] | None:
+        """Hear the rewards of a batch, when it is done. What it returns is logged."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain data."""

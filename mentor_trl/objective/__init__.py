@@ -10,6 +10,7 @@ from .distillation import (
     preference_weights,
     score_gap,
 )
+from .gap import Gap, success_rates
 from .mixture import (
     BRANCH_RULES,
     acceptance_probability,
@@ -21,7 +22,7 @@ from .mixture import (
     mixture_logps,
     residual,
 )
-from .schedule import ALPHA_SCHEDULES, alpha_at, entropy_threshold
+from .schedule import ALPHA_SCHEDULES, SCHEDULES, alpha_at, entropy_threshold
 from .sentences import near_sentence_end, sentence_endings
 from .shaping import shaping_weights
 
@@ -33,6 +34,8 @@ __all__ = [
     "DISTILLATIONS",
     "DISTILLATION_LOSSES",
     "MIXED_SCALES",
+    "Gap",
+    "SCHEDULES",
     "acceptance_probability",
     "alpha_at",
     "baseline_rows",
@@ -55,4 +58,5 @@ __all__ = [
     "score_gap",
     "sentence_endings",
     "shaping_weights",
+    "success_rates",
 ]
