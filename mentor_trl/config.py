@@ -361,9 +361,9 @@ class MentorGRPOConfig(GRPOConfig):
             )
         if mixed and mixed == n and self.alpha_schedule == "adaptive":
             raise ValueError(
-                f"`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and `num_mixed_generations={mixed}` "
-                f"of {n} leaves none of these. Choose another schedule, or set `num_mixed_generations` to {n - 2} or "
-                "less."
+                "`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and "
+                f"`num_mixed_generations={mixed}` of {n} leaves none of these. Choose another schedule, or set "
+                f"`num_mixed_generations` to {n - 2} or less."
             )
         if mixed and mixed == n and self.entropy_threshold_from == "current":
             raise ValueError(
