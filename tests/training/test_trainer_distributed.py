@@ -78,7 +78,7 @@ def test_what_the_cases_cover(ranks):
     assert not any(torch.isnan(r["undefined_rewards"]["batches"][0]["advantages"]).any() for r in ranks)
 
 
-@pytest.mark.parametrize("case", [*CASES, "whole", "resumed"])
+@pytest.mark.parametrize("case", [*CASES, "failing", "served_failing", "whole", "resumed"])
 def test_processes_stay_equal(case, ranks, tmp_path):
     first, second = (rank[case] for rank in ranks)
     assert same_weights(first["weights"], second["weights"])
@@ -100,6 +100,23 @@ def test_trajectories_take_the_last_places_of_groups_that_lie_across_processes(r
     found = [entry["mentor/trajectory/missing"] for entry in runs[0]["history"] if "reward" in entry]
     assert found[: len(missing)] == pytest.approx(missing) and 0.0 < max(missing) < 1.0
     assert same_weights(runs[0]["weights"], runs[1]["weights"])
+
+
+@pytest.mark.parametrize("case", ["failing", "served_failing"])
+def test_processes_agree_on_the_prompts_that_are_guided(case, ranks):
+    batches = [rank[case]["batches"] for rank in ranks]
+    guided = [torch.cat([pair[0]["guided"], pair[1]["guided"]]).view(4, 8) for pair in zip(*batches, strict=True)]
+    state = ranks[0][case]["guidance"]["withdrawal"]
+    assert state["withdrawn"] and state["rested"] == 2
+    for index, groups in enumerate(guided):
+        first = batches[0][index]["rewards"].view(4, 8)[:, :4] >= 0.5
+        failing = first.float().mean(1) < 0.6
+        assert not groups[:, :4].any() and (groups[:, 4:].all(1) == groups.any(1)).all()
+        if index < 3:  # before the withdrawal one group is drawn in any case
+            assert (groups.any(1) & ~failing).sum() <= 1 and groups.any(1)[failing].all()
+    assert [groups.any(1).sum().item() for groups in guided[3:]] == [0, 1]
+    for batch in (batches[0][4], batches[1][4]):
+        assert ((batch["lengths"] == 0) == batch["guided"]).all()
 
 
 def test_processes_and_sources_sample_from_their_own_generators(ranks):
