@@ -101,7 +101,10 @@ def train_on_failing(folder: Path) -> dict:
     """In process, and with servers of policy and expert, and of the policy."""
     reports = {}
     settings = {**FAILING, "model": str(folder / "policy")}
-    for name, servers in (("failing", None), ("served_failing", {"vllm_policy_server_base_url": "http://policy:8000"})):
+    for name, servers in (
+        ("failing", None),
+        ("served_failing", {"vllm_policy_server_base_url": "http://policy:8000"}),
+    ):
         with nullcontext() if servers is None else stand_in():
             make = partial(make_trainer, cls=RecordingTrainer) if servers is None else make_served_trainer
             trainer = make(folder / name, **settings, **(servers or {}))
