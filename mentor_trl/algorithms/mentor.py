@@ -94,6 +94,7 @@ class Mentor(Algorithm):
 
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
         if not batch.mixes:
+            self.needs_policy_logps = False
             return super().rollout(prompt_ids, batch, rollouts)
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
         sample = self._sample_at_once if self._threshold_is_known else self._sample_in_turn
