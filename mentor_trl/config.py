@@ -10,7 +10,7 @@ import torch
 from trl import GRPOConfig
 
 from .config_checks import check_distillation, check_expert_server, check_sampling, check_trajectories
-from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS, DISTILLATIONS
+from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS, DISTILLATION_LOSSES, DISTILLATIONS
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
@@ -163,6 +163,15 @@ class MentorGRPOConfig(GRPOConfig):
     distillation_coef: float = option(
         1.0, "Weight lambda of on-policy distillation (`'opd'` and `'gats'`), which `'gats'` multiplies by the gap."
     )
+    distillation_loss: str = option(
+        "sampled",
+        "How `'opd'` and `'gats'` distil: `'sampled'`, by the token that was drawn; `'full'`, by the reverse KL "
+        "divergence of the distributions over the vocabulary, as a term of the loss; `'top_k'`, the same over the "
+        "policy's `distillation_top_k` likeliest tokens and the rest as one. The latter two have less variance and "
+        "need an expert in this process.",
+        choices=DISTILLATION_LOSSES,
+    )
+    distillation_top_k: int = option(64, "Number of tokens of `distillation_loss='top_k'`.")
     distillation_reward: bool = option(
         False,
         "Whether `distillation='opd'` adds to the advantages of the rewards (OPD with reward). When `False`, rewards "
@@ -271,6 +280,7 @@ class MentorGRPOConfig(GRPOConfig):
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
             ("distillation", DISTILLATIONS),
+            ("distillation_loss", DISTILLATION_LOSSES),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
             ("vllm_weight_sync", WEIGHT_SYNCS),
         ):
@@ -322,6 +332,7 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.correction_exponent >= 0.0, "correction_exponent", "0 or more")
         require(self.correction_constant > 0.0, "correction_constant", "positive")
         require(self.distillation_coef > 0.0, "distillation_coef", "positive (or set `distillation` to 'none')")
+        require(self.distillation_top_k >= 1, "distillation_top_k", "at least 1")
         require(self.distillation_clip >= 1.0, "distillation_clip", "at least 1 (Distilled RL: 3)")
         require(self.gats_reference is None or self.gats_reference > 0.0, "gats_reference", "positive, or unset")
         require(0.0 <= self.gats_smoothing < 1.0, "gats_smoothing", "at least 0 and below 1")

@@ -8,6 +8,7 @@ from .distillation import (
     DISTILLATIONS,
     distillation_advantages,
     preference_weights,
+    reverse_kl,
     score_gap,
 )
 from .mixture import (
@@ -50,6 +51,7 @@ __all__ = [
     "preference_weights",
     "request_seed",
     "residual",
+    "reverse_kl",
     "score_gap",
     "sentence_endings",
     "shaping_weights",
