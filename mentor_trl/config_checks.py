@@ -43,7 +43,7 @@ def check_trajectories(args: Any) -> None:
 
 
 def check_dynamic_sampling(args: Any) -> None:
-    """Groups that are sampled at different times are put together, so each must be complete in itargs."""
+    """Groups that are sampled at different times are put together, so each must be complete in itself."""
     if args.dynamic_sampling < 0:
         raise ValueError(f"`dynamic_sampling` is {args.dynamic_sampling}; set it to 0 (none) or more.")
     if not args.dynamic_sampling:
@@ -54,6 +54,12 @@ def check_dynamic_sampling(args: Any) -> None:
                 f"`{name}={value!r}` makes advantages of a whole batch, and `dynamic_sampling` replaces groups of "
                 f"it. Set `{name}` to {args.__dataclass_fields__[name].default!r}, or `dynamic_sampling` to 0."
             )
+    if args.distillation == "opd" and not args.distillation_reward:
+        raise ValueError(
+            "`dynamic_sampling` looks for groups whose rewards differ, and `distillation='opd'` without "
+            "`distillation_reward` learns nothing from rewards. Set `dynamic_sampling` to 0, or "
+            "`distillation_reward=True`."
+        )
     rows = args.generation_batch_size // args.world_size
     if rows % args.num_generations:
         raise ValueError(

@@ -220,9 +220,9 @@ class MentorGRPOTrainer(GRPOTrainer):
         self._log_metrics(self.algorithm.observe(first.batch, first.scored) or {})
         return filled.output
 
-    def _sample(self, inputs: list[dict[str, Any]]) -> Round:
+    def _sample(self, inputs: list[dict[str, Any]], attempt: int = 0) -> Round:
         self.reward_parts = RewardParts(self, super()._calculate_rewards, inputs)
-        self.batch = self.algorithm.plan(inputs, self.processes.index * len(inputs))
+        self.batch = replace(self.algorithm.plan(inputs, self.processes.index * len(inputs)), attempt=attempt)
         output = super()._generate_and_score_completions(inputs)
         scored = self._scored(output)
         credit = self.algorithm.credit(self.batch, scored)
@@ -234,8 +234,8 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _sample_again(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[Round, dict[str, Any]]:
         table = self._logs = new_logs()
-        with aside(self._metrics["train"], self.algorithm, attempt):
-            part = self._sample(inputs)
+        with aside(self._metrics["train"], self.algorithm):
+            part = self._sample(inputs, attempt)
         self._logs = self.logs_by_mode["train"]
         return part, table
 

@@ -99,7 +99,6 @@ class Algorithm:
     def __init__(self, args: MentorGRPOConfig):
         self.args = args
         self.context: Context | None = None
-        self.attempt = 0  # how many times rows of the batch have been sampled before (`dynamic_sampling`)
 
     @classmethod
     def chosen(cls, args: MentorGRPOConfig) -> bool:

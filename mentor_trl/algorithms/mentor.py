@@ -59,6 +59,7 @@ class Mentor(Algorithm):
             fixed=args.entropy_threshold,
             withdrawal=_withdrawal(args) if args.alpha_schedule == "adaptive" else None,
         )
+        self.attempt = 0  # the batch's, see `seed`
         self._range_warned = False
 
     @classmethod
@@ -95,6 +96,7 @@ class Mentor(Algorithm):
         if not batch.mixes:
             self.needs_policy_logps = False
             return super().rollout(prompt_ids, batch, rollouts)
+        self.attempt = batch.attempt
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
         sample = self._sample_at_once if self._threshold_is_known else self._sample_in_turn
         with rollouts.session() as session:

@@ -28,6 +28,7 @@ class RolloutBatch:
     mixes: bool = False  # whether some process has rows that a mixed-policy engine samples with the expert
     probe: bool = False  # whether guided rows are counted and stay out of the loss
     gamma: float | None = None  # entropy threshold in nats, where there is one
+    attempt: int = 0  # how many times rows of the batch have been sampled before (`dynamic_sampling`)
     payload: Any = None  # what else the plan holds, such as the texts of expert trajectories
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)

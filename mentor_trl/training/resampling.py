@@ -256,17 +256,15 @@ def replace_rows(logs: dict[str, Any], table: dict[str, Any], moves: list[tuple[
 
 
 @contextmanager
-def aside(metrics: dict[str, list[float]], algorithm: Any, attempt: int) -> Iterator[None]:
+def aside(metrics: dict[str, list[float]], algorithm: Any) -> Iterator[None]:
     """
     A further round: metrics stay those of the rows first sampled, but for the tokens so far, and so does what the
     algorithm keeps.
     """
     lengths, state = {name: len(values) for name, values in metrics.items()}, copy.deepcopy(algorithm.state_dict())
-    algorithm.attempt = attempt
     try:
         yield
     finally:
-        algorithm.attempt = 0
         algorithm.load_state_dict(state)
         for name in list(metrics):
             del metrics[name][lengths.get(name, 0) :]

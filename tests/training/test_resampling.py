@@ -49,10 +49,10 @@ class Rounds(MentorGRPOTrainer):
         self.outputs.append(super()._generate_and_score_completions(inputs))
         return self.outputs[-1]
 
-    def _sample(self, inputs):
+    def _sample(self, inputs, attempt=0):
+        self.rounds[-1].append(super()._sample(inputs, attempt))
         if self.args.num_mixed_generations:
             self.seeds += [self.algorithm.seed(source) for source in (0, 1)]
-        self.rounds[-1].append(super()._sample(inputs))
         return self.rounds[-1][-1]
 
 
@@ -238,7 +238,7 @@ def test_mixed_rows(tmp_path):
     trainer.train()
     assert any(len(rounds) > 1 for rounds in trainer.rounds)
     assert len(trainer.seeds) == len(set(trainer.seeds))
-    assert trainer.algorithm.guidance.batches == 2
+    assert trainer.algorithm.guidance.batches == 2 and trainer.batch is trainer.rounds[-1][0].batch
     for step, (rounds, output) in enumerate(zip(trainer.rounds, trainer.outputs), start=1):
         made = groups(output, 4)
         found = {group: (part, place) for part in rounds for place, group in enumerate(groups(part.output, 4))}
@@ -338,6 +338,7 @@ def test_prompts_are_drawn_without_replacement_and_go_on_where_they_were():
     [
         ({"dynamic_sampling": -1}, "`dynamic_sampling` is -1; set it to 0"),
         ({"scale_rewards": "batch"}, "`scale_rewards='batch'` makes advantages of a whole batch.*to 'group', or"),
+        ({"distillation": "opd"}, "without `distillation_reward` learns nothing from rewards"),
         (
             {"multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation='normalize_then_sum'`.*to 'sum_then_normalize'",
