@@ -285,7 +285,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         # A copy, as rollouts are used again by later steps
         term = self.algorithm.loss_term if self.algorithm.needs_states else None
         self._loss_pass = loss_pass = LossPass(dict(inputs), self.algorithm.reweigh, term)
-        scale = self.args, self.accelerator, self.current_gradient_accumulation_steps
+        scale = self.args, self.accelerator, getattr(self, "current_gradient_accumulation_steps", 1)
         try:
             loss = loss_pass.loss(super()._compute_loss, model, *scale)
         finally:
