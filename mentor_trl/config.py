@@ -17,7 +17,14 @@ from .config_checks import (
     check_sampling,
     check_trajectories,
 )
-from .objective import BRANCH_RULES, CORRECTIONS, DISTILLATIONS, MIXED_SCALES, SCHEDULES
+from .objective import (
+    BRANCH_RULES,
+    CORRECTIONS,
+    DISTILLATION_LOSSES,
+    DISTILLATIONS,
+    MIXED_SCALES,
+    SCHEDULES,
+)
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
@@ -171,6 +178,15 @@ class MentorGRPOConfig(GRPOConfig):
     distillation_coef: float = option(
         1.0, "Weight lambda of on-policy distillation (`'opd'` and `'gats'`), which `'gats'` multiplies by the gap."
     )
+    distillation_loss: str = option(
+        "sampled",
+        "How `'opd'` and `'gats'` distil: `'sampled'`, by the token that was drawn; `'full'`, by the reverse KL "
+        "divergence of the distributions over the vocabulary, as a term of the loss; `'top_k'`, the same over the "
+        "policy's `distillation_top_k` likeliest tokens and the rest as one. The latter two have less variance and "
+        "need an expert in this process.",
+        choices=DISTILLATION_LOSSES,
+    )
+    distillation_top_k: int = option(64, "Number of tokens of `distillation_loss='top_k'`.")
     distillation_reward: bool = option(
         False,
         "Whether `distillation='opd'` adds to the advantages of the rewards (OPD with reward). When `False`, rewards "
@@ -336,6 +352,7 @@ class MentorGRPOConfig(GRPOConfig):
             ("correction_level", CORRECTION_LEVELS),
             ("mixed_advantage_scale", MIXED_SCALES),
             ("distillation", DISTILLATIONS),
+            ("distillation_loss", DISTILLATION_LOSSES),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
             ("vllm_weight_sync", WEIGHT_SYNCS),
         ):
@@ -350,8 +367,8 @@ class MentorGRPOConfig(GRPOConfig):
             raise ValueError(f"`num_mixed_generations` is {mixed}; set it to 0 (plain GRPO) or more.")
         if mixed > n:
             raise ValueError(
-                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set it to {max(n - 2, 0)} or "
-                f"less, or raise `num_generations` to {mixed + 2} or more."
+                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set `num_mixed_generations` "
+                f"to {max(n - 2, 0)} or less, or raise `num_generations` to {mixed + 2} or more."
             )
         if mixed and n - mixed == 1:
             raise ValueError(
@@ -361,7 +378,7 @@ class MentorGRPOConfig(GRPOConfig):
             )
         if mixed and mixed == n and self.alpha_schedule == "adaptive":
             raise ValueError(
-                f"`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and "
+                "`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and "
                 f"`num_mixed_generations={mixed}` of {n} leaves none of these. Choose another schedule, or set "
                 f"`num_mixed_generations` to {n - 2} or less."
             )
@@ -414,6 +431,7 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.correction_exponent >= 0.0, "correction_exponent", "0 or more")
         require(self.correction_constant > 0.0, "correction_constant", "positive")
         require(self.distillation_coef > 0.0, "distillation_coef", "positive (or set `distillation` to 'none')")
+        require(self.distillation_top_k >= 1, "distillation_top_k", "at least 1")
         require(self.distillation_clip >= 1.0, "distillation_clip", "at least 1 (Distilled RL: 3)")
         require(self.gats_reference is None or self.gats_reference > 0.0, "gats_reference", "positive, or unset")
         require(0.0 <= self.gats_smoothing < 1.0, "gats_smoothing", "at least 0 and below 1")

@@ -183,6 +183,19 @@ def check_distillation(args: Any) -> None:
             "distillation gives each token its own advantage. Set the former to 'token' and the latter to 'dapo' or "
             f"another that clips tokens, or {plain}."
         )
+    if args.distillation_loss != "sampled" and args.distillation != "distilled_rl":
+        loss = f"`distillation_loss={args.distillation_loss!r}`"
+        if args.expert_base_url is not None:
+            raise ValueError(
+                f"{loss} needs the expert's distributions, and a server (`expert_base_url={args.expert_base_url!r}`) "
+                "gives log-probabilities of tokens. Set it to 'sampled', or name the expert in "
+                "`expert_model_name_or_path`."
+            )
+        if args.top_entropy_quantile < 1.0:
+            raise ValueError(
+                f"`top_entropy_quantile={args.top_entropy_quantile}` leaves tokens out of TRL's loss, beside which "
+                f"{loss} has a term for every token. Set the former to 1.0, or the latter to 'sampled'."
+            )
     if args.distillation == "gats" and args.gats_reference is None and not args.num_mixed_generations:
         raise ValueError(
             "`distillation='gats'` compares the policy's score with the expert's, and no mixed rollout shows that. "

@@ -160,7 +160,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             stop_token_ids=self.eos_token_ids,
             template={"chat_template": self.chat_template, **self.chat_template_kwargs},
             processes=self.processes,
-            expert=self.engine.expert,
+            engine=self.engine,
             train_dataset=self.train_dataset,
             multimodal=self._is_vlm,
         )
@@ -283,16 +283,16 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         # A copy, as rollouts are used again by later steps
-        self._loss_pass = loss_pass = LossPass(dict(inputs), self.algorithm.reweigh)
+        term = self.algorithm.loss_term if self.algorithm.needs_states else None
+        self._loss_pass = loss_pass = LossPass(dict(inputs), self.algorithm.reweigh, term)
+        scale = self.args, self.accelerator, getattr(self, "current_gradient_accumulation_steps", 1)
         try:
-            loss = super()._compute_loss(model, loss_pass.inputs)
+            loss = loss_pass.loss(super()._compute_loss, model, *scale)
         finally:
             self._loss_pass = None
         if self._mode == "train":
             self._log_metrics(loss_pass.metrics(self.algorithm.sources, self.processes.reduce))
         return loss
-
-    # Metrics, tables, model card
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -13,7 +13,7 @@ from ..errors import SetupError
 from ..experts.port import Expert
 from ..rollout.progress import SamplingProgress
 from ..rollout.types import Engine, MixedSampler, Progress
-from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
+from ..training.batch import Credit, LossStates, LossTerm, Reweighed, RolloutBatch, Scored
 from ..training.processes import Processes
 from .requirements import check_dataset, check_dynamic_sampling, refuse_multimodal
 
@@ -27,9 +27,14 @@ class Context:
     stop_token_ids: Sequence[int]
     template: dict[str, Any]  # keyword arguments of `apply_chat_template`
     processes: Processes
-    expert: Expert | None  # of an engine in process
+    engine: Engine
     train_dataset: Any
     multimodal: bool = False  # whether prompts are processed as text and images
+
+    @property
+    def expert(self) -> Expert | None:
+        """The expert, where the engine has it at hand."""
+        return self.engine.expert
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Algorithm:
             Whether it asks the expert for log s of given rows, which an engine must have at hand.
         needs_policy_logps (`bool`):
             Whether `credit` needs log p of every token, which TRL computes only in some settings.
+        needs_states (`bool`):
+            Whether there is a `loss_term`.
         text_only (`str`, *optional*):
             What it has that images do not go with.
 
@@ -86,6 +93,7 @@ class Algorithm:
     needs_expert = False
     needs_scores = False
     needs_policy_logps = False
+    needs_states = False
     text_only: str | None = None
 
     def __init__(self, args: MentorGRPOConfig):
@@ -177,6 +185,10 @@ class Algorithm:
         Weights that need the forward pass of the loss itself. Its batch has the sources of rows as `mentor_source`;
         its log-probabilities come detached.
         """
+        return None
+
+    def loss_term(self, inputs: dict[str, Any], states: LossStates) -> LossTerm | None:
+        """A term that is added to the loss, from the forward pass of the loss itself; asked with `needs_states`."""
         return None
 
     def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float] | None:

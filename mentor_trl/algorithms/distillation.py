@@ -87,10 +87,9 @@ class Distillation(Algorithm):
             logps[rows, : scores.size(1)] = scores.to(logps)
         return logps
 
-    def totals(self, **values: torch.Tensor | float) -> dict[str, float]:
-        """Sums over all processes."""
-        local = torch.tensor([float(value) for value in values.values()])
-        return dict(zip(values, self.context.processes.reduce(local, "sum").tolist(), strict=True))
+    def total(self, value: torch.Tensor | float) -> float:
+        """A sum over all processes."""
+        return self.context.processes.reduce(torch.tensor([float(value)]), "sum").item()
 
 
 def named(metrics: dict[str, float]) -> dict[str, float]:

@@ -30,15 +30,12 @@ class DistilledRL(Distillation):
         clip = self.args.distillation_clip
         weights_B_T = preference_weights(logs_B_T, scored.policy_logps_B_T, where_B_T, clip)
         ratios = (logs_B_T - scored.policy_logps_B_T)[where_B_T].exp()
-        total = self.totals(
-            tokens=where_B_T.sum(),
-            weights=weights_B_T[where_B_T].sum(),
-            clipped=((ratios > clip) | (ratios < 1.0 / clip)).sum(),
-            scored=sum(len(batch.completion_ids[row]) for row in rows),
-        )
-        metrics = {"expert_tokens": total["scored"]}
-        if total["tokens"]:
-            metrics |= {name: total[key] / total["tokens"] for name, key in (("weight", "weights"), ("clipped",) * 2)}
+        metrics = {"expert_tokens": self.total(float(sum(len(batch.completion_ids[row]) for row in rows)))}
+        tokens = self.total(where_B_T.sum())
+        if tokens:
+            clipped = (ratios > clip) | (ratios < 1.0 / clip)
+            metrics["weight"] = self.total(weights_B_T[where_B_T].sum()) / tokens
+            metrics["clipped"] = self.total(clipped.sum()) / tokens
         earlier = weights_B_T if credit.weights_B_T is None else credit.weights_B_T * weights_B_T
         return credit._replace(
             advantages=fold_correction(credit.advantages, weights_B_T),

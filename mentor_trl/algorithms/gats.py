@@ -28,15 +28,10 @@ class Gats(Opd):
         super().__init__(args)
         self.student: float | None = None
         self.teacher: float | None = args.gats_reference
-        self.withdrawn = False
 
     @property
     def over(self) -> bool:
         return self.withdrawn and (not self.inner.needs_expert or self.inner.over)
-
-    @property
-    def needs_policy_logps(self) -> bool:
-        return self.inner.needs_policy_logps if self.withdrawn else True
 
     def coefficient(self, scored: Scored) -> float:
         if self.withdrawn:
@@ -66,11 +61,9 @@ class Gats(Opd):
         return credit._replace(metrics=credit.metrics | named(known))
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"student": self.student, "teacher": self.teacher, "withdrawn": self.withdrawn}
-        return super().state_dict() | own
+        return super().state_dict() | {"student": self.student, "teacher": self.teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.student, self.teacher, self.withdrawn = state["student"], state["teacher"], state["withdrawn"]
-        if self.args.gats_reference is not None:
-            self.teacher = self.args.gats_reference
+        self.student = state["student"]
+        self.teacher = state["teacher"] if self.args.gats_reference is None else self.args.gats_reference

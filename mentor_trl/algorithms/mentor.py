@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
@@ -32,7 +31,7 @@ from ..training.metrics import PREFIX, guidance_metrics, share_without_spread, s
 from .base import Algorithm, Context, Rollouts
 from .guidance import Guidance
 from .papers import MENTOR_PAPER
-from .requirements import refuse_components, refuse_multimodal, warn_of_kl
+from .requirements import refuse_components, refuse_multimodal, uses_fsdp, warn_of_kl
 from .withdrawal import Withdrawal
 
 
@@ -95,6 +94,7 @@ class Mentor(Algorithm):
 
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
         if not batch.mixes:
+            self.needs_policy_logps = False
             return super().rollout(prompt_ids, batch, rollouts)
         self.attempt = batch.attempt
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
@@ -343,8 +343,7 @@ def _withdrawal(args: MentorGRPOConfig) -> Withdrawal:
 
 
 def _check_sharding(args: MentorGRPOConfig) -> None:
-    # `args.distributed_state` does not know of FSDP; `accelerate launch` tells the Accelerator by this variable
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if uses_fsdp(args):
         raise SetupError(
             "FSDP is not supported with mixed rollouts in process: processes make different numbers of forward "
             "passes, which deadlocks its collectives. Set `use_vllm=True`, use DDP or DeepSpeed "

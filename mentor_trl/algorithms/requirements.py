@@ -2,6 +2,9 @@
 
 import warnings
 
+from accelerate.utils import parse_flag_from_env
+
+from ..config import MentorGRPOConfig
 from ..errors import SetupError
 
 
@@ -90,6 +93,25 @@ def refuse_multimodal(multimodal: bool, option: str, off: object = 0) -> None:
             f"The processing class is multimodal, and the rollouts of `{option}` are text only. Pass the tokenizer as "
             f"`processing_class`, or set `{option}={off!r}`."
         )
+
+
+def uses_fsdp(args: MentorGRPOConfig) -> bool:
+    """Whether the policy is sharded by FSDP."""
+    # `args.distributed_state` does not know of it; `accelerate launch` tells the Accelerator by this variable
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def refuse_shards(args: MentorGRPOConfig, what: str, advice: str) -> None:
+    """
+    Refuse a policy whose weights are in shards, for what reads its LM head outside of a forward pass.
+
+    Raises:
+        [`SetupError`]: naming the sharding.
+    """
+    plugin = args.deepspeed_plugin
+    kind = "FSDP" if uses_fsdp(args) else "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
+    if kind is not None:
+        raise SetupError(f"{kind} is not supported with {what}, which needs the whole of the LM head. {advice}")
 
 
 def warn_of_kl(beta: float, source: str) -> None:

@@ -8,6 +8,7 @@ from .distillation import (
     DISTILLATIONS,
     distillation_advantages,
     preference_weights,
+    reverse_kl,
     score_gap,
 )
 from .gap import Gap, success_rates
@@ -55,6 +56,7 @@ __all__ = [
     "preference_weights",
     "request_seed",
     "residual",
+    "reverse_kl",
     "score_gap",
     "sentence_endings",
     "shaping_weights",

@@ -77,6 +77,44 @@ def preference_weights(
     return torch.where(where_B_T, (log_ratio - mean_B.unsqueeze(1)).exp(), torch.ones_like(log_ratio))
 
 
+def reverse_kl(policy_logps: torch.Tensor, expert_logps: torch.Tensor, top_k: int = 0) -> torch.Tensor:
+    r"""
+    KL(p || s) of distributions over a vocabulary, in nats, with its gradient.
+
+    The gradient is sum_v (log p - log s) grad p, whose other part sums to 0. A log ratio is bounded to +-20 nats, so
+    that tokens which the expert never writes have a finite one, as in [`distillation_advantages`].
+
+    Args:
+        policy_logps (`torch.Tensor` of shape `(..., V)`):
+            log p, in nats.
+        expert_logps (`torch.Tensor` of shape `(..., V)`):
+            log s, in nats; -inf is allowed.
+        top_k (`int`, *optional*, defaults to `0`):
+            If positive, the divergence is that of k + 1 outcomes: the policy's k likeliest tokens, and all others.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+
+    Example:
+    ```python
+    >>> p, s = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
+    >>> reverse_kl(p, s), reverse_kl(p, s, top_k=1)
+    (tensor(0.1733), tensor(0.1438))
+    ```
+    """
+    if 0 < top_k < policy_logps.size(-1):
+        support = policy_logps.topk(top_k, dim=-1).indices
+        policy_logps, expert_logps = (_with_rest(logps.gather(-1, support)) for logps in (policy_logps, expert_logps))
+    gap = (policy_logps - expert_logps).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (policy_logps.exp() * torch.where(policy_logps.isneginf(), torch.zeros_like(gap), gap)).sum(dim=-1)
+
+
+def _with_rest(logps: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities, and behind them that of all other tokens."""
+    total = logps.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logps, torch.log(-torch.expm1(total))], dim=-1)
+
+
 def score_gap(student: float, teacher: float) -> float:
     """
     GATS's weight of distillation, max(1 - student / teacher, 0). Without a positive score of the teacher there is

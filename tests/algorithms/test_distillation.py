@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import make_tiny_model
+from mentor_trl.training.loss_pass import averaged
 from trainer_helpers import RecordingTrainer, advantages_by_hand, make_trainer
 
 
@@ -52,9 +53,12 @@ class GradientTrainer(RecordingTrainer):
         self.gradients.append([torch.cat([g.flatten() for g in grads]) for grads in (gradient, expected)])
         return loss
 
-    def logps(self, model, prompt, reply):
+    def distributions(self, model, prompt, reply):
         logits = model(input_ids=torch.cat([prompt, reply])[None]).logits[0, len(prompt) - 1 : -1]
-        return (logits / self.temperature).log_softmax(-1)[range(len(reply)), reply]
+        return (logits / self.temperature).log_softmax(-1)
+
+    def logps(self, model, prompt, reply):
+        return self.distributions(model, prompt, reply)[range(len(reply)), reply]
 
     def by_hand(self, model, inputs):
         total, tokens, steps = 0.0, int(inputs["num_items_in_batch"]), self.args.steps_per_generation
@@ -71,6 +75,8 @@ class GradientTrainer(RecordingTrainer):
                 ratio = (logps[t] - old[t]).exp()
                 clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
                 total = total + torch.min(ratio * advantage, clipped * advantage)
+            if self.args.distillation_loss != "sampled":
+                total = total - self.weight * self.divergence(model, prompt, reply)
         return -total / (tokens / steps * self.current_gradient_accumulation_steps)
 
     def advantages(self, row, branch, mixed, old, logs):
@@ -84,12 +90,26 @@ class GradientTrainer(RecordingTrainer):
             ratios = [min(max(math.exp(s - p), 1 / bound), bound) for p, s in zip(old, logs)]
             mean = math.prod(ratios) ** (1 / len(ratios))
             return [row * ratio / mean for ratio in ratios]
-        weight = args.distillation_coef
-        if args.distillation == "gats":
-            weight *= max(0.0, 1.0 - self.algorithm.student / self.algorithm.teacher)
-        elif not args.distillation_reward:
+        if args.distillation == "opd" and not args.distillation_reward:
             row = 0.0
-        return [row * r + weight * (0.0 if b else s - p) for p, s, r, b in zip(old, logs, rho, branch)]
+        if args.distillation_loss != "sampled":
+            return [row * r for r in rho]
+        return [row * r + self.weight * (0.0 if b else s - p) for p, s, r, b in zip(old, logs, rho, branch)]
+
+    @property
+    def weight(self):
+        gats = self.args.distillation == "gats"
+        gap = max(0.0, 1.0 - self.algorithm.student / self.algorithm.teacher) if gats else 1.0
+        return self.args.distillation_coef * gap
+
+    def divergence(self, model, prompt, reply):
+        """KL(p || s) at every token, with the gradient that autograd finds; the tokens beyond the k are one."""
+        p = self.distributions(model, prompt, reply).exp()
+        s = self.distributions(self.expert, prompt, reply).exp().detach()
+        if self.args.distillation_loss == "top_k":
+            first = p.sort(descending=True).indices[:, : self.args.distillation_top_k]
+            p, s = (torch.cat([q.gather(1, first), 1 - q.gather(1, first).sum(1, keepdim=True)], 1) for q in (p, s))
+        return (p * (p / s).log()).sum()
 
 
 METHODS = {
@@ -97,6 +117,10 @@ METHODS = {
     "opd_with_reward": {"distillation": "opd", "distillation_reward": True},
     "gats": GATS,
     "distilled_rl": {"distillation": "distilled_rl"},
+    "full": {"distillation": "opd", "distillation_loss": "full"},
+    "full_with_reward": {"distillation": "opd", "distillation_loss": "full", "distillation_reward": True},
+    "top_k": {"distillation": "opd", "distillation_loss": "top_k", "distillation_top_k": 5},
+    "gats_full": {**GATS, "distillation_loss": "full"},
 }
 STEPS = {
     "at_ratio_1": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
@@ -113,3 +137,28 @@ def test_gradients_are_those_of_a_hand_computation(method, rows, steps, tmp_path
     for gradient, expected in trainer.gradients:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=5e-6)
         assert expected.norm() > 1e-3
+
+
+class TermTrainer(RecordingTrainer):
+    """Beside the gradient of TRL's loss, that of -A log p, averaged as a term of the loss is."""
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        pairs = ([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]] for what in ("ids", "mask"))
+        ids, mask = (torch.cat(pair, 1) for pair in pairs)
+        logps = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))[0]
+        ours = averaged(-inputs["advantages"] * logps, inputs, self.args, self.current_gradient_accumulation_steps, 1)
+        found = (torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (loss, ours))
+        self.gradients = [torch.cat([g.flatten() for g in grads]) for grads in found]
+        return loss
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_a_term_of_the_loss_is_averaged_as_trl_averages(loss_type, tmp_path):
+    """At ratio 1 the gradient of TRL's loss is that of -A log p, whatever it does to ratios."""
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 1, "loss_type": loss_type, "epsilon_high": 5.0}
+    trainer = make_trainer(tmp_path, cls=TermTrainer, **PLAIN, **METHODS["opd"], **settings)
+    trainer.train()
+    theirs, ours = trainer.gradients
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-6)
+    assert theirs.norm() > 1e-3

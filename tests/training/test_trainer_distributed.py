@@ -79,7 +79,7 @@ def test_what_the_cases_cover(ranks):
     assert not any(torch.isnan(r["undefined_rewards"]["batches"][0]["advantages"]).any() for r in ranks)
 
 
-@pytest.mark.parametrize("case", [*CASES, "whole", "resumed"])
+@pytest.mark.parametrize("case", [*CASES, "failing", "served_failing", "whole", "resumed"])
 def test_processes_stay_equal(case, ranks, tmp_path):
     first, second = (rank[case] for rank in ranks)
     assert same_weights(first["weights"], second["weights"])
@@ -123,6 +123,23 @@ def test_groups_are_sampled_again_on_their_process(ranks, folder):
         assert entry["mentor/resampling/left"] == 0.0 or entry["mentor/resampling/rounds"] == 3
         total = sum(batch["completion_mask"].sum().item() for batch in batches)
         assert [batch["num_items_in_batch"].item() for batch in batches] == [total] * 2
+
+
+@pytest.mark.parametrize("case", ["failing", "served_failing"])
+def test_processes_agree_on_the_prompts_that_are_guided(case, ranks):
+    batches = [rank[case]["batches"] for rank in ranks]
+    guided = [torch.cat([pair[0]["guided"], pair[1]["guided"]]).view(4, 8) for pair in zip(*batches, strict=True)]
+    state = ranks[0][case]["guidance"]["withdrawal"]
+    assert state["withdrawn"] and state["rested"] == 2
+    for index, groups in enumerate(guided):
+        first = batches[0][index]["rewards"].view(4, 8)[:, :4] >= 0.5
+        failing = first.float().mean(1) < 0.6
+        assert not groups[:, :4].any() and (groups[:, 4:].all(1) == groups.any(1)).all()
+        if index < 3:  # before the withdrawal one group is drawn in any case
+            assert (groups.any(1) & ~failing).sum() <= 1 and groups.any(1)[failing].all()
+    assert [groups.any(1).sum().item() for groups in guided[3:]] == [0, 1]
+    for batch in (batches[0][4], batches[1][4]):
+        assert ((batch["lengths"] == 0) == batch["guided"]).all()
 
 
 def test_processes_and_sources_sample_from_their_own_generators(ranks):
