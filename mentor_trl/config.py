@@ -367,8 +367,8 @@ class MentorGRPOConfig(GRPOConfig):
             raise ValueError(f"`num_mixed_generations` is {mixed}; set it to 0 (plain GRPO) or more.")
         if mixed > n:
             raise ValueError(
-                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set it to {max(n - 2, 0)} or "
-                f"less, or raise `num_generations` to {mixed + 2} or more."
+                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set `num_mixed_generations` "
+                f"to {max(n - 2, 0)} or less, or raise `num_generations` to {mixed + 2} or more."
             )
         if mixed and n - mixed == 1:
             raise ValueError(

@@ -52,7 +52,8 @@ class Rounds(MentorGRPOTrainer):
     def _sample(self, inputs, attempt=0):
         self.rounds[-1].append(super()._sample(inputs, attempt))
         if self.args.num_mixed_generations:
-            self.seeds += [self.algorithm.seed(source) for source in (0, 1)]
+            mentor = getattr(self.algorithm, "inner", self.algorithm)
+            self.seeds += [mentor.seed(source) for source in (0, 1)]
         return self.rounds[-1][-1]
 
 
@@ -271,6 +272,31 @@ def test_the_guidance_goes_on_from_the_rows_first_sampled(tmp_path):
         runs[-1].train()
     assert len(runs[1].rounds[0]) > 1
     assert runs[0].algorithm.state_dict() == runs[1].algorithm.state_dict()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_schedule": "adaptive", "guide_prompts": "failing", "success_reward": 0.3},
+        {"alpha_schedule": "adaptive", "entropy_threshold_from": "previous", "num_mixed_generations": 2},
+        {"entropy_threshold_from": "previous", "num_mixed_generations": 4},
+        {"distillation": "gats"},
+        {"distillation": "distilled_rl"},
+        {"distillation": "opd", "distillation_reward": True, "num_iterations": 1},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_methods_that_go_with_it(settings, tmp_path):
+    """Each row of the loss is one of a round, with its advantages, and no two requests have one seed."""
+    trainer = make_trainer(tmp_path, cls=Rounds, reward_funcs=reward, **{**MIXED, **settings})
+    trainer.train()
+    assert sum(map(len, trainer.rounds)) > 2 and len(trainer.seeds) == len(set(trainer.seeds))
+    for rounds, output in zip(trainer.rounds, trainer.outputs):
+        silent = [number(row["prompt"]) % 3 == 0 for row in rounds[0].inputs[::4]]
+        first, *further = [groups(part.output, 4) for part in rounds]
+        spare = [group for part in further for group in part]
+        for here, before, was_silent in zip(groups(output, 4), first, silent):
+            assert here == before if not was_silent else here in spare
 
 
 def test_trajectories(tmp_path):
