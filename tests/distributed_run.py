@@ -36,6 +36,12 @@ SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": 
 # Trajectories in groups that lie across, of which every third prompt has none
 TRAJECTORIES = {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 0}
 TRAJECTORIES |= {"num_trajectory_generations": 2, "num_iterations": 2, "max_steps": 4, "max_completion_length": 12}
+# Distillation in groups that lie across
+DISTILLED = {
+    "gats": {"num_mixed_generations": 2, "distillation": "gats"},
+    "full": {"num_mixed_generations": 0, "distillation": "opd", "distillation_loss": "full"},
+    "distilled_rl": {"num_mixed_generations": 0, "distillation": "distilled_rl"},
+}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -92,6 +98,17 @@ def train_with_trajectories(folder: Path) -> dict:
     return {"batches": batches, "weights": weights(trainer), "history": history(trainer)}
 
 
+def train_with_scores(folder: Path, name: str) -> dict:
+    settings = {"per_device_train_batch_size": 9, "num_generations": 6, "max_completion_length": 12, "max_steps": 3}
+    settings |= {"model": str(folder / "policy"), **DISTILLED[name]}
+    trainer = make_trainer(folder / f"distilled_{name}", cls=RecordingTrainer, **settings)
+    kept, log_metrics = [], trainer._log_metrics
+    trainer._log_metrics = lambda metrics: (kept.append(metrics), log_metrics(metrics))
+    trainer.train()
+    batches = [{name: batch[name] for name in ("completion_mask", "rewards")} for batch in trainer.batches]
+    return {"weights": weights(trainer), "state": trainer.algorithm.state_dict(), "batches": batches, "metrics": kept}
+
+
 def failing_push(folder: Path) -> str:
     """The error of a run of sharded weights that the main process cannot write."""
     params, write = generation.PolicyGeneration._iter_named_params, generation.write_weights
@@ -130,6 +147,7 @@ def main(folder: Path) -> None:
         trainer.train()
         reports[name] = {**report(trainer), "metrics": kept}
     reports["trajectories"] = train_with_trajectories(folder)
+    reports["distilled"] = {name: train_with_scores(folder, name) for name in DISTILLED}
     for name, settings in SERVED.items():
         settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         with stand_in() as servers:

@@ -228,3 +228,14 @@ def test_shards_are_refused_where_the_head_is_read(loss, monkeypatch, tmp_path):
 def test_tools_are_refused(tmp_path):
     with pytest.raises(SetupError, match="`tools` is not supported with `distillation='opd'`"):
         make_trainer(tmp_path, distillation="opd", trainer_kwargs={"tools": [len]}, **PLAIN)
+
+
+@pytest.mark.parametrize(("method", "mixed"), [("opd", 0), ("gats", 4), ("distilled_rl", 0)])
+def test_the_model_card_says_what_the_expert_did(method, mixed, tmp_path):
+    trainer = run(tmp_path, distillation=method, num_mixed_generations=mixed, max_steps=1)
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    chose = "chose some of the tokens in 4 of the 8 rollouts of each prompt and " if mixed else ""
+    assert f"It {chose}scored the tokens that this model wrote, and is not needed" in text
+    assert f"| distillation | `{method}` |" in text and ("| alpha |" in text) == bool(mixed)
+    assert {"opd": "2306.13649", "distilled_rl": "2607.17247", "gats": "GATS"}[method] in text

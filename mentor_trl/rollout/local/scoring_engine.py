@@ -50,12 +50,9 @@ class ScoringSetup(LocalSetup):
         """Load the expert, or reach its servers, and check that it fits the policy."""
         args = host.args
         expert, stop = self._load(host) if args.expert_base_url is None else remote_expert(args, host)
-        if stop != host.stop_token_ids:
-            raise SetupError(
-                f"`extend_stop_tokens=True` lets completions end with ids of the expert, {stop} instead of "
-                f"{host.stop_token_ids}, which vLLM does not know where no rollout is mixed. Set it to False, or set "
-                "`use_vllm=False`."
-            )
+        generation = host.vllm_generation
+        if stop != host.stop_token_ids:  # those of the expert, which vLLM does not know
+            generation.generation_kwargs = {**generation.generation_kwargs, "stop_token_ids": stop}
         if args.expert_base_url is None:
             expert = self._in_process(host, expert, check_decoding(expert, "expert"))
         return ScoringEngine(expert, stop)
