@@ -209,5 +209,5 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
         log_metric=lambda name, value: by_rewards.add(name),
     )
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    logged = guided | decayed | measured | plain | luffy | again | by_rewards
-    assert logged == set(re.findall(r"`(mentor/[^`]*)`", text))
+    found = guided | decayed | measured | plain | luffy | again | by_rewards
+    assert found == set(re.findall(r"`(mentor/[^`]*)`", text))
