@@ -141,17 +141,7 @@ def check_expert_server(args: Any) -> None:
                 "server of the expert, or choose 'auto': the engine of policy and expert takes whole weights."
             )
         return
-    if args.expert_model_name_or_path is not None:
-        raise ValueError(
-            f"The expert is given twice, as `expert_base_url={args.expert_base_url!r}` and as "
-            f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
-        )
-    for name in LOADING_OPTIONS:
-        if getattr(args, name) != getattr(type(args), name):
-            raise ValueError(
-                f"`{name}={getattr(args, name)!r}` applies to an expert that this process loads, and that of "
-                "`expert_base_url` is loaded by its server. Unset it, and pass vLLM's own options there."
-            )
+    check_one_expert(args)
     if args.correction_level == "mixture":
         raise ValueError(
             "`correction_level='mixture'` needs the expert's log-probability at every token, and an expert on a "
@@ -166,12 +156,29 @@ def check_expert_server(args: Any) -> None:
         )
 
 
+def check_one_expert(args: Any) -> None:
+    """An expert on a server is not loaded by this process."""
+    if args.expert_model_name_or_path is not None:
+        raise ValueError(
+            f"The expert is given twice, as `expert_base_url={args.expert_base_url!r}` and as "
+            f"`expert_model_name_or_path={args.expert_model_name_or_path!r}`. Keep one."
+        )
+    for name in LOADING_OPTIONS:
+        if getattr(args, name) != getattr(type(args), name):
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` applies to an expert that this process loads, and that of "
+                "`expert_base_url` is loaded by its server. Unset it, and pass vLLM's own options there."
+            )
+
+
 def check_distillation(args: Any) -> None:
     """What tokens whose advantages come from an expert's scores do not allow."""
     if args.distillation == "none":
         return
     plain = "set `distillation` to 'none'"
     check_policy_sampling(args, "the log-probabilities that distillation compares are", plain)
+    if args.expert_base_url is not None:
+        check_one_expert(args)
     if args.num_trajectory_generations:
         raise ValueError(
             f"`num_trajectory_generations={args.num_trajectory_generations}` and `distillation="

@@ -44,6 +44,12 @@ RESAMPLED |= {"dynamic_sampling": 3, "max_completion_length": 12}
 # Four groups; guidance is withdrawn behind the second batch, and every second batch after that is a probe
 FAILING = {"per_device_train_batch_size": 16, "guide_prompts": "failing", "guide_below": 0.6, "max_steps": 5}
 FAILING |= {"alpha_schedule": "adaptive", "guidance_margin": 9.0, "guidance_patience": 2, "guidance_probe_every": 2}
+# Distillation in groups that lie across
+DISTILLED = {
+    "gats": {"num_mixed_generations": 2, "distillation": "gats"},
+    "full": {"num_mixed_generations": 0, "distillation": "opd", "distillation_loss": "full"},
+    "distilled_rl": {"num_mixed_generations": 0, "distillation": "distilled_rl"},
+}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -137,6 +143,17 @@ def train_on_failing(folder: Path) -> dict:
     return reports
 
 
+def train_with_scores(folder: Path, name: str) -> dict:
+    settings = {"per_device_train_batch_size": 9, "num_generations": 6, "max_completion_length": 12, "max_steps": 3}
+    settings |= {"model": str(folder / "policy"), **DISTILLED[name]}
+    trainer = make_trainer(folder / f"distilled_{name}", cls=RecordingTrainer, **settings)
+    kept, log_metrics = [], trainer._log_metrics
+    trainer._log_metrics = lambda metrics: (kept.append(metrics), log_metrics(metrics))
+    trainer.train()
+    batches = [{name: batch[name] for name in ("completion_mask", "rewards")} for batch in trainer.batches]
+    return {"weights": weights(trainer), "state": trainer.algorithm.state_dict(), "batches": batches, "metrics": kept}
+
+
 def failing_push(folder: Path) -> str:
     """The error of a run of sharded weights that the main process cannot write."""
     params, write = generation.PolicyGeneration._iter_named_params, generation.write_weights
@@ -177,6 +194,7 @@ def main(folder: Path) -> None:
     reports |= train_on_failing(folder)
     reports["trajectories"] = train_with_trajectories(folder)
     reports["resampled"] = train_resampled(folder)
+    reports["distilled"] = {name: train_with_scores(folder, name) for name in DISTILLED}
     for name, settings in SERVED.items():
         settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         with stand_in() as servers:

@@ -79,6 +79,20 @@ def test_training_step_with_a_server(tmp_path):
     check_steps(results)
 
 
+def test_withdrawal_rule(monkeypatch, capsys):
+    """Guidance that helps is not lost, and guidance that does not help is."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["withdrawal_rule.py", *"--prompts 8 128 --batches 60 --runs 3".split()])
+    import withdrawal_rule
+
+    withdrawal_rule.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    shares = {name: [cell.split(" ")[0] for cell in cells] for name, *cells in rows}
+    assert all(shares[name] == ["1.00", "1.00"] for name in ("level, .9", "level, .5", "worse, .3 and .2"))
+    kept = ("better, .5 and .6", "sparse, .02 and .05", "nothing yet, 0 and 0", "half solved, the others 0 and .3")
+    assert all(shares[name] == ["0.00", "0.00"] for name in kept)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

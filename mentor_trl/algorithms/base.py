@@ -142,7 +142,9 @@ class Algorithm:
         if self.needs_scores and context.expert is None:
             raise SetupError(
                 f"{type(self).__name__} asks for log-probabilities of the expert at given tokens, and no expert is at "
-                "hand in this process. Set `use_vllm=False`, and `needs_expert` if it is an algorithm of your own."
+                "hand in this process, as one engine of policy and expert holds it. Set `use_vllm=False`, or "
+                "`num_mixed_generations=0` with `distillation`, or `expert_base_url`; and `needs_expert` if it is an "
+                "algorithm of your own."
             )
 
     @property

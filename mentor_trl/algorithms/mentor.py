@@ -57,7 +57,7 @@ class Mentor(Algorithm):
             quantile=args.entropy_quantile,
             minimum=args.entropy_threshold_min,
             fixed=args.entropy_threshold,
-            withdrawal=_withdrawal(args) if args.alpha_schedule == "adaptive" else None,
+            withdrawal=withdrawal_of(args) if args.alpha_schedule == "adaptive" else None,
         )
         self.attempt = 0  # the batch's, see `seed`
         self._range_warned = False
@@ -332,7 +332,8 @@ class Mentor(Algorithm):
         self.guidance.load_state_dict(state)
 
 
-def _withdrawal(args: MentorGRPOConfig) -> Withdrawal:
+def withdrawal_of(args: MentorGRPOConfig) -> Withdrawal:
+    """The rule of `alpha_schedule="adaptive"` at its start."""
     return Withdrawal(
         Gap(args.guidance_smoothing, args.reward_range),
         margin=args.guidance_margin,

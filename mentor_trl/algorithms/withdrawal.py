@@ -1,5 +1,6 @@
 """Whether guidance is still worth its cost, by the rewards of the rows with and without it."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -62,12 +63,9 @@ class Withdrawal:
         metrics = {"withdrawn": float(self.withdrawn)}
         measured = self.gap.add(rewards_N, mixed_N, num_generations, self.success_reward)
         if measured:
-            metrics |= {
-                "difference": self.gap.mean("difference"),
-                "standard_error": self.gap.standard_error,
-                "upper_bound": self.gap.upper,
-                "success": self.gap.mean("success"),
-            }
+            metrics |= {"difference": self.gap.mean("difference"), "success": self.gap.mean("success")}
+            bounds = {"standard_error": self.gap.standard_error, "upper_bound": self.gap.upper}
+            metrics |= {name: value for name, value in bounds.items() if math.isfinite(value)}
         threshold = self.margin * self.gap.reward_range * self.gap.mean("success")
         if self.withdrawn:
             self.rested += 1

@@ -1,9 +1,13 @@
 """The expert scores what the policy wrote: on-policy distillation, GATS and Distilled RL."""
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.experimental.iw_opd import IWOPDTrainer
+from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from helpers import make_tiny_model
 from mentor_trl.training.loss_pass import averaged
@@ -134,6 +138,7 @@ STEPS = {
 def test_gradients_are_those_of_a_hand_computation(method, rows, steps, tmp_path):
     trainer = make_trainer(tmp_path, cls=GradientTrainer, **rows, **METHODS[method], **STEPS[steps])
     trainer.train()
+    assert len(trainer.gradients) >= 2
     for gradient, expected in trainer.gradients:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=5e-6)
         assert expected.norm() > 1e-3
@@ -162,3 +167,45 @@ def test_a_term_of_the_loss_is_averaged_as_trl_averages(loss_type, tmp_path):
     theirs, ours = trainer.gradients
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-6)
     assert theirs.norm() > 1e-3
+
+
+# The same in TRL
+
+
+class TRLTrainer(GradientTrainer):
+    """The hand computation is TRL's."""
+
+    def by_hand(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        width, reply = inputs["prompt_ids"].size(1), inputs["completion_mask"]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        policy, expert = (m(**given, output_hidden_states=True) for m in (model, self.expert))
+        if self.args.distillation_loss == "full":
+            states = (outputs.hidden_states[-1][:, width - 1 : -1] for outputs in (policy, expert))
+            heads = (m.get_output_embeddings().weight for m in (model, self.expert))
+            options = {"num_items_in_batch": inputs["num_items_in_batch"], "temperature": self.temperature}
+            return _chunked_divergence_loss(*states, *heads, reply, 1.0, **options)[0]
+        tokens = inputs["completion_ids"]
+        scores = (expert.logits[:, width - 1 : -1] / self.temperature).log_softmax(-1)
+        trainer = SimpleNamespace(temperature=self.temperature, iw_opd_gamma=0.0, iw_opd_epsilon=1e-8, model=model)
+        trainer._metrics = {"train": defaultdict(list)}
+        return IWOPDTrainer._compute_iw_opd_loss(
+            trainer,
+            student_logits=policy.logits[:, width - 1 : -1],
+            completion_tokens=tokens,
+            labels=tokens.masked_fill(reply == 0, -100),
+            teacher_actual_logprobs=scores.gather(2, tokens.unsqueeze(2)).squeeze(2),
+            num_items_in_batch=inputs["num_items_in_batch"],
+        )
+
+
+@pytest.mark.parametrize("loss", ["sampled", "full"])
+def test_gradients_are_those_of_trl(loss, tmp_path):
+    """Of IW-OPD with gamma 0, and of the DistillationTrainer."""
+    trainer = make_trainer(tmp_path, cls=TRLTrainer, distillation="opd", distillation_loss=loss, **PLAIN)
+    trainer.train()
+    assert len(trainer.gradients) >= 2
+    for gradient, expected in trainer.gradients:
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=5e-6)
+        assert expected.norm() > 1e-3

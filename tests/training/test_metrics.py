@@ -191,6 +191,9 @@ def logged(trainer) -> set[str]:
 def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
     guided = logged(make_trainer(tmp_path / "a", model=str(tiny_model_dir), beta=0.05))
     decayed = logged(make_trainer(tmp_path / "b", expert_decay_steps=1))
+    measured = logged(make_trainer(tmp_path / "e", alpha_schedule="adaptive", per_device_train_batch_size=16))
+    failing = logged(make_trainer(tmp_path / "f", guide_prompts="failing"))
+    assert {name for name in failing if "guidance/" in name} < {name for name in measured if "guidance/" in name}
     plain = logged(make_trainer(tmp_path / "c", num_mixed_generations=0))
     trajectories = prompts().add_column("trajectory", ["abc"] * 40)
     luffy = {"num_mixed_generations": 0, "num_trajectory_generations": 1, "train_dataset": trajectories}
@@ -206,4 +209,5 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
         log_metric=lambda name, value: by_rewards.add(name),
     )
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    assert guided | decayed | plain | luffy | again | by_rewards == set(re.findall(r"`(mentor/[^`]*)`", text))
+    found = guided | decayed | measured | plain | luffy | again | by_rewards
+    assert found == set(re.findall(r"`(mentor/[^`]*)`", text))

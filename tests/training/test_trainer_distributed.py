@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from distributed_run import CASES, RESUME, SERVED, half_reward, problems
+from distributed_run import CASES, DISTILLED, RESUME, SERVED, half_reward, problems
 
 from trainer_helpers import advantages_by_hand, make_trainer, same_weights
 
@@ -140,6 +140,18 @@ def test_processes_agree_on_the_prompts_that_are_guided(case, ranks):
     assert [groups.any(1).sum().item() for groups in guided[3:]] == [0, 1]
     for batch in (batches[0][4], batches[1][4]):
         assert ((batch["lengths"] == 0) == batch["guided"]).all()
+
+
+@pytest.mark.parametrize("method", DISTILLED)
+def test_scores_of_an_expert_are_summed_over_processes(method, ranks):
+    first, second = (rank["distilled"][method] for rank in ranks)
+    assert same_weights(first["weights"], second["weights"]) and first["state"] == second["state"]
+    logged = [[m for metrics in run["metrics"] for m in metrics.items()] for run in (first, second)]
+    assert [name for name, _ in logged[0]] == [name for name, _ in logged[1]]
+    assert [v for _, v in logged[0]] == pytest.approx([v for _, v in logged[1]], nan_ok=True)
+    found = [value for name, value in logged[0] if name == "mentor/distillation/expert_tokens"]
+    tokens = [sum(run["batches"][i]["completion_mask"].sum().item() for run in (first, second)) for i in range(3)]
+    assert found == tokens if method != "distilled_rl" else all(0 < a < b for a, b in zip(found, tokens))
 
 
 def test_processes_and_sources_sample_from_their_own_generators(ranks):

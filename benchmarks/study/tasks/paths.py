@@ -1,13 +1,13 @@
 """
-Many ways that are all right: walks on a ten by ten grid whose edges meet.
+Many ways that are all right: walks on a grid of eight by eight cells.
 
 A prompt such as `3 4 to 5 1 :` gives a start and a goal, as row and column. A reply says one move after the other and
 where it leads, and stops at the goal:
 
     down 4 4 left 4 3 down 5 3 left 5 2 left 5 1 done
 
-Any walk of at most twelve moves that ends at the goal is right, so every prompt has thousands of right replies, up to
-35 of them as short as can be. A policy that walks blindly comes across the goal now and then.
+Any walk of at most ten moves that ends at the goal is right: a prompt has from 77 to some thousands of right replies,
+up to 35 of them as short as can be. A policy that walks blindly comes across the goal now and then.
 """
 
 import random
@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks.study.tasks.words import SPECIAL, whole_reply, word_tokenizer
 
 
-SIZE, MOST_MOVES, DISTANCES = 10, 12, (5, 6, 7)
+SIZE, MOST_MOVES, DISTANCES = 8, 10, (5, 6, 7)
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 DECISIONS = tuple(MOVES)
-VOCABULARY = [*SPECIAL, *"0123456789", "to", ":", *MOVES, "ok", "wait", "done"]
+VOCABULARY = [*SPECIAL, *map(str, range(SIZE)), "to", ":", *MOVES, "ok", "wait", "done"]
 
 Cell = tuple[int, int]
 
@@ -65,29 +65,32 @@ class Style:
 STYLES = {
     "base": Style(knows=0.5, rows_first=0.2, ok=0.05, wait=0.05),
     "policy": Style(),
-    "weak": Style(knows=0.35),
-    "barely": Style(knows=0.08),
+    "weak": Style(knows=0.43),
+    "barely": Style(knows=0.12),
     "strong": Style(knows=1.0),
     "other": Style(knows=1.0, rows_first=1.0, ok=0.3, wait=0.5),
 }
 
 
-def step(cell: Cell, move: str) -> Cell:
+def step(cell: Cell, move: str) -> Cell | None:
     """
-    >>> step((0, 4), "up")
-    (9, 4)
+    Return where a move leads, or `None` where it leaves the grid.
+
+    >>> step((0, 4), "down"), step((0, 4), "up")
+    ((1, 4), None)
     """
-    return tuple((at + by) % SIZE for at, by in zip(cell, MOVES[move]))
+    row, column = (at + by for at, by in zip(cell, MOVES[move]))
+    return (row, column) if 0 <= row < SIZE and 0 <= column < SIZE else None
 
 
 def distance(one: Cell, other: Cell) -> int:
     """
     Return how many moves two cells are apart.
 
-    >>> distance((9, 4), (1, 2))
-    4
+    >>> distance((7, 4), (1, 2))
+    8
     """
-    return sum(min((a - b) % SIZE, (b - a) % SIZE) for a, b in zip(one, other))
+    return sum(abs(a - b) for a, b in zip(one, other))
 
 
 def sample_problem(rng: random.Random) -> Problem:
@@ -111,9 +114,10 @@ def write_response(problem: Problem, style: Style, rng: random.Random) -> str:
 
 
 def choose(cell: Cell, goal: Cell, style: Style, rng: random.Random) -> str:
+    moves = {move: place for move in MOVES if (place := step(cell, move))}
     if rng.random() >= style.knows:
-        return rng.choice(tuple(MOVES))
-    closer = [move for move in MOVES if distance(step(cell, move), goal) < distance(cell, goal)]
+        return rng.choice(tuple(moves))
+    closer = [move for move, place in moves.items() if distance(place, goal) < distance(cell, goal)]
     along = [move for move in closer if move in ("up", "down")]
     return rng.choice(along if along and rng.random() < style.rows_first else closer)
 
