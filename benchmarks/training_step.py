@@ -3,6 +3,7 @@ Seconds of a whole training step of MENTOR against plain GRPO, on the same numbe
 by side in one run.
 
     python benchmarks/training_step.py                      # engine in process, CPU, some minutes
+    python benchmarks/training_step.py --withdrawn          # and without guidance, once `adaptive` has withdrawn it
     python benchmarks/training_step.py --engine server --eager --memory 0.1
     python benchmarks/training_step.py --engine colocate --hidden 1536 --layers 28 --vocab 151936 --dtype bfloat16 \
         --rows 128 --accumulate 8 --tokens 1024
@@ -80,12 +81,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weight-sync", default="folder", help="how weights reach the server: folder, nccl")
     parser.add_argument("--memory", type=float, default=0.3, help="share of the memory that a vLLM engine takes")
     parser.add_argument("--eager", action="store_true", help="start the server without CUDA graphs and compilation")
+    parser.add_argument("--withdrawn", action="store_true", help="also time MENTOR without guidance, and its probes")
     parser.add_argument("--json", help="also write the results here")
     args = parser.parse_args()
     if args.rows % args.generations or args.rows % args.accumulate:
         parser.error(f"--rows {args.rows} must be a multiple of --generations and of --accumulate")
     if args.warmup < 1:
         parser.error("--warmup must be at least 1: the first step finds gamma")
+    if args.withdrawn and (args.engine != "local" or args.rows < 2 * args.generations):
+        parser.error("--withdrawn needs --engine local and at least two prompts a step")
     if bool(args.policy) != bool(args.expert):
         parser.error("--policy and --expert come together")
     if (args.server or args.trl_server) and not (args.policy and args.engine == "server"):
@@ -104,11 +108,19 @@ class Arm:
     settings: dict
 
 
+# Every reward is a success here, and no difference is large: guidance ends with the first batch
+ENDING = {"alpha_schedule": "adaptive", "success_reward": -1.0, "guidance_margin": 1e9, "guidance_patience": 1}
+WITHDRAWN = (
+    Arm("MentorGRPOTrainer, guidance withdrawn", True, {**ENDING, "guidance_probe_every": 0}),
+    Arm("MentorGRPOTrainer, a probe", True, {**ENDING, "guidance_probe_every": 1}),
+)
+
+
 def arms(args: argparse.Namespace, url: str | None) -> list[Arm]:
     """The trainers to compare; ratios are to the first."""
     local = Arm("TRL GRPOTrainer, `generate`", False, {})
     if args.engine == "local":
-        return [local, Arm("MentorGRPOTrainer", True, {})]
+        return [local, Arm("MentorGRPOTrainer", True, {}), *(WITHDRAWN if args.withdrawn else ())]
     ignore_eos = {"generation_kwargs": {"ignore_eos": True}}
     if args.engine == "colocate":
         engine = {
@@ -188,9 +200,8 @@ def make_trainer(arm: Arm, args: argparse.Namespace, folders: dict[str, str], se
     trainer_class, config_class, kwargs = GRPOTrainer, GRPOConfig, {}
     if arm.mentor:
         trainer_class, config_class, kwargs = MentorGRPOTrainer, MentorGRPOConfig, {"expert": folders["expert"]}
-        settings |= {
+        settings = {"alpha_schedule": "constant", **settings} | {
             "num_mixed_generations": args.mixed,
-            "alpha_schedule": "constant",
             "entropy_threshold_from": "current",  # benchmarks/engine_steps.py compares it with "previous"
             "draft_length": args.draft_length,
             "rollout_batch_size": args.rows,

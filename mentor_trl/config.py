@@ -9,12 +9,27 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .config_checks import check_distillation, check_expert_server, check_sampling, check_trajectories
-from .objective import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTIONS, DISTILLATION_LOSSES, DISTILLATIONS
+from .config_checks import (
+    check_distillation,
+    check_dynamic_sampling,
+    check_expert_server,
+    check_guided_prompts,
+    check_sampling,
+    check_trajectories,
+)
+from .objective import (
+    BRANCH_RULES,
+    CORRECTIONS,
+    DISTILLATION_LOSSES,
+    DISTILLATIONS,
+    MIXED_SCALES,
+    SCHEDULES,
+)
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
 THRESHOLD_SOURCES = ("previous", "current")
+GUIDED_PROMPTS = ("all", "failing")
 WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
 
 
@@ -88,7 +103,7 @@ class MentorGRPOConfig(GRPOConfig):
     num_mixed_generations: int = option(
         4,
         "Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed policy. The "
-        "others are on-policy; at least 2 of them must remain. `0` is plain GRPO.",
+        "others, none or at least 2, are on-policy. `0` is plain GRPO.",
     )
     branch_rule: str = option(
         "entropy",
@@ -185,6 +200,14 @@ class MentorGRPOConfig(GRPOConfig):
     )
     gats_smoothing: float = option(0.9, "Weight of the past in the moving averages of `distillation='gats'`.")
 
+    # Parameters that control which groups are kept
+    dynamic_sampling: int = option(
+        0,
+        "How many times at most groups of a rollout batch of which nothing is learned, as their on-policy rewards are "
+        "all equal and no other row has an advantage, are sampled again with other prompts (DAPO). Every process "
+        "must hold whole groups.",
+    )
+
     # Parameters that control rollouts with vLLM
     vllm_weight_sync: str = option(
         "auto",
@@ -220,8 +243,10 @@ class MentorGRPOConfig(GRPOConfig):
     alpha: float = option(1.0, "Initial weight of the mixed rollouts' advantages (alpha_0).")
     alpha_schedule: str = option(
         "cosine",
-        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not).",
-        choices=ALPHA_SCHEDULES,
+        "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not). "
+        "`'adaptive'`: alpha follows the measured difference of mixed and on-policy rewards, whatever "
+        "`expert_decay_steps` is, and guidance is withdrawn when it does not help any more.",
+        choices=SCHEDULES,
     )
     expert_decay_steps: int = option(
         120,
@@ -229,9 +254,52 @@ class MentorGRPOConfig(GRPOConfig):
         "lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's "
         "defaults, 2 in the paper's setup.",
     )
+    guidance_margin: float = option(
+        0.1,
+        "With `alpha_schedule='adaptive'`, guidance is withdrawn when the upper 95-percent bound of the difference is "
+        "below this share of `reward_range` times the share of on-policy successes.",
+    )
+    guidance_patience: int = option(
+        5, "Number of rollout batches in a row for which that bound must be below the margin."
+    )
+    guidance_smoothing: float = option(
+        0.9, "Weight of a rollout batch in the measured difference, relative to the one behind it."
+    )
+    guidance_probe_every: int = option(
+        20,
+        "Once guidance is withdrawn, one rollout batch in so many has mixed rollouts again, which are counted and not "
+        "learned from; guidance is back when they are better by more than the margin. 0: never, and the expert is "
+        "freed.",
+    )
+    success_reward: float = option(0.5, "Reward from which on a rollout counts as a success.")
+    guide_prompts: str = option(
+        "all",
+        "Prompts that get mixed rollouts: `'all'`, or `'failing'`, those whose on-policy rollouts of the same batch "
+        "succeed less often than `guide_below`; the others get on-policy rollouts instead. Reward functions then see "
+        "a batch in two parts. Needs `entropy_threshold_from='current'`, and whole groups on each process.",
+        choices=GUIDED_PROMPTS,
+    )
+    guide_below: float | None = option(
+        None,
+        "Share of on-policy successes below which a prompt is guided with `guide_prompts='failing'`. If not set, only "
+        "where all fail.",
+    )
+    guide_share: float = option(
+        0.25,
+        "Share of the prompts of a batch, drawn at random, that get mixed rollouts in any case with "
+        "`alpha_schedule='adaptive'` and `guide_prompts='failing'`. Only these are compared: a comparison of failing "
+        "prompts alone would always favour guidance.",
+    )
     reward_range: float = option(
         1.0,
         "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.",
+    )
+    mixed_advantage_scale: str = option(
+        "range",
+        "What the mixed advantages are divided by: `'range'`, `reward_range`, the paper's; `'std'`, the standard "
+        "deviation of the on-policy rewards of the group, plus 1e-4 (where they are all equal, a mixed success then "
+        "has an advantage of 10,000 alpha); `'group_std'`, that of all rewards of the group, plus 1e-4.",
+        choices=MIXED_SCALES,
     )
     correction: str = option(
         "temper",
@@ -268,17 +336,21 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_ranges()
         check_trajectories(self)
         check_distillation(self)
+        check_dynamic_sampling(self)
         if self.num_mixed_generations > 0:
             check_sampling(self)
             check_expert_server(self)
+            check_guided_prompts(self)
 
     def _check_choices(self) -> None:
         for name, choices in (
             ("branch_rule", BRANCH_RULES),
             ("entropy_threshold_from", THRESHOLD_SOURCES),
-            ("alpha_schedule", ALPHA_SCHEDULES),
+            ("alpha_schedule", SCHEDULES),
+            ("guide_prompts", GUIDED_PROMPTS),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
+            ("mixed_advantage_scale", MIXED_SCALES),
             ("distillation", DISTILLATIONS),
             ("distillation_loss", DISTILLATION_LOSSES),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
@@ -293,11 +365,28 @@ class MentorGRPOConfig(GRPOConfig):
         n, mixed = self.num_generations, self.num_mixed_generations
         if mixed < 0:
             raise ValueError(f"`num_mixed_generations` is {mixed}; set it to 0 (plain GRPO) or more.")
-        if mixed and n - mixed < 2:
+        if mixed > n:
             raise ValueError(
-                f"`num_mixed_generations={mixed}` leaves {n - mixed} of `num_generations={n}` rollouts on-policy, and "
-                f"the baseline needs at least 2. Set `num_mixed_generations` to {max(n - 2, 0)} or less, or raise "
-                f"`num_generations` to {mixed + 2} or more."
+                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set it to {max(n - 2, 0)} or "
+                f"less, or raise `num_generations` to {mixed + 2} or more."
+            )
+        if mixed and n - mixed == 1:
+            raise ValueError(
+                f"`num_mixed_generations={mixed}` leaves 1 of `num_generations={n}` rollouts on-policy, and the "
+                f"baseline needs at least 2. Set `num_mixed_generations` to {n - 2} or less, or raise "
+                f"`num_generations` to {mixed + 2} or more. (With {n}, all rollouts are mixed.)"
+            )
+        if mixed and mixed == n and self.alpha_schedule == "adaptive":
+            raise ValueError(
+                "`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and "
+                f"`num_mixed_generations={mixed}` of {n} leaves none of these. Choose another schedule, or set "
+                f"`num_mixed_generations` to {n - 2} or less."
+            )
+        if mixed and mixed == n and self.entropy_threshold_from == "current":
+            raise ValueError(
+                f"`entropy_threshold_from='current'` takes gamma from on-policy rollouts, and "
+                f"`num_mixed_generations={mixed}` of {n} leaves none. Set it to 'previous', or "
+                f"`num_mixed_generations` to {n - 2} or less."
             )
 
     def _check_ranges(self) -> None:
@@ -324,6 +413,16 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.log_rollout_records >= 0, "log_rollout_records", "0 (none) or more")
         require(self.alpha >= 0.0, "alpha", "0 or more")
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
+        require(self.guidance_margin > 0.0, "guidance_margin", "positive, e.g. 0.1")
+        require(self.guidance_patience >= 1, "guidance_patience", "at least 1")
+        require(0.0 <= self.guidance_smoothing < 1.0, "guidance_smoothing", "at least 0 and below 1")
+        require(self.guidance_probe_every >= 0, "guidance_probe_every", "0 (never) or more")
+        require(
+            self.guide_below is None or 0.0 < self.guide_below <= 1.0,
+            "guide_below",
+            "above 0 and at most 1, or unset",
+        )
+        require(0.0 < self.guide_share <= 1.0, "guide_share", "above 0 and at most 1")
         require(self.reward_range > 0.0, "reward_range", "positive")
         require(self.correction_cap > 0.0, "correction_cap", "positive (`inf` for no cap)")
         require(

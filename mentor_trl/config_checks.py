@@ -42,6 +42,51 @@ def check_trajectories(args: Any) -> None:
         )
 
 
+def check_dynamic_sampling(args: Any) -> None:
+    """Groups that are sampled at different times are put together, so each must be complete in itself."""
+    if args.dynamic_sampling < 0:
+        raise ValueError(f"`dynamic_sampling` is {args.dynamic_sampling}; set it to 0 (none) or more.")
+    if not args.dynamic_sampling:
+        return
+    for name, value in (("scale_rewards", "batch"), ("multi_objective_aggregation", "normalize_then_sum")):
+        if getattr(args, name) == value:
+            raise ValueError(
+                f"`{name}={value!r}` makes advantages of a whole batch, and `dynamic_sampling` replaces groups of "
+                f"it. Set `{name}` to {args.__dataclass_fields__[name].default!r}, or `dynamic_sampling` to 0."
+            )
+    if args.distillation == "opd" and not args.distillation_reward:
+        raise ValueError(
+            "`dynamic_sampling` looks for groups whose rewards differ, and `distillation='opd'` without "
+            "`distillation_reward` learns nothing from rewards. Set `dynamic_sampling` to 0, or "
+            "`distillation_reward=True`."
+        )
+    rows = args.generation_batch_size // args.world_size
+    if rows % args.num_generations:
+        raise ValueError(
+            f"`dynamic_sampling` needs whole groups on each process, and a process has {rows} rows "
+            f"(`generation_batch_size={args.generation_batch_size}` on {args.world_size} processes) of groups of "
+            f"`num_generations={args.num_generations}`. Change `per_device_train_batch_size` or "
+            "`steps_per_generation` so that it divides them, or set `dynamic_sampling` to 0."
+        )
+
+
+def check_guided_prompts(args: Any) -> None:
+    if args.guide_prompts == "all":
+        return
+    if args.entropy_threshold_from == "previous":
+        raise ValueError(
+            f"`guide_prompts={args.guide_prompts!r}` samples on-policy rollouts before mixed ones, and "
+            "`entropy_threshold_from='previous'` samples all at once. Set it to 'current'."
+        )
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if rows % args.num_generations:
+        raise ValueError(
+            f"`guide_prompts={args.guide_prompts!r}` needs whole groups on each process, which has {rows} rows of "
+            f"a rollout batch (`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
+            f"`num_generations={args.num_generations}`. Set one of them so that it is."
+        )
+
+
 def check_policy_sampling(args: Any, what: str, plain: str) -> None:
     """Refuse what makes the policy's distribution another than that of its log-probabilities."""
     neutral = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -158,6 +203,12 @@ def check_distillation(args: Any) -> None:
                 f"`top_entropy_quantile={args.top_entropy_quantile}` leaves tokens out of TRL's loss, beside which "
                 f"{loss} has a term for every token. Set the former to 1.0, or the latter to 'sampled'."
             )
+    if args.distillation in ("gats", "distilled_rl") and args.num_mixed_generations == args.num_generations:
+        raise ValueError(
+            f"`distillation={args.distillation!r}` looks at the rewards of on-policy rollouts, and "
+            f"`num_mixed_generations={args.num_mixed_generations}` leaves none. Set it to "
+            f"{max(args.num_generations - 2, 0)} or less, or `distillation` to 'opd'."
+        )
     if args.distillation == "gats" and args.gats_reference is None and not args.num_mixed_generations:
         raise ValueError(
             "`distillation='gats'` compares the policy's score with the expert's, and no mixed rollout shows that. "

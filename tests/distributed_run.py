@@ -1,6 +1,8 @@
 """What test_trainer_distributed.py launches on two processes: python -m torch.distributed.run ... FOLDER."""
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,10 +40,16 @@ TRAJECTORIES = {"per_device_train_batch_size": 9, "num_generations": 6, "num_mix
 TRAJECTORIES |= {"num_trajectory_generations": 2, "num_iterations": 2, "max_steps": 4, "max_completion_length": 12}
 # Distillation in groups that lie across
 DISTILLED = {
-    "gats": {"num_mixed_generations": 2, "distillation": "gats"},
+    "gats": {"num_mixed_generations": 2, "distillation": "gats", "gats_reference": 2.0},
     "full": {"num_mixed_generations": 0, "distillation": "opd", "distillation_loss": "full"},
     "distilled_rl": {"num_mixed_generations": 0, "distillation": "distilled_rl"},
 }
+# Half of the prompts have one reward
+RESAMPLED = {"per_device_train_batch_size": 8, "num_generations": 4, "num_mixed_generations": 2, "max_steps": 3}
+RESAMPLED |= {"dynamic_sampling": 3, "max_completion_length": 12}
+# Four groups; guidance is withdrawn behind the second batch, and every second batch after that is a probe
+FAILING = {"per_device_train_batch_size": 16, "guide_prompts": "failing", "guide_below": 0.6, "max_steps": 5}
+FAILING |= {"alpha_schedule": "adaptive", "guidance_margin": 9.0, "guidance_patience": 2, "guidance_probe_every": 2}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -109,6 +117,43 @@ def train_with_scores(folder: Path, name: str) -> dict:
     return {"weights": weights(trainer), "state": trainer.algorithm.state_dict(), "batches": batches, "metrics": kept}
 
 
+def half_reward(prompts, completions, **kwargs) -> list[float]:
+    return [sum(map(ord, c)) % 101 / 101 * (int(p.split("+")[0]) % 2) for p, c in zip(prompts, completions)]
+
+
+def train_resampled(folder: Path) -> dict:
+    settings = {**RESAMPLED, "model": str(folder / "policy"), "reward_funcs": half_reward, "log_completions": True}
+    trainer = make_trainer(folder / "resampled", cls=RecordingTrainer, **settings)
+    trainer.train()
+    decode = trainer.processing_class.batch_decode
+    names = ("prompt_ids", "completion_ids")
+    batches = [
+        {name: decode(batch[name], skip_special_tokens=True) for name in names}
+        | {name: batch[name] for name in ("completion_mask", "num_items_in_batch", "row_advantages")}
+        for batch in trainer.batches
+    ]
+    state = {"drawn": trainer.resampling.drawn, "guidance": trainer.algorithm.guidance.state_dict()}
+    return {"batches": batches, "weights": weights(trainer), "history": history(trainer), **state}
+
+
+def train_on_failing(folder: Path) -> dict:
+    """In process, and with servers of policy and expert, and of the policy."""
+    reports = {}
+    settings = {**FAILING, "model": str(folder / "policy")}
+    for name, servers in (
+        ("failing", None),
+        ("served_failing", {"vllm_policy_server_base_url": "http://policy:8000"}),
+    ):
+        with nullcontext() if servers is None else stand_in():
+            make = partial(make_trainer, cls=RecordingTrainer) if servers is None else make_served_trainer
+            trainer = make(folder / name, **settings, **(servers or {}))
+            trainer.train()
+        reports[name] = report(trainer)
+        for kept, batch in zip(reports[name]["batches"], trainer.batches):
+            kept["lengths"] = batch["completion_mask"].sum(1)
+    return reports
+
+
 def failing_push(folder: Path) -> str:
     """The error of a run of sharded weights that the main process cannot write."""
     params, write = generation.PolicyGeneration._iter_named_params, generation.write_weights
@@ -146,8 +191,10 @@ def main(folder: Path) -> None:
         trainer._log_metrics = lambda metrics, kept=kept, log=log_metrics: (kept.append(metrics), log(metrics))
         trainer.train()
         reports[name] = {**report(trainer), "metrics": kept}
+    reports |= train_on_failing(folder)
     reports["trajectories"] = train_with_trajectories(folder)
     reports["distilled"] = {name: train_with_scores(folder, name) for name in DISTILLED}
+    reports["resampled"] = train_resampled(folder)
     for name, settings in SERVED.items():
         settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         with stand_in() as servers:

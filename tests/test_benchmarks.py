@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TINY = "--rows 8 --tokens 8 --prompt 4 --hidden 128 --layers 1 --vocab 64 --draft-length 2 --repeats 2 --warmup 1"
 PARTS = ("sampling", "weights", "rest")
+SAMPLING = ("transformers.generate", "mentor.on_policy", "mentor.mixed", "mentor.rollouts")
 
 
 def run_script(name: str, *options: str) -> str:
@@ -58,6 +59,15 @@ def test_training_step_in_process(tmp_path):
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
 
 
+@pytest.mark.slow
+def test_training_step_without_guidance(tmp_path):
+    _, results = run_training_step(tmp_path, "--withdrawn", "--rows", "16")
+    check_steps(results)
+    for name, ways in zip(results["steps"], ({"transformers.generate"}, {"mentor.on_policy", "mentor.mixed"}) * 2):
+        for step in results["steps"][name]:
+            assert {part for part in SAMPLING if step["parts"].get(part)} == ways, name
+
+
 @pytest.mark.vllm
 @pytest.mark.shared_engine
 @pytest.mark.slow
@@ -74,6 +84,7 @@ def test_training_step_with_a_server(tmp_path):
     [
         ("--rows 12", "multiple of --generations"),
         ("--policy folder", "come together"),
+        ("--withdrawn --rows 8", "at least two prompts"),
         ("--server http://127.0.0.1:1", "--policy and --expert that it serves"),
         ("--engine server --policy p --expert e --trl-server http://127.0.0.1:1", "over NCCL"),
     ],

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from mentor_trl import MentorGRPOConfig
-from mentor_trl.config import ALPHA_SCHEDULES, BRANCH_RULES, CORRECTION_LEVELS, CORRECTIONS
+from mentor_trl.config import BRANCH_RULES, CORRECTION_LEVELS, CORRECTIONS, MIXED_SCALES, SCHEDULES
 from trainer_helpers import SETTINGS
 
 
@@ -40,6 +40,10 @@ def test_defaults_are_the_papers_group_and_schedule():
         ({"rollout_batch_size": 0}, "at least 1"),
         ({"alpha": -1.0}, "`alpha` is -1.0; it must be 0 or more"),
         ({"expert_decay_steps": 0}, "for no guidance set `alpha` to 0"),
+        ({"guidance_margin": 0.0}, "positive, e.g. 0.1"),
+        ({"guidance_patience": 0}, "at least 1"),
+        ({"guidance_smoothing": 1.0}, "at least 0 and below 1"),
+        ({"guidance_probe_every": -1}, "0 (never) or more"),
         ({"reward_range": 0.0}, "`reward_range` is 0.0; it must be positive"),
         ({"correction_cap": 0.0}, "`inf` for no cap"),
         ({"correction_floor": 2.0}, "between 0 and correction_cap"),
@@ -47,9 +51,10 @@ def test_defaults_are_the_papers_group_and_schedule():
         ({"correction_constant": 0.0}, "positive"),
         ({"expert_load_in_4bit": True, "expert_load_in_8bit": True}, "False where `expert_load_in_8bit` is True"),
         ({"branch_rule": "x"}, "choose one of 'entropy', 'threshold', 'random', 'sentence', 'always'"),
-        ({"alpha_schedule": "x"}, "choose one of 'cosine', 'linear', 'constant'"),
+        ({"alpha_schedule": "x"}, "choose one of 'cosine', 'linear', 'constant', 'adaptive'"),
         ({"correction": "x"}, "choose one of 'temper', 'clip', 'mask', 'saturate'"),
         ({"correction_level": "x"}, "choose one of 'conditional', 'mixture'"),
+        ({"mixed_advantage_scale": "x"}, "choose one of 'range', 'std', 'group_std'"),
         ({"expert_dtype": "half"}, "choose one of 'auto', 'bfloat16', 'float16', 'float32'"),
     ],
 )
@@ -62,9 +67,10 @@ def test_values_out_of_range(settings, message):
     ("name", "choices"),
     [
         ("branch_rule", BRANCH_RULES),
-        ("alpha_schedule", ALPHA_SCHEDULES),
+        ("alpha_schedule", SCHEDULES),
         ("correction", CORRECTIONS),
         ("correction_level", CORRECTION_LEVELS),
+        ("mixed_advantage_scale", MIXED_SCALES),
     ],
 )
 def test_choices(name, choices):
@@ -82,6 +88,11 @@ def test_the_largest_number_of_mixed_rollouts():
     assert make(num_mixed_generations=6).num_mixed_generations == 6
     with pytest.raises(ValueError, match="the baseline needs at least 2"):
         make(num_mixed_generations=7)
+    assert make(num_mixed_generations=8).num_mixed_generations == 8
+    with pytest.raises(ValueError, match="`num_mixed_generations=9` is more than `num_generations=8`"):
+        make(num_mixed_generations=9)
+    with pytest.raises(ValueError, match="`num_mixed_generations=8` of 8 leaves none. Set it to 'previous'"):
+        make(num_mixed_generations=8, entropy_threshold_from="current")
 
 
 def test_no_cap():

@@ -114,6 +114,7 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
             paper.format("Qwen2.5-7B"),
             {"dataset_name", "expert_model_name_or_path", "model_name_or_path", "reward_weights"},
         ),
+        "Qwen2.5-7B/dapo/config_paper.yaml": ("Qwen2.5-7B/grpo/config_paper.yaml", {"dynamic_sampling"}),
         "Qwen2.5-3B/grpo/config_12_rollouts.yaml": ("Qwen2.5-3B/grpo/config_paper.yaml", GROUP),
         "Qwen2.5-3B/mentor/config_random.yaml": (paper.format("Qwen2.5-3B"), {"branch_rule"}),
         "Qwen2.5-3B/mentor/config_no_decay.yaml": (paper.format("Qwen2.5-3B"), {"alpha_schedule"}),
@@ -469,6 +470,7 @@ def test_one_rollout_batch(recipe, tmp_path, monkeypatch, rows_file, tiny_model_
     assert ("mentor/mixed/reward" in first) == bool(mixed)
     assert ("mentor/trajectory/reward" in first) == ("num_trajectory_generations" in config)
     assert ("mentor/distillation/expert_tokens" in first) == ("distillation" in config)
+    assert ("mentor/resampling/rounds" in first) == ("dynamic_sampling" in config)
     assert ("hint" in trainer.train_dataset.column_names) == ("hint_fraction" in config)
     if servers:
         # On-policy rows and mixed rows, of one rollout batch

@@ -15,7 +15,7 @@ from ..rollout.progress import SamplingProgress
 from ..rollout.types import Engine, MixedSampler, Progress
 from ..training.batch import Credit, LossStates, LossTerm, Reweighed, RolloutBatch, Scored
 from ..training.processes import Processes
-from .requirements import check_dataset
+from .requirements import check_dataset, check_dynamic_sampling, refuse_multimodal
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class Rollouts:
     stop_token_ids: Sequence[int] = ()
     # Shows how far the sampling of so many rows of a name is; yields what a session's `sample` takes as `progress`
     progress: Callable[[int, str], AbstractContextManager[Progress]] = SamplingProgress
+    # Weighted rewards of some of the rows, the same on each process, by their tokens of prompts and completions: those
+    # of all processes, NaN where undefined. The reward functions then see the other rows alone. Collective.
+    rewards: Callable[[list[int], list[list[int]], list[list[int]]], torch.Tensor] | None = None
 
 
 class Algorithm:
@@ -118,6 +121,8 @@ class Algorithm:
         if components.get("environment_factory") is None:  # an environment may bring the prompts
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
                 check_dataset(dataset, name, self.text_only)
+        if self.args.dynamic_sampling:
+            check_dynamic_sampling(train_dataset, components)
 
     def prepare(self, context: Context) -> None:
         """
@@ -132,6 +137,8 @@ class Algorithm:
                 "The tokenizer has no end-of-sequence token, so no completion could end. Set `eos_token` on it, and "
                 "save it with the model."
             )
+        if self.args.dynamic_sampling:
+            refuse_multimodal(context.multimodal, "dynamic_sampling")
         if self.needs_scores and context.expert is None:
             raise SetupError(
                 f"{type(self).__name__} asks for log-probabilities of the expert at given tokens, and no expert is at "
@@ -144,6 +151,18 @@ class Algorithm:
     def over(self) -> bool:
         """Whether the expert is not needed any more."""
         return False
+
+    @property
+    def resting(self) -> bool:
+        """Whether the coming batch does without the expert."""
+        return False
+
+    def spare(self, engine: Engine) -> None:
+        """Free the expert of an engine, or move it out of the way, where it is not needed."""
+        if self.over:
+            engine.release_expert()
+        elif self.resting:
+            engine.park_expert()
 
     def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
         """
@@ -174,8 +193,8 @@ class Algorithm:
         """A term that is added to the loss, from the forward pass of the loss itself; asked with `needs_states`."""
         return None
 
-    def observe(self, batch: RolloutBatch, scored: Scored) -> None:
-        """Hear the rewards of a batch, when it is done."""
+    def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float] | None:
+        """Hear the rewards of a batch, when it is done. What it returns is logged."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain data."""

@@ -59,7 +59,7 @@ class Distillation(Algorithm):
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
         return self.inner.rollout(prompt_ids, batch, rollouts)
 
-    def observe(self, batch: RolloutBatch, scored: Scored) -> None:
+    def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float] | None:
         return self.inner.observe(batch, scored)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,14 @@ import torch
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
-from ..objective import correction_weights, fold_correction, mixed_policy_advantages, sentence_endings
+from ..objective import (
+    Gap,
+    correction_weights,
+    fold_correction,
+    mixed_policy_advantages,
+    sentence_endings,
+    success_rates,
+)
 from ..rollout.types import MixedRequest, MixedRollout, mixed_rows
 from ..training.batch import Credit, Part, RolloutBatch, Scored, scatter
 from ..training.metrics import PREFIX, guidance_metrics, share_without_spread, speed_metric
@@ -25,6 +32,7 @@ from .base import Algorithm, Context, Rollouts
 from .guidance import Guidance
 from .papers import MENTOR_PAPER
 from .requirements import refuse_components, refuse_multimodal, uses_fsdp, warn_of_kl
+from .withdrawal import Withdrawal
 
 
 PLAIN = "or set `num_mixed_generations=0` for plain GRPO"
@@ -49,7 +57,9 @@ class Mentor(Algorithm):
             quantile=args.entropy_quantile,
             minimum=args.entropy_threshold_min,
             fixed=args.entropy_threshold,
+            withdrawal=_withdrawal(args) if args.alpha_schedule == "adaptive" else None,
         )
+        self.attempt = 0  # the batch's, see `seed`
         self._range_warned = False
 
     @classmethod
@@ -71,62 +81,113 @@ class Mentor(Algorithm):
     def over(self) -> bool:
         return self.guidance.over
 
+    @property
+    def resting(self) -> bool:
+        return not self.guidance.mixes
+
     def plan(self, inputs: list[dict[str, Any]], first: int) -> RolloutBatch:
-        alpha, args = self.guidance.alpha, self.args
-        if alpha == 0.0:
+        guidance, args = self.guidance, self.args
+        if not guidance.mixes:
             return super().plan(inputs, first)
         mixed_B = mixed_rows(first, len(inputs), args.num_generations, args.num_mixed_generations)
-        return RolloutBatch(self.sources, mixed_B.long(), alpha=alpha)
+        return RolloutBatch(self.sources, mixed_B.long(), alpha=guidance.alpha, mixes=True, probe=guidance.probe)
 
     def rollout(self, prompt_ids: list[list[int]], batch: RolloutBatch, rollouts: Rollouts) -> RolloutBatch:
-        if batch.alpha == 0.0:
+        if not batch.mixes:
+            self.needs_policy_logps = False
             return super().rollout(prompt_ids, batch, rollouts)
+        self.attempt = batch.attempt
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
-        prompts = [[prompt_ids[row] for row in part] for part in rows]
+        sample = self._sample_at_once if self._threshold_is_known else self._sample_in_turn
         with rollouts.session() as session:
-            sample = self._sample_at_once if self._threshold_is_known else self._sample_in_turn
-            gamma, sampled = sample(prompts, session, rollouts)
-        self.needs_policy_logps = not self.context.processes.everywhere(sampled[1].logps_at_branches)
-        count, pairs = len(prompt_ids), list(zip(rows, sampled))
-        completion_ids = scatter([(part, rollout.completion_ids) for part, rollout in pairs], count)
+            gamma, parts = sample(prompt_ids, rows, batch, session, rollouts)
+        mixed, count = parts[-1], len(prompt_ids)
+        self.needs_policy_logps = not self.context.processes.everywhere(mixed.rollout.logps_at_branches)
+        completion_ids = scatter([(part.rows, part.rollout.completion_ids) for part in parts], count)
         logps = None
         if self.args.use_vllm:
-            logps = scatter([(part, rollout.policy_logps()) for part, rollout in pairs], count)
-        parts = tuple(Part(source, part, rollout) for source, (part, rollout) in zip(self.sources, pairs))
-        return batch.sampled(prompt_ids, completion_ids, logps, parts, gamma=gamma)
+            logps = scatter([(part.rows, part.rollout.policy_logps()) for part in parts], count)
+        source_B = torch.zeros(count, dtype=torch.long)
+        source_B[mixed.rows] = 1
+        return batch.sampled(prompt_ids, completion_ids, logps, tuple(parts), gamma=gamma, source_B=source_B)
 
     @property
     def _threshold_is_known(self) -> bool:
         return self.args.entropy_threshold_from == "previous" and self.guidance.gamma is not None
 
-    def _sample_in_turn(self, prompts, session, rollouts: Rollouts) -> tuple[float, list[MixedRollout]]:
-        """On-policy rows, gamma from their entropies, then mixed rows."""
-        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(prompts[0]), "On-policy rows") as progress:
-            request = self._request(prompts[0], [math.inf] * len(prompts[0]), 0, rollouts)
-            on_policy = session.sample(request, progress)
-        self.guidance.update(self._entropies(prompts[0], on_policy, rollouts))
-        gamma = self.guidance.gamma
-        with rollouts.profile("mentor.mixed"), rollouts.progress(len(prompts[1]), "Mixed rows") as progress:
-            mixed = session.sample(self._request(prompts[1], [gamma] * len(prompts[1]), 1, rollouts), progress)
-        return gamma, [on_policy, mixed]
+    def _sample_in_turn(self, prompt_ids, rows, batch: RolloutBatch, session, rollouts: Rollouts):
+        """
+        On-policy rows, gamma from their entropies, then mixed rows; on-policy ones where a prompt needs no help. Where
+        all rows are mixed, on-policy ones are sampled for gamma alone.
+        """
+        first, rest = rows
+        prompts = [prompt_ids[row] for row in rows[self._heard]]
+        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(prompts), "On-policy rows") as progress:
+            on_policy = session.sample(self._request(prompts, [math.inf] * len(prompts), 0, rollouts), progress)
+        self.guidance.update(self._entropies(prompts, on_policy, rollouts))
+        if self._heard == 1:
+            (on_policy,) = on_policy.split([0])
+        gamma, parts = self.guidance.gamma, [Part("on_policy", first, on_policy)]
+        plain, mixed = [], rest
+        failing = self.args.guide_prompts == "failing"
+        if failing:
+            guided_B = self._guided_rows(rollouts.rewards(first, prompts, on_policy.completion_ids), batch)
+            plain, mixed = ([row for row in rest if guided_B[row] == guided] for guided in (False, True))
+        prompts, gammas = [prompt_ids[row] for row in plain + mixed], [math.inf] * len(plain) + [gamma] * len(mixed)
+        with rollouts.profile("mentor.mixed"), rollouts.progress(len(rest), "Mixed rows") as progress:
+            sampled = session.sample(self._request(prompts, gammas, 1, rollouts), progress)
+        if failing:
+            others, sampled = sampled.split([len(plain), len(mixed)])
+            parts.append(Part("on_policy", plain, others))
+        if self._heard == 1:
+            self.guidance.update(self._entropies(prompts, sampled, rollouts))
+        return gamma, [*parts, Part("mixed", mixed, sampled)]
 
-    def _sample_at_once(self, prompts, session, rollouts: Rollouts) -> tuple[float, list[MixedRollout]]:
-        """All rows under the gamma of the batch before, and the next one's from this batch's on-policy rows."""
-        gamma, counts = self.guidance.gamma, [len(part) for part in prompts]
-        gammas = [math.inf] * counts[0] + [gamma] * counts[1]
+    def _sample_at_once(self, prompt_ids, rows, batch: RolloutBatch, session, rollouts: Rollouts):
+        """All rows under the gamma of the batch before, and the next one's from the rows of this batch."""
+        gamma, counts = self.guidance.gamma, [len(part) for part in rows]
+        prompts, gammas = [prompt_ids[row] for row in rows[0] + rows[1]], [math.inf] * counts[0] + [gamma] * counts[1]
         with rollouts.profile("mentor.rollouts"), rollouts.progress(len(gammas), "Rows") as progress:
-            request = self._request(prompts[0] + prompts[1], gammas, 0, rollouts)
-            sampled = session.sample(request, progress).split(counts)
-        self.guidance.update(self._entropies(prompts[0], sampled[0], rollouts))
-        return gamma, sampled
+            sampled = session.sample(self._request(prompts, gammas, 0, rollouts), progress).split(counts)
+        heard = [prompt_ids[row] for row in rows[self._heard]]
+        self.guidance.update(self._entropies(heard, sampled[self._heard], rollouts))
+        return gamma, [Part(*part) for part in zip(self.sources, rows, sampled)]
 
-    def _entropies(self, prompt_ids, on_policy: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
-        """Entropies of the on-policy tokens of all processes: the engine's, or those of the training model."""
+    def _guided_rows(self, rewards_N: torch.Tensor, batch: RolloutBatch) -> list[bool]:
+        """
+        Which rows of this process belong to prompts that get mixed rollouts, by the rewards of the first on-policy
+        rows of all processes.
+        """
+        args, rows = self.args, len(batch.source_B)
+        first = args.num_generations - args.num_mixed_generations
+        success_G = success_rates(rewards_N, first, args.success_reward)
+        guided_G = success_G == 0.0 if args.guide_below is None else success_G < args.guide_below
+        if self.guidance.withdrawal is not None:
+            always_G = self._compared(len(guided_G))
+            guided_G = always_G if batch.probe else guided_G | always_G
+        local = self.context.processes.local(rows // args.num_generations)
+        return guided_G[local].repeat_interleave(args.num_generations).tolist()
+
+    def _compared(self, groups: int) -> torch.Tensor:
+        """Groups of this batch that have mixed rows whatever their rewards, `(groups,)` `bool`."""
+        if self.args.guide_prompts == "all":
+            return torch.ones(groups, dtype=torch.bool)
+        count = max(1, round(self.args.guide_share * groups))
+        draw = np.random.default_rng([self.args.seed, self.guidance.batches])  # the same on every process
+        return torch.isin(torch.arange(groups), torch.tensor(draw.permutation(groups)[:count]))
+
+    @property
+    def _heard(self) -> int:
+        """Source whose entropies give gamma: the policy, or the mixed rows where there are no others."""
+        return int(self.args.num_mixed_generations == self.args.num_generations)
+
+    def _entropies(self, prompt_ids, rollout: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
+        """Entropies of the policy at the tokens of all processes: the engine's, or those of the training model."""
         processes = self.context.processes
-        if processes.everywhere(on_policy.entropies is not None):
-            entropies = on_policy.entropies[on_policy.mask]
+        if processes.everywhere(rollout.entropies is not None):
+            entropies = rollout.entropies[rollout.mask]
         else:
-            entropies = rollouts.entropies(prompt_ids, on_policy.completion_ids)
+            entropies = rollouts.entropies(prompt_ids, rollout.completion_ids)
         return processes.gather_tokens(entropies)
 
     def _request(self, prompt_ids: list[list[int]], gamma: list[float], source: int, rollouts: Rollouts):
@@ -159,27 +220,34 @@ class Mentor(Algorithm):
         return tuple(sentence_endings(self.context.tokenizer))
 
     def seed(self, source: int) -> int:
-        """Seed of the coming request for a source: of the run, the process and the batch."""
+        """Seed of the coming request for a source: of the run, the process, the batch and the attempt at it."""
         entropy = [self.args.seed, self.context.processes.index, self.guidance.batches, source]
+        entropy += [self.attempt] * (self.attempt > 0)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
         alpha = {f"{PREFIX}alpha": batch.alpha}
-        if batch.alpha == 0.0:
+        if not batch.mixes:
             return super().credit(batch, scored)._replace(metrics=alpha)
         args, processes = self.args, self.context.processes
         self._check_reward_range(scored.rewards_N)
         mixed_N = scored.source_N == 1
         advantages_N = mixed_policy_advantages(
-            scored.rewards_N, mixed_N, args.num_generations, batch.alpha, args.reward_range, args.scale_rewards
+            scored.rewards_N,
+            mixed_N,
+            args.num_generations,
+            batch.alpha,
+            args.reward_range,
+            args.scale_rewards,
+            args.mixed_advantage_scale,
         )
         rollout = batch.part("mixed").rollout.padded(scored.mask_B_T.size(1))
         ratio, rho, where = self._correction(rollout, batch, scored)
         rho_B_T = torch.ones(scored.mask_B_T.shape, device=scored.mask_B_T.device)
         rho_B_T[batch.source_B.to(rho_B_T.device) == 1] = rho.to(rho_B_T.device)
         metrics = guidance_metrics(rollout, ratio, rho, where, processes.reduce)
-        for part in batch.parts:
-            metrics |= speed_metric(part.source, part.rollout.stats, processes)
+        for source in self.sources:
+            metrics |= speed_metric(source, batch.part(source).rollout.stats, processes)
         return Credit(
             advantages=fold_correction(advantages_N[scored.local], rho_B_T),
             advantages_N=advantages_N,
@@ -221,7 +289,8 @@ class Mentor(Algorithm):
     def _check_reward_range(self, rewards_N: torch.Tensor) -> None:
         finite = rewards_N[rewards_N.isfinite()]
         spread = (finite.max() - finite.min()).item() if finite.numel() else 0.0
-        if spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
+        scaled = self.args.mixed_advantage_scale == "range"
+        if scaled and spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
             self._range_warned = True
             warnings.warn(
                 f"Rewards of this batch differ by {spread:.4g}, more than `reward_range={self.args.reward_range}`, so "
@@ -229,14 +298,48 @@ class Mentor(Algorithm):
                 stacklevel=2,
             )
 
-    def observe(self, batch: RolloutBatch, scored: Scored) -> None:
-        self.guidance.batches += 1
+    def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float]:
+        guidance, args = self.guidance, self.args
+        metrics = {}
+        if guidance.withdrawal is not None:
+            groups = len(scored.rewards_N) // args.num_generations
+            ignored_N = ~self._compared(groups).repeat_interleave(args.num_generations)
+            rewards_N = scored.rewards_N.cpu().masked_fill(ignored_N, torch.nan)
+            metrics = guidance.withdrawal.observe(rewards_N, scored.source_N.cpu() == 1, args.num_generations)
+        if guidance.withdrawal is not None or args.guide_prompts == "failing":
+            metrics |= self._savings(batch, scored.source_N == 1)
+        guidance.batches += 1
+        return {f"{PREFIX}guidance/{name}": value for name, value in metrics.items()}
+
+    def _savings(self, batch: RolloutBatch, mixed_N: torch.Tensor) -> dict[str, float]:
+        """What is not sampled with the expert, measured by the mixed rows of the same batch, or of the last one."""
+        args, guidance = self.args, self.guidance
+        lengths = [len(ids) for ids, source in zip(batch.completion_ids, batch.source_B.tolist()) if source == 1]
+        tokens = self.context.processes.reduce(torch.tensor([float(sum(lengths))]), "sum").item()
+        mixed = mixed_N.sum().item()
+        guidance.row_tokens = tokens / mixed if mixed else guidance.row_tokens
+        places = len(mixed_N) // args.num_generations * args.num_mixed_generations
+        return {
+            "guided_prompts": mixed / places,
+            "expert_tokens": tokens,
+            "expert_tokens_saved": (places - mixed) * guidance.row_tokens,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return self.guidance.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guidance.load_state_dict(state)
+
+
+def _withdrawal(args: MentorGRPOConfig) -> Withdrawal:
+    return Withdrawal(
+        Gap(args.guidance_smoothing, args.reward_range),
+        margin=args.guidance_margin,
+        patience=args.guidance_patience,
+        probe_every=args.guidance_probe_every,
+        success_reward=args.success_reward,
+    )
 
 
 def _check_sharding(args: MentorGRPOConfig) -> None:

@@ -60,6 +60,28 @@ def refuse_components(components: dict[str, object], what: str, plain: str) -> N
             raise SetupError(f"`{name}` is not supported with {what}. Remove it, {plain}.")
 
 
+def check_dynamic_sampling(dataset, components: dict[str, object]) -> None:
+    """
+    Check that other prompts can be drawn from a training set, and that rows are made of them alone.
+
+    Raises:
+        [`SetupError`]: naming the argument.
+    """
+    plain = "or set `dynamic_sampling=0`"
+    refuse_components(components, "dynamic sampling", plain)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise SetupError(
+            f"`dynamic_sampling` draws prompts from anywhere in `train_dataset`, a {type(dataset).__name__}, which "
+            f"has no rows by number. Load it whole, {plain}."
+        )
+    images = sorted(IMAGES & set(getattr(dataset, "column_names", None) or ()))
+    if images:
+        raise SetupError(
+            f"`train_dataset` has the column `{images[0]}`, and rows that are sampled again are text only. Remove the "
+            f"column, {plain}."
+        )
+
+
 def refuse_multimodal(multimodal: bool, option: str, off: object = 0) -> None:
     """
     Raises:

@@ -1,6 +1,6 @@
 """The method as pure tensor functions: no model, no trainer, no I/O."""
 
-from .advantages import mixed_policy_advantages
+from .advantages import MIXED_SCALES, baseline_rows, mixed_policy_advantages
 from .coins import coin_uniforms, request_seed
 from .correction import CORRECTIONS, correction_weights, fold_correction
 from .distillation import (
@@ -11,6 +11,7 @@ from .distillation import (
     reverse_kl,
     score_gap,
 )
+from .gap import Gap, success_rates
 from .mixture import (
     BRANCH_RULES,
     acceptance_probability,
@@ -22,7 +23,7 @@ from .mixture import (
     mixture_logps,
     residual,
 )
-from .schedule import ALPHA_SCHEDULES, alpha_at, entropy_threshold
+from .schedule import ALPHA_SCHEDULES, SCHEDULES, alpha_at, entropy_threshold
 from .sentences import near_sentence_end, sentence_endings
 from .shaping import shaping_weights
 
@@ -33,8 +34,12 @@ __all__ = [
     "CORRECTIONS",
     "DISTILLATIONS",
     "DISTILLATION_LOSSES",
+    "MIXED_SCALES",
+    "Gap",
+    "SCHEDULES",
     "acceptance_probability",
     "alpha_at",
+    "baseline_rows",
     "branch_weight",
     "coin_uniforms",
     "correction_weights",
@@ -55,4 +60,5 @@ __all__ = [
     "score_gap",
     "sentence_endings",
     "shaping_weights",
+    "success_rates",
 ]

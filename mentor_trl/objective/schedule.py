@@ -11,6 +11,8 @@ ALPHA_SCHEDULES = {
     "constant": lambda k, K: 1.0,
 }
 """alpha / alpha_0 at rollout batch k of the decay's K."""
+SCHEDULES = (*ALPHA_SCHEDULES, "adaptive")
+"""`"adaptive"` follows the rewards instead, see [`~mentor_trl.objective.Gap`]."""
 
 
 def alpha_at(batch: int, schedule: str = "cosine", alpha: float = 1.0, decay_steps: int = 120) -> float:

@@ -89,6 +89,9 @@ class PlainEngine:
     def release_expert(self) -> None:
         pass
 
+    def park_expert(self) -> None:
+        pass
+
 
 class PlainSetup:
     """

@@ -230,6 +230,10 @@ class Engine(Protocol):
         """The expert is not needed any more."""
         ...
 
+    def park_expert(self) -> None:
+        """The expert is not needed until the next session."""
+        ...
+
 
 def mixed_rows(first: int, count: int, num_generations: int, num_mixed: int) -> torch.Tensor:
     """

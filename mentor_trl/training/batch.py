@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..rollout.types import MixedRollout
+from .processes import Processes
 
 
 class Part(NamedTuple):
@@ -24,7 +25,10 @@ class RolloutBatch:
     sources: tuple[str, ...]  # names; the first is the policy
     source_B: torch.Tensor  # int64, an index into `sources`
     alpha: float = 0.0  # weight of guided rows
+    mixes: bool = False  # whether some process has rows that a mixed-policy engine samples with the expert
+    probe: bool = False  # whether guided rows are counted and stay out of the loss
     gamma: float | None = None  # entropy threshold in nats, where there is one
+    attempt: int = 0  # how many times rows of the batch have been sampled before (`dynamic_sampling`)
     payload: Any = None  # what else the plan holds, such as the texts of expert trajectories
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
@@ -57,6 +61,15 @@ class RolloutBatch:
             filled = torch.where(branch & logps.isnan(), ours, logps)
             parts.append(part._replace(rollout=replace(part.rollout, logps=filled)))
         return replace(self, parts=tuple(parts))
+
+
+def leave_out(output: dict[str, Any], batch: RolloutBatch, processes: Processes) -> None:
+    """Take the guided rows of a probe out of the loss of TRL's batch, and out of the tokens that it divides by."""
+    if not batch.probe:
+        return
+    mask = output["completion_mask"]
+    output["completion_mask"] = mask * (batch.source_B == 0).to(mask).unsqueeze(1)
+    output["num_items_in_batch"] = processes.gather(output["completion_mask"].sum()).sum()
 
 
 @dataclass(frozen=True)

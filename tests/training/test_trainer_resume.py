@@ -24,6 +24,8 @@ def run(folder, resume=None, **settings):
     return trainer
 
 
+# Withdrawn behind the third rollout batch, and a probe in every second batch after that
+ADAPTIVE = {"alpha_schedule": "adaptive", "guidance_margin": 9.0, "guidance_patience": 2, "guidance_probe_every": 2}
 OFF_POLICY = {"steps_per_generation": 2, "num_iterations": 2, "expert_decay_steps": 4}
 CASES = {
     # rollout batches of one optimizer step
@@ -41,7 +43,16 @@ CASES = {
     "third_epoch_begins": (16, {**OFF_POLICY, "max_steps": 19, "train_dataset": prompts(4), "expert_decay_steps": 9}),
     "after_the_decay": (6, {**OFF_POLICY, "max_steps": 8, "expert_decay_steps": 1}),
     "logging_window": (4, {**OFF_POLICY, "max_steps": 9, "logging_steps": 3, "log_completions": True}),
+    "all_mixed": (2, {"max_steps": 4, "num_mixed_generations": 8, "entropy_threshold_from": "previous"}),
     "plain": (3, {**OFF_POLICY, "max_steps": 6, "num_mixed_generations": 0}),
+    # inside the fourth batch, and inside the fifth, a probe
+    "withdrawn": (13, {**OFF_POLICY, **ADAPTIVE, "max_steps": 18}),
+    "probe": (18, {**OFF_POLICY, **ADAPTIVE, "max_steps": 21}),
+    "failing": (
+        5,
+        {**OFF_POLICY, "alpha_schedule": "adaptive", "guide_prompts": "failing", "max_steps": 12, "num_generations": 4}
+        | {"num_mixed_generations": 2, "log_completions": True},
+    ),
     "two_rewards": (
         2,
         {"gradient_accumulation_steps": 2, "max_steps": 4, "log_completions": True}

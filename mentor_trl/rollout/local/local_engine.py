@@ -56,10 +56,12 @@ class LocalEngine:
         self.unwrapped, self.autocast, self.float32_head = unwrapped, autocast, float32_head
         self.stop_token_ids = stop_token_ids
         self.remote = not isinstance(expert, InProcessExpert)
+        self.home = None if self.remote else expert.decoder.device
 
     @contextmanager
     def session(self) -> Iterator[LocalSession]:
         """Hold the policy's current weights."""
+        self._move_expert(self.home)
         with self.unwrapped() as policy, self.sampler.session(policy, self.autocast, self.float32_head) as session:
             yield session
 
@@ -71,8 +73,26 @@ class LocalEngine:
         """Free the expert's memory."""
         if self.expert is not None:
             self.sampler.expert = self.expert = None
-            if torch.accelerator.is_available():
-                torch.accelerator.memory.empty_cache()
+            _empty_cache()
+
+    def park_expert(self) -> None:
+        """Move the expert to the CPU until the next session. One that is quantized or spread over devices stays."""
+        if self.home is not None and self.home.type != "cpu" and self._move_expert(torch.device("cpu")):
+            _empty_cache()
+
+    def _move_expert(self, device: torch.device | None) -> bool:
+        model = self.expert.model if isinstance(self.expert, InProcessExpert) else None
+        if model is None or model.device == device:
+            return False
+        if getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
+            return False
+        model.to(device)
+        return True
+
+
+def _empty_cache() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
 
 
 class LocalSetup:

@@ -48,3 +48,6 @@ class ServedEngine:
 
     def release_expert(self) -> None:
         """The expert is a part of the engine, or on servers of its own, which nobody asks any more."""
+
+    def park_expert(self) -> None:
+        """As above."""
