@@ -203,6 +203,12 @@ def check_distillation(args: Any) -> None:
                 f"`top_entropy_quantile={args.top_entropy_quantile}` leaves tokens out of TRL's loss, beside which "
                 f"{loss} has a term for every token. Set the former to 1.0, or the latter to 'sampled'."
             )
+    if args.distillation in ("gats", "distilled_rl") and args.num_mixed_generations == args.num_generations:
+        raise ValueError(
+            f"`distillation={args.distillation!r}` looks at the rewards of on-policy rollouts, and "
+            f"`num_mixed_generations={args.num_mixed_generations}` leaves none. Set it to "
+            f"{max(args.num_generations - 2, 0)} or less, or `distillation` to 'opd'."
+        )
     if args.distillation == "gats" and args.gats_reference is None and not args.num_mixed_generations:
         raise ValueError(
             "`distillation='gats'` compares the policy's score with the expert's, and no mixed rollout shows that. "

@@ -46,7 +46,7 @@ FAILING = {"per_device_train_batch_size": 16, "guide_prompts": "failing", "guide
 FAILING |= {"alpha_schedule": "adaptive", "guidance_margin": 9.0, "guidance_patience": 2, "guidance_probe_every": 2}
 # Distillation in groups that lie across
 DISTILLED = {
-    "gats": {"num_mixed_generations": 2, "distillation": "gats"},
+    "gats": {"num_mixed_generations": 2, "distillation": "gats", "gats_reference": 2.0},
     "full": {"num_mixed_generations": 0, "distillation": "opd", "distillation_loss": "full"},
     "distilled_rl": {"num_mixed_generations": 0, "distillation": "distilled_rl"},
 }

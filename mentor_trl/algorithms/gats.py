@@ -28,10 +28,15 @@ class Gats(Opd):
         super().__init__(args)
         self.student: float | None = None
         self.teacher: float | None = args.gats_reference
+        self.batches = 0  # heard so far
 
     @property
     def over(self) -> bool:
         return self.withdrawn and (not self.inner.needs_expert or self.inner.over)
+
+    @property
+    def resting(self) -> bool:
+        return self.withdrawn and self.inner.resting
 
     def coefficient(self, scored: Scored) -> float:
         if self.withdrawn:
@@ -42,7 +47,9 @@ class Gats(Opd):
         if self.student is None or self.teacher is None:
             return self.args.distillation_coef
         gap = score_gap(self.student, self.teacher)
-        self.withdrawn = gap == 0.0
+        self.batches += 1
+        # Averages of a few batches are noise, and there is no way back
+        self.withdrawn = gap == 0.0 and self.batches * (1.0 - self.args.gats_smoothing) > 1.0 - 1e-9
         return self.args.distillation_coef * gap
 
     def _average(self, before: float | None, scored: Scored, source: int) -> float | None:
@@ -61,9 +68,9 @@ class Gats(Opd):
         return credit._replace(metrics=credit.metrics | named(known))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"student": self.student, "teacher": self.teacher}
+        return super().state_dict() | {"student": self.student, "teacher": self.teacher, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.student = state["student"]
+        self.student, self.batches = state["student"], state["batches"]
         self.teacher = state["teacher"] if self.args.gats_reference is None else self.args.gats_reference

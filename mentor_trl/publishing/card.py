@@ -128,9 +128,10 @@ def settings_table(
 
 def curve_section(folder: Path, log_history: list[dict[str, Any]], first: str) -> list[str]:
     """
-    Draw what was logged so far to `assets/training.png`, whose first panel is the metric `first`, and
-    `assets/guidance.png` of a folder. The paragraphs of the card are none without matplotlib, and before anything is
-    logged; a picture that cannot be drawn gives a warning, for the card is written while the model is saved.
+    Draw what was logged so far to `assets/training.png`, whose first panel is the metric `first`, and, where rollouts
+    were mixed, `assets/guidance.png` of a folder. The paragraphs of the card are none without matplotlib, and before
+    anything is logged; a picture that cannot be drawn gives a warning, for the card is written while the model is
+    saved.
     """
     history = [entry for entry in log_history if "reward" in entry]
     if not history or importlib.util.find_spec("matplotlib") is None:
@@ -140,10 +141,10 @@ def curve_section(folder: Path, log_history: list[dict[str, Any]], first: str) -
     training = lambda: plot_training(runs, (first, "entropy", "length"), smooth=smooth)
     guidance = lambda: plot_guidance(runs, smooth)
     pictures = []
-    for name, plot, title in (
-        ("training", training, "Training dynamics of the on-policy rollouts"),
-        ("guidance", guidance, "What the expert did"),
-    ):
+    plots = [("training", training, "Training dynamics of the on-policy rollouts")]
+    if any("mentor/alpha" in entry for entry in history):
+        plots.append(("guidance", guidance, "What the expert did"))
+    for name, plot, title in plots:
         try:
             save_figure(plot()[0], folder / "assets" / f"{name}.png")
             pictures.append(f"![{title}](assets/{name}.png)")

@@ -54,6 +54,13 @@ def test_the_gap_follows_the_averages_until_the_policy_is_level(tmp_path):
     assert [name for name in history(trainer)[-2] if name.endswith("expert_tokens")] == []
 
 
+def test_a_few_batches_are_not_parity(tmp_path):
+    settings = {"distillation": "gats", "gats_reference": 0.5, "gats_smoothing": 0.75, "max_steps": 5, **PLAIN}
+    trainer = run(tmp_path, reward_funcs=scripted([0.9, 0.9, 0.1, 0.9, 0.1]), **settings)
+    assert logged(trainer, "withdrawn") == [0.0, 0.0, 0.0, 1.0, 1.0] and logged(trainer, "coef") == [0.0] * 5
+    assert logged(trainer, "student")[:4] == pytest.approx([0.9, 0.9, 0.7, 0.75])
+
+
 def test_an_expert_that_is_let_go_leaves_memory(tmp_path):
     expert = make_tiny_model(seed=1)
     given = {"expert": expert, "expert_processing_class": make_tiny_tokenizer()}
@@ -206,6 +213,7 @@ REFUSED = {
     "served": ({"distillation_loss": "full", "expert_base_url": "http://a:1"}, "`distillation_loss='full'` needs the"),
     "twice": ({"expert_base_url": "http://a:1", "expert_dtype": "bfloat16"}, "`expert_dtype='bfloat16'` applies to"),
     "entropy": ({"distillation_loss": "top_k", "top_entropy_quantile": 0.2}, "`top_entropy_quantile=0.2` leaves"),
+    "all_mixed": ({"distillation": "distilled_rl", "num_mixed_generations": 8}, "on-policy rollouts.*leaves none"),
     "no_reference": ({"distillation": "gats"}, "`distillation='gats'` compares.*Set `gats_reference`"),
 }
 
