@@ -91,7 +91,7 @@ def test_right_replies_are_described_by_numbers_and_a_key(module):
 def test_prepare(tmp_path, module):
     task = module.__name__.split(".")[-1]
     prepared = prepare.prepare(task, 1, tmp_path, TINY)
-    models = ["policy", *(f"expert_{name}" for name in prepare.EXPERTS)]
+    models = ["policy", *(f"expert_{name}" for name in prepare.experts_of(module))]
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(models)
     assert list(prepared["pass_at_1"]) == list(prepared["parameters"]) == models
     splits = {
@@ -99,7 +99,7 @@ def test_prepare(tmp_path, module):
     }
     assert not {row["prompt"] for row in splits["train"]} & {row["prompt"] for row in splits["test"]}
     for row in splits["train"]:
-        replies = [row[f"trajectory_{name}"] for name in prepare.EXPERTS]
+        replies = [row[f"trajectory_{name}"] for name in prepare.experts_of(module)]
         assert (
             module.reward(prompts=[row["prompt"]] * 4, completions=replies, solution=[row["solution"]] * 4)
             == [1.0] * 4
