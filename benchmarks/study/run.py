@@ -30,7 +30,6 @@ from benchmarks.study.trial import FORK, folder_of, make, prepare, prepared_fold
 # As `accelerate launch` would set it for one process on a CPU
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -45,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 2), help="runs at a time, one core each")
     parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the JSON lines")
+    parser.add_argument("--model", help="Hub id or folder of the model of the task `real`")
     parser.add_argument("--list", action="store_true", help="say what is left to run, and run nothing")
     options = parser.parse_args(argv)
     wanted, finished = [], store.by_key(options.results)
@@ -67,7 +67,23 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     os.environ.update(ENVIRONMENT)
     warm_up()
-    return 1 if run_all(wanted, options.jobs, options.results) else 0
+    for task in sorted({run.task for run in wanted}):
+        reason = why_not(task, options.model)
+        if reason:
+            print(f"SKIPPED: the task {task}, {sum(run.task == task for run in wanted)} runs: {reason}", flush=True)
+            wanted = [run for run in wanted if run.task != task]
+    return 1 if run_all(wanted, options.jobs, options.results, options.model) else 0
+
+
+def why_not(task: str, model: str | None) -> str | None:
+    """Why a task cannot be prepared here."""
+    module = importlib.import_module(f"benchmarks.study.tasks.{task}")
+    if hasattr(module, "find_model"):
+        try:
+            module.find_model(model)
+        except module.ModelMissing as error:
+            return str(error)
+    return None
 
 
 def warm_up() -> None:
@@ -85,7 +101,7 @@ def warm_up() -> None:
     sys.path.insert(0, str(Path.cwd()))
 
 
-def run_all(runs: list[Run], jobs: int, results: Path) -> int:
+def run_all(runs: list[Run], jobs: int, results: Path, model: str | None = None) -> int:
     """Make runs, `jobs` at a time, and return how many failed."""
     waiting, running, failed, started = list(runs), {}, 0, time.time()
     prepared: set[tuple[str, int]] = set()
@@ -117,7 +133,8 @@ def run_all(runs: list[Run], jobs: int, results: Path) -> int:
                 places = [(run.task, run.seed) for run in waiting if (run.task, run.seed) not in preparing]
                 if not places:
                     break
-                preparing[places[0]] = start(prepare, *places[0], log=prepared_folder(*places[0]) / "log.txt")
+                log = prepared_folder(*places[0]) / "log.txt"
+                preparing[places[0]] = start(prepare, *places[0], model, log=log)
             time.sleep(0.2)
     finally:
         for process in [*running.values(), *preparing.values()]:

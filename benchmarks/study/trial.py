@@ -24,10 +24,10 @@ def prepared_folder(task: str, seed: int) -> Path:
     return OUTPUT / "prepared" / f"{task}-seed{seed}"
 
 
-def prepare(task: str, seed: int) -> None:
+def prepare(task: str, seed: int, model: str | None) -> None:
     from benchmarks.study.prepare import prepare as make_files
 
-    make_files(task, seed, prepared_folder(task, seed))
+    make_files(task, seed, prepared_folder(task, seed), model=model)
 
 
 def folder_of(run: Run) -> Path:

@@ -54,7 +54,7 @@ TINY = prepare.Settings(
 
 def main() -> int:
     make_files = prepare.prepare
-    prepare.prepare = lambda task, seed, folder: make_files(task, seed, folder, TINY)
+    prepare.prepare = lambda task, seed, folder, model: make_files(task, seed, folder, TINY, model)
     arms.Plan.read = classmethod(lambda cls: cls(PLAN))
     return run.main()
 
