@@ -199,6 +199,11 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
     luffy = {"num_mixed_generations": 0, "num_trajectory_generations": 1, "train_dataset": trajectories}
     luffy = logged(make_trainer(tmp_path / "d", model=str(tiny_model_dir), beta=0.05, **luffy))
     again = logged(make_trainer(tmp_path / "e", num_mixed_generations=0, dynamic_sampling=1))
+    methods = {"opd": {}, "gats": {}, "distilled_rl": {}}
+    methods["opd_full"] = {"distillation": "opd", "distillation_loss": "full"}
+    scored = set()
+    for name, settings in methods.items():
+        scored |= logged(make_trainer(tmp_path / name, **{"distillation": name, **settings}))
     assert luffy and not any("/mixed/" in name for name in luffy)
     assert plain and not any("/mixed/" in name for name in plain)
     by_rewards = set()
@@ -209,5 +214,5 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
         log_metric=lambda name, value: by_rewards.add(name),
     )
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    found = guided | decayed | measured | plain | luffy | again | by_rewards
+    found = guided | decayed | measured | plain | luffy | again | scored | by_rewards
     assert found == set(re.findall(r"`(mentor/[^`]*)`", text))
