@@ -4,6 +4,9 @@ VENV ?= .venv
 # Where the CPU build of torch comes from when pip's own sources do not have it.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 TEST_ARGS ?=
+# Where the study writes its lines and its report; those of docs/results/ stay as they are
+STUDY ?= outputs/study/results
+STUDY_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,7 +20,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-vllm lint format clean
+.PHONY: help setup quickstart study study-small test test-slow test-vllm lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -26,6 +29,14 @@ setup: $(STAMP)  ## make .venv and install the package with its test tools
 
 quickstart: $(STAMP)  ## train a small model with and without an expert, on the CPU
 	$(BIN)/python examples/quickstart/run.py
+
+study-small: $(STAMP)  ## train eight methods on two small tasks, three seeds each, and show their table (< 1 hour)
+	$(BIN)/python -m benchmarks.study.run small --results $(STUDY)
+	$(BIN)/python -m benchmarks.study.report --lines $(STUDY) --table small
+
+study: $(STAMP)  ## run the whole study, all night on two cores, and write its report
+	$(BIN)/python -m benchmarks.study.run small tuning head_to_head ablation experts diversity --results $(STUDY)
+	$(BIN)/python -m benchmarks.study.report --lines $(STUDY) --output $(STUDY)
 
 test: $(STAMP)  ## run the everyday tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm" $(TEST_ARGS)

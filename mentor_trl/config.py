@@ -9,21 +9,28 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .objective import BRANCH_RULES, CORRECTIONS, SCHEDULES
+from .config_checks import (
+    check_distillation,
+    check_dynamic_sampling,
+    check_expert_server,
+    check_guided_prompts,
+    check_sampling,
+    check_trajectories,
+)
+from .objective import (
+    BRANCH_RULES,
+    CORRECTIONS,
+    DISTILLATION_LOSSES,
+    DISTILLATIONS,
+    MIXED_SCALES,
+    SCHEDULES,
+)
 
 
 CORRECTION_LEVELS = ("conditional", "mixture")
 THRESHOLD_SOURCES = ("previous", "current")
 GUIDED_PROMPTS = ("all", "failing")
 WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
-LOADING_OPTIONS = (
-    "expert_model_init_kwargs",
-    "expert_model_revision",
-    "expert_dtype",
-    "expert_load_in_4bit",
-    "expert_load_in_8bit",
-)
-"""Fields that say how this process loads an expert."""
 
 
 def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
@@ -96,7 +103,7 @@ class MentorGRPOConfig(GRPOConfig):
     num_mixed_generations: int = option(
         4,
         "Number of rollouts, among the `num_generations` of a prompt, that are drawn from the mixed policy. The "
-        "others are on-policy; at least 2 of them must remain. `0` is plain GRPO.",
+        "others, none or at least 2, are on-policy. `0` is plain GRPO.",
     )
     branch_rule: str = option(
         "entropy",
@@ -157,6 +164,48 @@ class MentorGRPOConfig(GRPOConfig):
     trajectory_shaping: float = option(
         0.1,
         "Constant c of the policy shaping f(p) = p / (p + c) of the trajectories' tokens.",
+    )
+
+    # Parameters that control distillation: an expert that scores what the policy wrote
+    distillation: str = option(
+        "none",
+        "What the expert's log-probabilities of the policy's tokens are used for, on GRPO's rows with "
+        "`num_mixed_generations=0` and else on MENTOR's: `'none'`; `'opd'`, on-policy distillation, in which a token "
+        "is worth log s - log p; `'gats'`, GRPO and on-policy distillation weighed by how far the policy's score is "
+        "behind the expert's; `'distilled_rl'`, which weighs the tokens of rows with a positive advantage by s / p.",
+        choices=DISTILLATIONS,
+    )
+    distillation_coef: float = option(
+        1.0, "Weight lambda of on-policy distillation (`'opd'` and `'gats'`), which `'gats'` multiplies by the gap."
+    )
+    distillation_loss: str = option(
+        "sampled",
+        "How `'opd'` and `'gats'` distil: `'sampled'`, by the token that was drawn; `'full'`, by the reverse KL "
+        "divergence of the distributions over the vocabulary, as a term of the loss; `'top_k'`, the same over the "
+        "policy's `distillation_top_k` likeliest tokens and the rest as one. The latter two have less variance and "
+        "need an expert in this process.",
+        choices=DISTILLATION_LOSSES,
+    )
+    distillation_top_k: int = option(64, "Number of tokens of `distillation_loss='top_k'`.")
+    distillation_reward: bool = option(
+        False,
+        "Whether `distillation='opd'` adds to the advantages of the rewards (OPD with reward). When `False`, rewards "
+        "are logged only.",
+    )
+    distillation_clip: float = option(3.0, "Bound of s / p in `distillation='distilled_rl'`, and 1 / bound below.")
+    gats_reference: float | None = option(
+        None,
+        "Mean reward of the expert, with which `distillation='gats'` compares the policy's. If not set, it is a "
+        "moving average over the mixed rollouts, which must be there then.",
+    )
+    gats_smoothing: float = option(0.9, "Weight of the past in the moving averages of `distillation='gats'`.")
+
+    # Parameters that control which groups are kept
+    dynamic_sampling: int = option(
+        0,
+        "How many times at most groups of a rollout batch of which nothing is learned, as their on-policy rewards are "
+        "all equal and no other row has an advantage, are sampled again with other prompts (DAPO). Every process "
+        "must hold whole groups.",
     )
 
     # Parameters that control rollouts with vLLM
@@ -245,6 +294,13 @@ class MentorGRPOConfig(GRPOConfig):
         1.0,
         "Largest possible difference of two rewards (R_range), by which the mixed advantages are divided.",
     )
+    mixed_advantage_scale: str = option(
+        "range",
+        "What the mixed advantages are divided by: `'range'`, `reward_range`, the paper's; `'std'`, the standard "
+        "deviation of the on-policy rewards of the group, plus 1e-4 (where they are all equal, a mixed success then "
+        "has an advantage of 10,000 alpha); `'group_std'`, that of all rewards of the group, plus 1e-4.",
+        choices=MIXED_SCALES,
+    )
     correction: str = option(
         "temper",
         "Off-policy correction rho of a ratio r: `'temper'`, min(`correction_cap`, r)^`correction_exponent`; "
@@ -278,11 +334,13 @@ class MentorGRPOConfig(GRPOConfig):
         self._check_choices()
         self._check_group()
         self._check_ranges()
-        self._check_trajectories()
+        check_trajectories(self)
+        check_distillation(self)
+        check_dynamic_sampling(self)
         if self.num_mixed_generations > 0:
-            self._check_sampling()
-            self._check_guided_prompts()
-            self._check_expert_server()
+            check_sampling(self)
+            check_expert_server(self)
+            check_guided_prompts(self)
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -292,6 +350,9 @@ class MentorGRPOConfig(GRPOConfig):
             ("guide_prompts", GUIDED_PROMPTS),
             ("correction", CORRECTIONS),
             ("correction_level", CORRECTION_LEVELS),
+            ("mixed_advantage_scale", MIXED_SCALES),
+            ("distillation", DISTILLATIONS),
+            ("distillation_loss", DISTILLATION_LOSSES),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
             ("vllm_weight_sync", WEIGHT_SYNCS),
         ):
@@ -304,39 +365,28 @@ class MentorGRPOConfig(GRPOConfig):
         n, mixed = self.num_generations, self.num_mixed_generations
         if mixed < 0:
             raise ValueError(f"`num_mixed_generations` is {mixed}; set it to 0 (plain GRPO) or more.")
-        if mixed and n - mixed < 2:
+        if mixed > n:
             raise ValueError(
-                f"`num_mixed_generations={mixed}` leaves {n - mixed} of `num_generations={n}` rollouts on-policy, and "
-                f"the baseline needs at least 2. Set `num_mixed_generations` to {max(n - 2, 0)} or less, or raise "
-                f"`num_generations` to {mixed + 2} or more."
+                f"`num_mixed_generations={mixed}` is more than `num_generations={n}`. Set `num_mixed_generations` "
+                f"to {max(n - 2, 0)} or less, or raise `num_generations` to {mixed + 2} or more."
             )
-
-    def _check_trajectories(self) -> None:
-        n, count, mixed = self.num_generations, self.num_trajectory_generations, self.num_mixed_generations
-        if count < 0:
-            raise ValueError(f"`num_trajectory_generations` is {count}; set it to 0 (none) or more.")
-        if not count:
-            return
-        if mixed:
+        if mixed and n - mixed == 1:
             raise ValueError(
-                f"`num_trajectory_generations={count}` and `num_mixed_generations={mixed}`: a group holds expert "
-                "trajectories (LUFFY) or mixed rollouts (MENTOR), not both. Set one of them to 0."
+                f"`num_mixed_generations={mixed}` leaves 1 of `num_generations={n}` rollouts on-policy, and the "
+                f"baseline needs at least 2. Set `num_mixed_generations` to {n - 2} or less, or raise "
+                f"`num_generations` to {mixed + 2} or more. (With {n}, all rollouts are mixed.)"
             )
-        if n - count < 2:
+        if mixed and mixed == n and self.alpha_schedule == "adaptive":
             raise ValueError(
-                f"`num_trajectory_generations={count}` leaves {n - count} of `num_generations={n}` rollouts "
-                f"on-policy, and at least 2 are needed. Set `num_trajectory_generations` to {max(n - 2, 0)} or less, "
-                f"or raise `num_generations` to {count + 2} or more."
+                "`alpha_schedule='adaptive'` compares mixed with on-policy rollouts, and "
+                f"`num_mixed_generations={mixed}` of {n} leaves none of these. Choose another schedule, or set "
+                f"`num_mixed_generations` to {n - 2} or less."
             )
-        if self.importance_sampling_level != "token":
+        if mixed and mixed == n and self.entropy_threshold_from == "current":
             raise ValueError(
-                f"`importance_sampling_level={self.importance_sampling_level!r}` gives all tokens of a rollout one "
-                "ratio, and the policy shaping of trajectories is per token. Set it to 'token'."
-            )
-        if self.remove_unused_columns:
-            raise ValueError(
-                f"`remove_unused_columns=True` removes the column `{self.trajectory_column}` from the training set. "
-                "Set it to False."
+                f"`entropy_threshold_from='current'` takes gamma from on-policy rollouts, and "
+                f"`num_mixed_generations={mixed}` of {n} leaves none. Set it to 'previous', or "
+                f"`num_mixed_generations` to {n - 2} or less."
             )
 
     def _check_ranges(self) -> None:
@@ -380,101 +430,17 @@ class MentorGRPOConfig(GRPOConfig):
         )
         require(self.correction_exponent >= 0.0, "correction_exponent", "0 or more")
         require(self.correction_constant > 0.0, "correction_constant", "positive")
+        require(self.distillation_coef > 0.0, "distillation_coef", "positive (or set `distillation` to 'none')")
+        require(self.distillation_top_k >= 1, "distillation_top_k", "at least 1")
+        require(self.distillation_clip >= 1.0, "distillation_clip", "at least 1 (Distilled RL: 3)")
+        require(self.gats_reference is None or self.gats_reference > 0.0, "gats_reference", "positive, or unset")
+        require(0.0 <= self.gats_smoothing < 1.0, "gats_smoothing", "at least 0 and below 1")
         require(self.trajectory_shaping > 0.0, "trajectory_shaping", "positive (LUFFY: 0.1)")
         require(
             not (self.expert_load_in_4bit and self.expert_load_in_8bit),
             "expert_load_in_4bit",
             "False where `expert_load_in_8bit` is True",
         )
-
-    def _check_guided_prompts(self) -> None:
-        if self.guide_prompts == "all":
-            return
-        if self.entropy_threshold_from == "previous":
-            raise ValueError(
-                f"`guide_prompts={self.guide_prompts!r}` samples on-policy rollouts before mixed ones, and "
-                "`entropy_threshold_from='previous'` samples all at once. Set it to 'current'."
-            )
-        rows = self.per_device_train_batch_size * self.steps_per_generation
-        if rows % self.num_generations:
-            raise ValueError(
-                f"`guide_prompts={self.guide_prompts!r}` needs whole groups on each process, which has {rows} rows of "
-                f"a rollout batch (`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
-                f"`num_generations={self.num_generations}`. Set one of them so that it is."
-            )
-
-    def _check_sampling(self) -> None:
-        """Mixed rollouts are exact for temperature sampling only; everything else is refused, not approximated."""
-        neutral = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-        for name, values in neutral.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)}` changes the sampling distribution of the policy, and mixed "
-                    f"rollouts are exact only without it. Set `{name}` to {values[0]}, or `num_mixed_generations` "
-                    "to 0."
-                )
-        if self.generation_kwargs:
-            raise ValueError(
-                f"`generation_kwargs={self.generation_kwargs}` does not apply to mixed rollouts. Remove it (the "
-                "temperature has its own field), or set `num_mixed_generations` to 0."
-            )
-        if self.cache_implementation is not None:
-            raise ValueError(
-                f"`cache_implementation={self.cache_implementation!r}` does not apply to mixed rollouts, which have "
-                "their own cache. Unset it, or set `num_mixed_generations` to 0."
-            )
-        if self.temperature <= 0.0:
-            raise ValueError(f"`temperature` is {self.temperature}; rollouts need a positive temperature.")
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            raise ValueError(
-                "`multi_objective_aggregation='normalize_then_sum'` has no definition for mixed rollouts, whose "
-                "baseline is the group's mean reward. Use 'sum_then_normalize', or set `num_mixed_generations` to 0."
-            )
-        if self.use_transformers_continuous_batching:
-            raise ValueError(
-                "`use_transformers_continuous_batching` is not supported with mixed rollouts. Set it to False: they "
-                "have their own engine."
-            )
-        if self.max_completion_length is None:
-            raise ValueError("`max_completion_length` is unset; mixed rollouts need a limit, e.g. 512.")
-
-    def _check_expert_server(self) -> None:
-        """What an expert that is asked at branch points only does not allow."""
-        if self.branch_share is not None and self.branch_rule not in ("random", "sentence"):
-            raise ValueError(
-                f"`branch_share={self.branch_share}` has no meaning for `branch_rule={self.branch_rule!r}`. Unset it, "
-                "or choose 'random' or 'sentence'."
-            )
-        if self.expert_base_url is None:
-            if self.vllm_weight_sync == "adapter":
-                raise ValueError(
-                    "`vllm_weight_sync='adapter'` needs a policy that is served alone. Set `expert_base_url` to a "
-                    "server of the expert, or choose 'auto': the engine of policy and expert takes whole weights."
-                )
-            return
-        if self.expert_model_name_or_path is not None:
-            raise ValueError(
-                f"The expert is given twice, as `expert_base_url={self.expert_base_url!r}` and as "
-                f"`expert_model_name_or_path={self.expert_model_name_or_path!r}`. Keep one."
-            )
-        for name in LOADING_OPTIONS:
-            if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` applies to an expert that this process loads, and that of "
-                    "`expert_base_url` is loaded by its server. Unset it, and pass vLLM's own options there."
-                )
-        if self.correction_level == "mixture":
-            raise ValueError(
-                "`correction_level='mixture'` needs the expert's log-probability at every token, and an expert on a "
-                "server (`expert_base_url`) is asked at branch points only. Set it to 'conditional', or name the "
-                "expert in `expert_model_name_or_path`."
-            )
-        if self.vllm_policy_server_base_url is not None:
-            raise ValueError(
-                f"`vllm_policy_server_base_url={self.vllm_policy_server_base_url!r}` is a second server beside one of "
-                "policy and expert. With `expert_base_url` name all servers of the policy in `vllm_server_base_url`, "
-                "separated by commas."
-            )
 
     @property
     def device(self) -> torch.device:

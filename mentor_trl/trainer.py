@@ -25,17 +25,17 @@ from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
 from .rollout.progress import SamplingProgress
-from .training.batch import Credit, RolloutBatch, Scored, leave_out
+from .training.batch import RolloutBatch, Scored, leave_out
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
-from .training.forward import TokenPass, policy_entropies
+from .training.forward import TokenPass, policy_entropies, policy_logps
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
 from .training.processes import Processes
+from .training.resampling import Filled, Resampling, Round, aside
 from .training.resume import check_expert_kept, check_one_batch, usable_checkpoint, warn_of_missing
 from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.reward_parts import RewardParts
-from .training.rollout_log import collect_records, save_records
-from .training.tables import evaluation_table, new_logs
+from .training.tables import evaluation_table, new_logs, replace_last
 from .training.trackers import fit_trackers
 
 
@@ -138,6 +138,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         self.batch: RolloutBatch | None = None  # the latest of training
         self._loss_pass: LossPass | None = None
         self.processes = Processes(self.accelerator)
+        self.resampling = Resampling(args, self.train_dataset, self.processes, self._tokenizer.pad_token_id)
         host = Host(
             args=args,
             accelerator=self.accelerator,
@@ -159,7 +160,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             stop_token_ids=self.eos_token_ids,
             template={"chat_template": self.chat_template, **self.chat_template_kwargs},
             processes=self.processes,
-            expert=self.engine.expert,
+            engine=self.engine,
             train_dataset=self.train_dataset,
             multimodal=self._is_vlm,
         )
@@ -208,21 +209,35 @@ class MentorGRPOTrainer(GRPOTrainer):
             if self._mode == "eval":
                 return super()._generate_and_score_completions(inputs)
             self.algorithm.spare(self.engine)
-            self.reward_parts = RewardParts(self, super()._calculate_rewards, inputs)
-            self.batch = self.algorithm.plan(inputs, self.processes.index * len(inputs))
-            output = super()._generate_and_score_completions(inputs)
+            first = self._sample(inputs)
+            filled = self.resampling.fill(first, self._logs, self._sample_again)
         except EngineError:
             if self.is_in_train:
                 self._save_last_step()
             raise
+        self.batch = first.batch
+        self._log_batch(first, filled)
+        self._log_metrics(self.algorithm.observe(first.batch, first.scored) or {})
+        return filled.output
+
+    def _sample(self, inputs: list[dict[str, Any]], attempt: int = 0) -> Round:
+        self.reward_parts = RewardParts(self, super()._calculate_rewards, inputs)
+        self.batch = replace(self.algorithm.plan(inputs, self.processes.index * len(inputs)), attempt=attempt)
+        output = super()._generate_and_score_completions(inputs)
         scored = self._scored(output)
         credit = self.algorithm.credit(self.batch, scored)
         output["advantages"] = credit.advantages
         output["mentor_source"] = self.batch.source_B.to(output["completion_ids"].device)
-        self._log_batch(inputs, scored, credit)
-        self._log_metrics(self.algorithm.observe(self.batch, scored) or {})
         leave_out(output, self.batch, self.processes)
-        return output
+        replace_last(self._logs["advantages"], credit.advantages_N.tolist())
+        return Round(inputs, output, self.batch, scored, credit)
+
+    def _sample_again(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[Round, dict[str, Any]]:
+        table = self._logs = new_logs()
+        with aside(self._metrics["train"], self.algorithm):
+            part = self._sample(inputs, attempt)
+        self._logs = self.logs_by_mode["train"]
+        return part, table
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -249,10 +264,7 @@ class MentorGRPOTrainer(GRPOTrainer):
     def _scored(self, output: dict[str, Any]) -> Scored:
         mask, logps = output["completion_mask"].bool(), output.get("old_per_token_logps")
         if logps is None and self.algorithm.needs_policy_logps:
-            pairs = ([output[f"prompt_{what}"], output[f"completion_{what}"]] for what in ("ids", "mask"))
-            tokens, attention = (torch.cat(pair, dim=1) for pair in pairs)
-            rows = self.args.per_device_train_batch_size
-            logps, _, _ = self._forward(tokens, attention, mask.size(1), batch_size=rows)
+            logps = policy_logps(self._forward, output, self.args.per_device_train_batch_size)
         self.batch = self.batch.completed(logps, mask)
         return Scored(
             rewards_N=self.reward_parts.weighted(self.batch.rewards_N_F),
@@ -271,46 +283,32 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         # A copy, as rollouts are used again by later steps
-        self._loss_pass = loss_pass = LossPass(dict(inputs), self.algorithm.reweigh)
+        term = self.algorithm.loss_term if self.algorithm.needs_states else None
+        self._loss_pass = loss_pass = LossPass(dict(inputs), self.algorithm.reweigh, term)
+        scale = self.args, self.accelerator, getattr(self, "current_gradient_accumulation_steps", 1)
         try:
-            loss = super()._compute_loss(model, loss_pass.inputs)
+            loss = loss_pass.loss(super()._compute_loss, model, *scale)
         finally:
             self._loss_pass = None
         if self._mode == "train":
             self._log_metrics(loss_pass.metrics(self.algorithm.sources, self.processes.reduce))
         return loss
 
-    # Metrics, tables, model card
-
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
-    def _log_batch(self, inputs: list[dict[str, Any]], scored: Scored, credit: Credit) -> None:
-        """Metrics of the rows by source, the advantages of the completions table, and the records of tokens."""
+    def _log_batch(self, first: Round, filled: Filled) -> None:
+        """Metrics of the rows by source, and the records of tokens."""
+        credit, names = first.credit, self.reward_func_names
         self._log_metrics(credit.metrics)
         if credit.no_spread is not None:
             self._metrics["train"]["frac_reward_zero_std"][-1] = credit.no_spread
-        logged = self._logs["advantages"]
-        for _ in range(min(len(credit.advantages_N), len(logged))):
-            logged.pop()
-        logged.extend(credit.advantages_N.tolist())
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        self._log_metrics(
-            batch_metrics(self.batch, scored, credit.advantages_N, self.reward_func_names, ends, self.processes)
-        )
+        metrics = batch_metrics(first.batch, first.scored, credit.advantages_N, names, ends, self.processes)
+        self._log_metrics(metrics | filled.metrics)
         if self.args.log_rollout_records and self.accelerator.is_main_process:
-            records = collect_records(
-                self.batch,
-                step=self.state.global_step + 1,
-                prompts=[row["prompt"] for row in inputs],
-                rewards=scored.rewards_N[scored.local].tolist(),
-                advantages=credit.advantages_N[scored.local].tolist(),
-                weights_B_T=credit.weights_B_T,
-                tokenizer=self._tokenizer,
-                limit=self.args.log_rollout_records,
-            )
-            save_records(self.args.output_dir, records)
+            filled.save_records(self.args, self.state.global_step + 1, self._tokenizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._logs = self.logs_by_mode[self._mode]
@@ -348,6 +346,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         """What a run needs, beyond TRL's own checkpoint, to go on to the same numbers."""
         return {
             "algorithm": self.algorithm.state_dict(),
+            "drawn": self.resampling.drawn,
             "step": self._step,
             "epochs": int((self.state.epoch or 0) + 1e-6),
             "tokens": self.state.num_input_tokens_seen,
@@ -358,6 +357,7 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def _set_run_state(self, state: dict[str, Any]) -> None:
         self.algorithm.load_state_dict(state["algorithm"])
+        self.resampling.drawn = state.get("drawn", 0)
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         self._metrics["train"] = defaultdict(list, state["metrics"])
         if state["logs"] is not None and self.log_completions:

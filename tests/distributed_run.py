@@ -38,9 +38,18 @@ SERVED["served_by_two"] = {**CASES["split_4_4"], "vllm_policy_server_base_url": 
 # Trajectories in groups that lie across, of which every third prompt has none
 TRAJECTORIES = {"per_device_train_batch_size": 9, "num_generations": 6, "num_mixed_generations": 0}
 TRAJECTORIES |= {"num_trajectory_generations": 2, "num_iterations": 2, "max_steps": 4, "max_completion_length": 12}
+# Half of the prompts have one reward
+RESAMPLED = {"per_device_train_batch_size": 8, "num_generations": 4, "num_mixed_generations": 2, "max_steps": 3}
+RESAMPLED |= {"dynamic_sampling": 3, "max_completion_length": 12}
 # Four groups; guidance is withdrawn behind the second batch, and every second batch after that is a probe
 FAILING = {"per_device_train_batch_size": 16, "guide_prompts": "failing", "guide_below": 0.6, "max_steps": 5}
 FAILING |= {"alpha_schedule": "adaptive", "guidance_margin": 9.0, "guidance_patience": 2, "guidance_probe_every": 2}
+# Distillation in groups that lie across
+DISTILLED = {
+    "gats": {"num_mixed_generations": 2, "distillation": "gats", "gats_reference": 2.0},
+    "full": {"num_mixed_generations": 0, "distillation": "opd", "distillation_loss": "full"},
+    "distilled_rl": {"num_mixed_generations": 0, "distillation": "distilled_rl"},
+}
 RESUME = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 7}
 RESUME |= {"save_strategy": "steps", "save_steps": 6, "train_dataset": prompts(2), "logging_steps": 4}
 
@@ -97,6 +106,25 @@ def train_with_trajectories(folder: Path) -> dict:
     return {"batches": batches, "weights": weights(trainer), "history": history(trainer)}
 
 
+def half_reward(prompts, completions, **kwargs) -> list[float]:
+    return [sum(map(ord, c)) % 101 / 101 * (int(p.split("+")[0]) % 2) for p, c in zip(prompts, completions)]
+
+
+def train_resampled(folder: Path) -> dict:
+    settings = {**RESAMPLED, "model": str(folder / "policy"), "reward_funcs": half_reward, "log_completions": True}
+    trainer = make_trainer(folder / "resampled", cls=RecordingTrainer, **settings)
+    trainer.train()
+    decode = trainer.processing_class.batch_decode
+    names = ("prompt_ids", "completion_ids")
+    batches = [
+        {name: decode(batch[name], skip_special_tokens=True) for name in names}
+        | {name: batch[name] for name in ("completion_mask", "num_items_in_batch", "row_advantages")}
+        for batch in trainer.batches
+    ]
+    state = {"drawn": trainer.resampling.drawn, "guidance": trainer.algorithm.guidance.state_dict()}
+    return {"batches": batches, "weights": weights(trainer), "history": history(trainer), **state}
+
+
 def train_on_failing(folder: Path) -> dict:
     """In process, and with servers of policy and expert, and of the policy."""
     reports = {}
@@ -113,6 +141,17 @@ def train_on_failing(folder: Path) -> dict:
         for kept, batch in zip(reports[name]["batches"], trainer.batches):
             kept["lengths"] = batch["completion_mask"].sum(1)
     return reports
+
+
+def train_with_scores(folder: Path, name: str) -> dict:
+    settings = {"per_device_train_batch_size": 9, "num_generations": 6, "max_completion_length": 12, "max_steps": 3}
+    settings |= {"model": str(folder / "policy"), **DISTILLED[name]}
+    trainer = make_trainer(folder / f"distilled_{name}", cls=RecordingTrainer, **settings)
+    kept, log_metrics = [], trainer._log_metrics
+    trainer._log_metrics = lambda metrics: (kept.append(metrics), log_metrics(metrics))
+    trainer.train()
+    batches = [{name: batch[name] for name in ("completion_mask", "rewards")} for batch in trainer.batches]
+    return {"weights": weights(trainer), "state": trainer.algorithm.state_dict(), "batches": batches, "metrics": kept}
 
 
 def failing_push(folder: Path) -> str:
@@ -154,6 +193,8 @@ def main(folder: Path) -> None:
         reports[name] = {**report(trainer), "metrics": kept}
     reports |= train_on_failing(folder)
     reports["trajectories"] = train_with_trajectories(folder)
+    reports["resampled"] = train_resampled(folder)
+    reports["distilled"] = {name: train_with_scores(folder, name) for name in DISTILLED}
     for name, settings in SERVED.items():
         settings = {"max_steps": 3, "model": str(folder / "policy"), **settings}
         with stand_in() as servers:

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from mentor_trl import MentorGRPOConfig
-from mentor_trl.config import BRANCH_RULES, CORRECTION_LEVELS, CORRECTIONS, SCHEDULES
+from mentor_trl.config import BRANCH_RULES, CORRECTION_LEVELS, CORRECTIONS, MIXED_SCALES, SCHEDULES
 from trainer_helpers import SETTINGS
 
 
@@ -54,6 +54,7 @@ def test_defaults_are_the_papers_group_and_schedule():
         ({"alpha_schedule": "x"}, "choose one of 'cosine', 'linear', 'constant', 'adaptive'"),
         ({"correction": "x"}, "choose one of 'temper', 'clip', 'mask', 'saturate'"),
         ({"correction_level": "x"}, "choose one of 'conditional', 'mixture'"),
+        ({"mixed_advantage_scale": "x"}, "choose one of 'range', 'std', 'group_std'"),
         ({"expert_dtype": "half"}, "choose one of 'auto', 'bfloat16', 'float16', 'float32'"),
     ],
 )
@@ -69,6 +70,7 @@ def test_values_out_of_range(settings, message):
         ("alpha_schedule", SCHEDULES),
         ("correction", CORRECTIONS),
         ("correction_level", CORRECTION_LEVELS),
+        ("mixed_advantage_scale", MIXED_SCALES),
     ],
 )
 def test_choices(name, choices):
@@ -86,6 +88,11 @@ def test_the_largest_number_of_mixed_rollouts():
     assert make(num_mixed_generations=6).num_mixed_generations == 6
     with pytest.raises(ValueError, match="the baseline needs at least 2"):
         make(num_mixed_generations=7)
+    assert make(num_mixed_generations=8).num_mixed_generations == 8
+    with pytest.raises(ValueError, match="`num_mixed_generations=9` is more than `num_generations=8`"):
+        make(num_mixed_generations=9)
+    with pytest.raises(ValueError, match="`num_mixed_generations=8` of 8 leaves none. Set it to 'previous'"):
+        make(num_mixed_generations=8, entropy_threshold_from="current")
 
 
 def test_no_cap():

@@ -114,6 +114,7 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
             paper.format("Qwen2.5-7B"),
             {"dataset_name", "expert_model_name_or_path", "model_name_or_path", "reward_weights"},
         ),
+        "Qwen2.5-7B/dapo/config_paper.yaml": ("Qwen2.5-7B/grpo/config_paper.yaml", {"dynamic_sampling"}),
         "Qwen2.5-3B/grpo/config_12_rollouts.yaml": ("Qwen2.5-3B/grpo/config_paper.yaml", GROUP),
         "Qwen2.5-3B/mentor/config_random.yaml": (paper.format("Qwen2.5-3B"), {"branch_rule"}),
         "Qwen2.5-3B/mentor/config_no_decay.yaml": (paper.format("Qwen2.5-3B"), {"alpha_schedule"}),
@@ -148,6 +149,14 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
         ),
         "Llama-3.1-8B/mentor/config_multinode_server.yaml": (paper.format("Llama-3.1-8B"), TO_SERVER | DEVICES),
     }
+    small, large = "SmolLM2-135M-Instruct/{}/config_gsm8k.yaml", "Qwen2.5-7B/{}/config_{}.yaml"
+    expert = {"distillation", "expert_model_name_or_path"}
+    for method, keys in {"opd": set(), "gats": {"gats_reference"}, "distilled_rl": {"distillation_clip"}}.items():
+        differences[small.format(method)] = small.format("grpo"), expert | keys | {"expert_dtype"}
+        differences[large.format(method, "ours")] = (
+            large.format("grpo", "paper"),
+            expert | keys | {"extend_stop_tokens", "vllm_gpu_memory_utilization"},
+        )
     for model in MODELS:
         mentor, grpo = paper.format(model), f"{model}/grpo/config_paper.yaml"
         trajectories = set() if model == "Llama-3.1-8B" else {"dataset_name"}  # its prompts have them anyway
@@ -208,7 +217,7 @@ def test_values_parse(recipe):
     assert model_args.model_name_or_path == config["model_name_or_path"]
     assert len(resolve_reward_funcs(args.reward_funcs)) == len(training_args.reward_weights)
     expert = training_args.expert_model_name_or_path or training_args.expert_base_url
-    assert bool(expert) == (training_args.num_mixed_generations > 0)
+    assert bool(expert) == (training_args.num_mixed_generations > 0 or training_args.distillation != "none")
 
 
 @each(TRAINING_RECIPES + EXPERTS)
@@ -425,7 +434,7 @@ def small(config: dict, tmp_path: Path, rows: Path, model: Path, expert: Path) -
         flags["conversational"] = "false"  # the quickstart's models have no chat template
     if remote:
         flags |= {"expert_base_url": expert, "vllm_weight_sync": "auto"}
-    elif config["num_mixed_generations"]:
+    elif config["num_mixed_generations"] or "distillation" in config:
         flags["expert_model_name_or_path"] = "hub/tiny-expert" if served else expert
     if config.get("load_in_4bit"):
         flags["load_in_4bit"] = "false"  # bitsandbytes needs a GPU
@@ -460,6 +469,8 @@ def test_one_rollout_batch(recipe, tmp_path, monkeypatch, rows_file, tiny_model_
     assert first.get("mentor/alpha") == (config["alpha"] if mixed else None)
     assert ("mentor/mixed/reward" in first) == bool(mixed)
     assert ("mentor/trajectory/reward" in first) == ("num_trajectory_generations" in config)
+    assert ("mentor/resampling/rounds" in first) == ("dynamic_sampling" in config)
+    assert ("mentor/distillation/expert_tokens" in first) == ("distillation" in config)
     assert ("hint" in trainer.train_dataset.column_names) == ("hint_fraction" in config)
     if servers:
         # On-policy rows and mixed rows, of one rollout batch

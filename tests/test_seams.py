@@ -244,6 +244,8 @@ def test_what_trl_does_with_its_vllm_backend():
     source = inspect.getsource(GRPOTrainer._generate_single_turn)
     assert "if self.state.global_step != self._last_loaded_step:" in source
     assert "_, completion_ids, logprobs, _ = self.vllm_generation.generate(" in source
+    generate = inspect.getsource(VLLMGeneration.generate)  # stop tokens are added to it
+    assert "update(self.generation_kwargs)" in generate and '"generation_kwargs": self.generation_kwargs' in generate
     used = {
         name
         for method in vars(GRPOTrainer).values()

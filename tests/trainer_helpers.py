@@ -66,7 +66,8 @@ def make_trainer(
     own = {"entropy_threshold_from": "current"} if issubclass(config, MentorGRPOConfig) else {}
     args = config(str(folder), **{**SETTINGS, **own, **settings})
     kwargs = {"processing_class": processing_class or make_tiny_tokenizer(), **(trainer_kwargs or {})}
-    needs_expert = issubclass(cls, MentorGRPOTrainer) and args.num_mixed_generations > 0
+    mixed, distillation = getattr(args, "num_mixed_generations", 0), getattr(args, "distillation", "none")
+    needs_expert = issubclass(cls, MentorGRPOTrainer) and (mixed > 0 or distillation != "none")
     if needs_expert and args.expert_model_name_or_path is None and "expert" not in kwargs:
         kwargs["expert"] = make_tiny_model(seed=1)
         kwargs.setdefault("expert_processing_class", make_tiny_tokenizer())
@@ -83,7 +84,8 @@ class RecordingTrainer(MentorGRPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
-        guidance, training = getattr(self.algorithm, "guidance", None), self.model.training
+        algorithm, training = getattr(self.algorithm, "inner", self.algorithm), self.model.training
+        guidance = getattr(algorithm, "guidance", None)
         alpha = guidance.alpha if guidance else 0.0
         output = super()._generate_and_score_completions(inputs)
         if training:

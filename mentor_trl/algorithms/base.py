@@ -13,9 +13,9 @@ from ..errors import SetupError
 from ..experts.port import Expert
 from ..rollout.progress import SamplingProgress
 from ..rollout.types import Engine, MixedSampler, Progress
-from ..training.batch import Credit, Reweighed, RolloutBatch, Scored
+from ..training.batch import Credit, LossStates, LossTerm, Reweighed, RolloutBatch, Scored
 from ..training.processes import Processes
-from .requirements import check_dataset
+from .requirements import check_dataset, check_dynamic_sampling, refuse_multimodal
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,14 @@ class Context:
     stop_token_ids: Sequence[int]
     template: dict[str, Any]  # keyword arguments of `apply_chat_template`
     processes: Processes
-    expert: Expert | None  # of an engine in process
+    engine: Engine
     train_dataset: Any
     multimodal: bool = False  # whether prompts are processed as text and images
+
+    @property
+    def expert(self) -> Expert | None:
+        """The expert, where the engine has it at hand."""
+        return self.engine.expert
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Algorithm:
             Whether it asks the expert for log s of given rows, which an engine must have at hand.
         needs_policy_logps (`bool`):
             Whether `credit` needs log p of every token, which TRL computes only in some settings.
+        needs_states (`bool`):
+            Whether there is a `loss_term`.
         text_only (`str`, *optional*):
             What it has that images do not go with.
 
@@ -86,6 +93,7 @@ class Algorithm:
     needs_expert = False
     needs_scores = False
     needs_policy_logps = False
+    needs_states = False
     text_only: str | None = None
 
     def __init__(self, args: MentorGRPOConfig):
@@ -113,6 +121,8 @@ class Algorithm:
         if components.get("environment_factory") is None:  # an environment may bring the prompts
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
                 check_dataset(dataset, name, self.text_only)
+        if self.args.dynamic_sampling:
+            check_dynamic_sampling(train_dataset, components)
 
     def prepare(self, context: Context) -> None:
         """
@@ -127,10 +137,14 @@ class Algorithm:
                 "The tokenizer has no end-of-sequence token, so no completion could end. Set `eos_token` on it, and "
                 "save it with the model."
             )
+        if self.args.dynamic_sampling:
+            refuse_multimodal(context.multimodal, "dynamic_sampling")
         if self.needs_scores and context.expert is None:
             raise SetupError(
                 f"{type(self).__name__} asks for log-probabilities of the expert at given tokens, and no expert is at "
-                "hand in this process. Set `use_vllm=False`, and `needs_expert` if it is an algorithm of your own."
+                "hand in this process, as one engine of policy and expert holds it. Set `use_vllm=False`, or "
+                "`num_mixed_generations=0` with `distillation`, or `expert_base_url`; and `needs_expert` if it is an "
+                "algorithm of your own."
             )
 
     @property
@@ -173,6 +187,10 @@ class Algorithm:
         Weights that need the forward pass of the loss itself. Its batch has the sources of rows as `mentor_source`;
         its log-probabilities come detached.
         """
+        return None
+
+    def loss_term(self, inputs: dict[str, Any], states: LossStates) -> LossTerm | None:
+        """A term that is added to the loss, from the forward pass of the loss itself; asked with `needs_states`."""
         return None
 
     def observe(self, batch: RolloutBatch, scored: Scored) -> dict[str, float] | None:

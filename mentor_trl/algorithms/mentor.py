@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
@@ -32,7 +31,7 @@ from ..training.metrics import PREFIX, guidance_metrics, share_without_spread, s
 from .base import Algorithm, Context, Rollouts
 from .guidance import Guidance
 from .papers import MENTOR_PAPER
-from .requirements import refuse_components, refuse_multimodal, warn_of_kl
+from .requirements import refuse_components, refuse_multimodal, uses_fsdp, warn_of_kl
 from .withdrawal import Withdrawal
 
 
@@ -60,6 +59,7 @@ class Mentor(Algorithm):
             fixed=args.entropy_threshold,
             withdrawal=withdrawal_of(args) if args.alpha_schedule == "adaptive" else None,
         )
+        self.attempt = 0  # the batch's, see `seed`
         self._range_warned = False
 
     @classmethod
@@ -96,6 +96,7 @@ class Mentor(Algorithm):
         if not batch.mixes:
             self.needs_policy_logps = False
             return super().rollout(prompt_ids, batch, rollouts)
+        self.attempt = batch.attempt
         rows = [(batch.source_B == index).nonzero().flatten().tolist() for index in (0, 1)]
         sample = self._sample_at_once if self._threshold_is_known else self._sample_in_turn
         with rollouts.session() as session:
@@ -115,12 +116,17 @@ class Mentor(Algorithm):
         return self.args.entropy_threshold_from == "previous" and self.guidance.gamma is not None
 
     def _sample_in_turn(self, prompt_ids, rows, batch: RolloutBatch, session, rollouts: Rollouts):
-        """On-policy rows, gamma from their entropies, then mixed rows; on-policy ones where a prompt needs no help."""
+        """
+        On-policy rows, gamma from their entropies, then mixed rows; on-policy ones where a prompt needs no help. Where
+        all rows are mixed, on-policy ones are sampled for gamma alone.
+        """
         first, rest = rows
-        prompts = [prompt_ids[row] for row in first]
-        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(first), "On-policy rows") as progress:
-            on_policy = session.sample(self._request(prompts, [math.inf] * len(first), 0, rollouts), progress)
+        prompts = [prompt_ids[row] for row in rows[self._heard]]
+        with rollouts.profile("mentor.on_policy"), rollouts.progress(len(prompts), "On-policy rows") as progress:
+            on_policy = session.sample(self._request(prompts, [math.inf] * len(prompts), 0, rollouts), progress)
         self.guidance.update(self._entropies(prompts, on_policy, rollouts))
+        if self._heard == 1:
+            (on_policy,) = on_policy.split([0])
         gamma, parts = self.guidance.gamma, [Part("on_policy", first, on_policy)]
         plain, mixed = [], rest
         failing = self.args.guide_prompts == "failing"
@@ -133,15 +139,18 @@ class Mentor(Algorithm):
         if failing:
             others, sampled = sampled.split([len(plain), len(mixed)])
             parts.append(Part("on_policy", plain, others))
+        if self._heard == 1:
+            self.guidance.update(self._entropies(prompts, sampled, rollouts))
         return gamma, [*parts, Part("mixed", mixed, sampled)]
 
     def _sample_at_once(self, prompt_ids, rows, batch: RolloutBatch, session, rollouts: Rollouts):
-        """All rows under the gamma of the batch before, and the next one's from this batch's on-policy rows."""
+        """All rows under the gamma of the batch before, and the next one's from the rows of this batch."""
         gamma, counts = self.guidance.gamma, [len(part) for part in rows]
         prompts, gammas = [prompt_ids[row] for row in rows[0] + rows[1]], [math.inf] * counts[0] + [gamma] * counts[1]
         with rollouts.profile("mentor.rollouts"), rollouts.progress(len(gammas), "Rows") as progress:
             sampled = session.sample(self._request(prompts, gammas, 0, rollouts), progress).split(counts)
-        self.guidance.update(self._entropies(prompts[: counts[0]], sampled[0], rollouts))
+        heard = [prompt_ids[row] for row in rows[self._heard]]
+        self.guidance.update(self._entropies(heard, sampled[self._heard], rollouts))
         return gamma, [Part(*part) for part in zip(self.sources, rows, sampled)]
 
     def _guided_rows(self, rewards_N: torch.Tensor, batch: RolloutBatch) -> list[bool]:
@@ -167,13 +176,18 @@ class Mentor(Algorithm):
         draw = np.random.default_rng([self.args.seed, self.guidance.batches])  # the same on every process
         return torch.isin(torch.arange(groups), torch.tensor(draw.permutation(groups)[:count]))
 
-    def _entropies(self, prompt_ids, on_policy: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
-        """Entropies of the on-policy tokens of all processes: the engine's, or those of the training model."""
+    @property
+    def _heard(self) -> int:
+        """Source whose entropies give gamma: the policy, or the mixed rows where there are no others."""
+        return int(self.args.num_mixed_generations == self.args.num_generations)
+
+    def _entropies(self, prompt_ids, rollout: MixedRollout, rollouts: Rollouts) -> torch.Tensor:
+        """Entropies of the policy at the tokens of all processes: the engine's, or those of the training model."""
         processes = self.context.processes
-        if processes.everywhere(on_policy.entropies is not None):
-            entropies = on_policy.entropies[on_policy.mask]
+        if processes.everywhere(rollout.entropies is not None):
+            entropies = rollout.entropies[rollout.mask]
         else:
-            entropies = rollouts.entropies(prompt_ids, on_policy.completion_ids)
+            entropies = rollouts.entropies(prompt_ids, rollout.completion_ids)
         return processes.gather_tokens(entropies)
 
     def _request(self, prompt_ids: list[list[int]], gamma: list[float], source: int, rollouts: Rollouts):
@@ -206,8 +220,9 @@ class Mentor(Algorithm):
         return tuple(sentence_endings(self.context.tokenizer))
 
     def seed(self, source: int) -> int:
-        """Seed of the coming request for a source: of the run, the process and the batch."""
+        """Seed of the coming request for a source: of the run, the process, the batch and the attempt at it."""
         entropy = [self.args.seed, self.context.processes.index, self.guidance.batches, source]
+        entropy += [self.attempt] * (self.attempt > 0)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def credit(self, batch: RolloutBatch, scored: Scored) -> Credit:
@@ -218,7 +233,13 @@ class Mentor(Algorithm):
         self._check_reward_range(scored.rewards_N)
         mixed_N = scored.source_N == 1
         advantages_N = mixed_policy_advantages(
-            scored.rewards_N, mixed_N, args.num_generations, batch.alpha, args.reward_range, args.scale_rewards
+            scored.rewards_N,
+            mixed_N,
+            args.num_generations,
+            batch.alpha,
+            args.reward_range,
+            args.scale_rewards,
+            args.mixed_advantage_scale,
         )
         rollout = batch.part("mixed").rollout.padded(scored.mask_B_T.size(1))
         ratio, rho, where = self._correction(rollout, batch, scored)
@@ -268,7 +289,8 @@ class Mentor(Algorithm):
     def _check_reward_range(self, rewards_N: torch.Tensor) -> None:
         finite = rewards_N[rewards_N.isfinite()]
         spread = (finite.max() - finite.min()).item() if finite.numel() else 0.0
-        if spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
+        scaled = self.args.mixed_advantage_scale == "range"
+        if scaled and spread > self.args.reward_range * (1 + 1e-6) and not self._range_warned:
             self._range_warned = True
             warnings.warn(
                 f"Rewards of this batch differ by {spread:.4g}, more than `reward_range={self.args.reward_range}`, so "
@@ -322,8 +344,7 @@ def withdrawal_of(args: MentorGRPOConfig) -> Withdrawal:
 
 
 def _check_sharding(args: MentorGRPOConfig) -> None:
-    # `args.distributed_state` does not know of FSDP; `accelerate launch` tells the Accelerator by this variable
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if uses_fsdp(args):
         raise SetupError(
             "FSDP is not supported with mixed rollouts in process: processes make different numbers of forward "
             "passes, which deadlocks its collectives. Set `use_vllm=True`, use DDP or DeepSpeed "

@@ -28,3 +28,31 @@ LUFFY_PAPER = {
     journal = {arXiv preprint arXiv:2504.14945}
 }""",
 }
+
+OPD_PAPER = {
+    "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    "id": "2306.13649",
+    # docstyle-ignore
+    "citation": """\
+@inproceedings{agarwal2024onpolicy,
+    title     = {{On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes}},
+    author    = {Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos and
+                 Matthieu Geist and Olivier Bachem},
+    year      = 2024,
+    booktitle = {International Conference on Learning Representations},
+    note      = {arXiv:2306.13649}
+}""",
+}
+
+DISTILLED_RL_PAPER = {
+    "title": "Distilled Reinforcement Learning for LLM Post-Training",
+    "id": "2607.17247",
+    # docstyle-ignore
+    "citation": """\
+@misc{distilledrl2026,
+    title  = {{Distilled Reinforcement Learning for LLM Post-Training}},
+    year   = 2026,
+    eprint = {2607.17247},
+    archivePrefix = {arXiv}
+}""",
+}

@@ -2,6 +2,9 @@
 
 import warnings
 
+from accelerate.utils import parse_flag_from_env
+
+from ..config import MentorGRPOConfig
 from ..errors import SetupError
 
 
@@ -57,16 +60,58 @@ def refuse_components(components: dict[str, object], what: str, plain: str) -> N
             raise SetupError(f"`{name}` is not supported with {what}. Remove it, {plain}.")
 
 
-def refuse_multimodal(multimodal: bool, option: str) -> None:
+def check_dynamic_sampling(dataset, components: dict[str, object]) -> None:
+    """
+    Check that other prompts can be drawn from a training set, and that rows are made of them alone.
+
+    Raises:
+        [`SetupError`]: naming the argument.
+    """
+    plain = "or set `dynamic_sampling=0`"
+    refuse_components(components, "dynamic sampling", plain)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise SetupError(
+            f"`dynamic_sampling` draws prompts from anywhere in `train_dataset`, a {type(dataset).__name__}, which "
+            f"has no rows by number. Load it whole, {plain}."
+        )
+    images = sorted(IMAGES & set(getattr(dataset, "column_names", None) or ()))
+    if images:
+        raise SetupError(
+            f"`train_dataset` has the column `{images[0]}`, and rows that are sampled again are text only. Remove the "
+            f"column, {plain}."
+        )
+
+
+def refuse_multimodal(multimodal: bool, option: str, off: object = 0) -> None:
     """
     Raises:
-        [`SetupError`]: if prompts are processed as text and images; `option` is the field that asks for guided rows.
+        [`SetupError`]: if prompts are processed as text and images; `option` is the field that asks for guided rows,
+            `off` what asks for none.
     """
     if multimodal:
         raise SetupError(
             f"The processing class is multimodal, and the rollouts of `{option}` are text only. Pass the tokenizer as "
-            f"`processing_class`, or set `{option}=0`."
+            f"`processing_class`, or set `{option}={off!r}`."
         )
+
+
+def uses_fsdp(args: MentorGRPOConfig) -> bool:
+    """Whether the policy is sharded by FSDP."""
+    # `args.distributed_state` does not know of it; `accelerate launch` tells the Accelerator by this variable
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def refuse_shards(args: MentorGRPOConfig, what: str, advice: str) -> None:
+    """
+    Refuse a policy whose weights are in shards, for what reads its LM head outside of a forward pass.
+
+    Raises:
+        [`SetupError`]: naming the sharding.
+    """
+    plugin = args.deepspeed_plugin
+    kind = "FSDP" if uses_fsdp(args) else "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
+    if kind is not None:
+        raise SetupError(f"{kind} is not supported with {what}, which needs the whole of the LM head. {advice}")
 
 
 def warn_of_kl(beta: float, source: str) -> None:

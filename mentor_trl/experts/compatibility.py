@@ -13,6 +13,12 @@ def text_model(model) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def vocabulary_size(model) -> int:
+    """Rows of a model's output embedding, also where ZeRO-3 has its weights in shards."""
+    weight = text_model(model).get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def check_tokenizers(tokenizer: PreTrainedTokenizerBase, expert_tokenizer: PreTrainedTokenizerBase) -> int:
     """
     Check that the tokenizers of policy and expert define the same tokens.

@@ -71,3 +71,16 @@ class Expert(Protocol):
     ) -> torch.Tensor:
         """log s of every token of given completions, `(rows, longest completion)` in nats, NaN behind their ends."""
         ...
+
+
+class ReadableExpert(Expert, Protocol):
+    """An expert whose whole distributions are at hand."""
+
+    def distributions(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> Callable[[slice], torch.Tensor]:
+        """
+        Read given rows. What is returned gives log s `(n, V)` over the policy's vocabulary, in nats, before the tokens
+        of a slice of all completions, one row behind the other.
+        """
+        ...

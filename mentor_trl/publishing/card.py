@@ -25,12 +25,21 @@ from .recipe import PUBLISHED
 HEADING = "### Framework versions"
 _NO_BASE = "[None](https://huggingface.co/None)"
 # Options that the card shows where they are set
-SETTINGS = (
-    *("num_generations", "num_mixed_generations", "generation_batch_size"),
+MIXING = (
     *("branch_rule", "entropy_quantile", "entropy_threshold", "entropy_threshold_min"),
     *("alpha", "alpha_schedule", "expert_decay_steps"),
     *("correction", "correction_level", "correction_exponent", "correction_cap", "correction_floor"),
-    *("correction_constant", "reward_range", "temperature", "max_completion_length", "use_vllm"),
+    *("correction_constant", "reward_range"),
+)
+DISTILLING = (
+    *("distillation", "distillation_loss", "distillation_coef", "distillation_reward", "distillation_clip"),
+    *("gats_reference", "gats_smoothing"),
+)
+SETTINGS = (
+    *("num_generations", "num_mixed_generations", "generation_batch_size"),
+    *MIXING,
+    *DISTILLING,
+    *("temperature", "max_completion_length", "use_vllm"),
     *("loss_type", "epsilon", "epsilon_high", "beta", "learning_rate", "lr_scheduler_type", "seed"),
 )
 
@@ -48,7 +57,7 @@ def complete_card(
     training: bool = False,
 ) -> None:
     """
-    Complete the `README.md` that TRL has just written. That of a run without mixed rollouts stays TRL's, but for the
+    Complete the `README.md` that TRL has just written. That of a run without an expert stays TRL's, but for the
     results.
 
     `recipe` holds the options that the run was started with, and the dataset, where `dataset_name` does not say it.
@@ -57,13 +66,12 @@ def complete_card(
     """
     path = Path(args.output_dir, "README.md")
     card = ModelCard.load(path)
-    if args.num_mixed_generations > 0:
+    if args.num_mixed_generations > 0 or args.distillation != "none":
         before, heading, after = card.text.replace(_NO_BASE, link(base)).partition(HEADING)
         pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
         first = "accuracy" if "accuracy_reward" in dict(rewards) else "reward"
         sections = [
-            f"The expert was {link(expert)}. It chose some of the tokens in {args.num_mixed_generations} of the "
-            f"{args.num_generations} rollouts of each prompt, and is not needed to use this model.",
+            f"The expert was {link(expert)}. It {_part_of(args)}, and is not needed to use this model.",
             "### Settings",
             settings_table(args, state.global_step, rewards, dataset_name or (recipe or {}).get("dataset_name")),
             *(curve_section(path.parent, state.log_history, first) if pushed or not training else []),
@@ -77,6 +85,17 @@ def complete_card(
     if results is not None:
         update_card(card, model_index(_read_results(results)), path.resolve().parent.name)
     card.save(path)
+
+
+def _part_of(args: MentorGRPOConfig) -> str:
+    """What the expert did."""
+    parts = []
+    if args.num_mixed_generations > 0:
+        rows = f"{args.num_mixed_generations} of the {args.num_generations} rollouts of each prompt"
+        parts.append(f"chose some of the tokens in {rows}")
+    if args.distillation != "none":
+        parts.append("scored the tokens that this model wrote")
+    return " and ".join(parts)
 
 
 def _read_results(results: str | Path | dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +115,9 @@ def settings_table(
     args: MentorGRPOConfig, steps: int, rewards: Sequence[tuple[str, float]], dataset_name: str | None = None
 ) -> str:
     """The settings that matter, by their names in a config file, as a table in Markdown."""
-    rows = {name: getattr(args, name) for name in SETTINGS}
+    unused = MIXING if args.num_mixed_generations == 0 else ()
+    unused += DISTILLING if args.distillation == "none" else ()
+    rows = {name: getattr(args, name) for name in SETTINGS if name not in unused}
     rows["rewards (weights)"] = ", ".join(f"{name} ({weight:g})" for name, weight in rewards)
     rows["optimizer steps"] = steps
     if isinstance(dataset_name, str):
@@ -107,9 +128,10 @@ def settings_table(
 
 def curve_section(folder: Path, log_history: list[dict[str, Any]], first: str) -> list[str]:
     """
-    Draw what was logged so far to `assets/training.png`, whose first panel is the metric `first`, and
-    `assets/guidance.png` of a folder. The paragraphs of the card are none without matplotlib, and before anything is
-    logged; a picture that cannot be drawn gives a warning, for the card is written while the model is saved.
+    Draw what was logged so far to `assets/training.png`, whose first panel is the metric `first`, and, where rollouts
+    were mixed, `assets/guidance.png` of a folder. The paragraphs of the card are none without matplotlib, and before
+    anything is logged; a picture that cannot be drawn gives a warning, for the card is written while the model is
+    saved.
     """
     history = [entry for entry in log_history if "reward" in entry]
     if not history or importlib.util.find_spec("matplotlib") is None:
@@ -119,10 +141,10 @@ def curve_section(folder: Path, log_history: list[dict[str, Any]], first: str) -
     training = lambda: plot_training(runs, (first, "entropy", "length"), smooth=smooth)
     guidance = lambda: plot_guidance(runs, smooth)
     pictures = []
-    for name, plot, title in (
-        ("training", training, "Training dynamics of the on-policy rollouts"),
-        ("guidance", guidance, "What the expert did"),
-    ):
+    plots = [("training", training, "Training dynamics of the on-policy rollouts")]
+    if any("mentor/alpha" in entry for entry in history):
+        plots.append(("guidance", guidance, "What the expert did"))
+    for name, plot, title in plots:
         try:
             save_figure(plot()[0], folder / "assets" / f"{name}.png")
             pictures.append(f"![{title}](assets/{name}.png)")

@@ -1,5 +1,6 @@
 """The record of a rollout batch on its way from the plan to the loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class RolloutBatch:
     mixes: bool = False  # whether some process has rows that a mixed-policy engine samples with the expert
     probe: bool = False  # whether guided rows are counted and stay out of the loss
     gamma: float | None = None  # entropy threshold in nats, where there is one
+    attempt: int = 0  # how many times rows of the batch have been sampled before (`dynamic_sampling`)
     payload: Any = None  # what else the plan holds, such as the texts of expert trajectories
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
@@ -92,6 +94,22 @@ class Credit(NamedTuple):
     metrics: dict[str, float]  # the same on every process
     weights_B_T: torch.Tensor | None = None  # what advantages of rows were multiplied by, for the records
     no_spread: float | None = None  # share of groups without an advantage, where it is not TRL's
+
+
+class LossStates(NamedTuple):
+    """What the policy's decoder said in the forward pass of a loss, with gradients."""
+
+    hidden_B_T_D: torch.Tensor  # hidden states before each token of the completions
+    logits: Callable[[torch.Tensor], torch.Tensor]  # float32 logits (N, V) of hidden states (N, D)
+    rows: int  # hidden states whose logits are held at once
+
+
+class LossTerm(NamedTuple):
+    """What an algorithm adds to TRL's loss."""
+
+    values_B_T: torch.Tensor  # of each token, averaged as TRL's loss averages tokens
+    weight: float
+    name: str  # of the values among the metrics
 
 
 class Reweighed(NamedTuple):

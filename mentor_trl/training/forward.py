@@ -1,7 +1,7 @@
 """What the training model says of rows that an engine sampled."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from trl.trainer.utils import pad
@@ -15,6 +15,15 @@ class TokenPass(NamedTuple):
     run: Callable  # TRL's `_get_per_token_logps_and_entropies` with the model bound
     pad_token_id: int
     batch_size: int
+
+
+def policy_logps(run: Callable, output: dict[str, Any], batch_size: int) -> torch.Tensor:
+    """log p of the completion tokens of what TRL made of a rollout batch, `(rows, T)`."""
+    tokens, attention = (
+        torch.cat([output[f"prompt_{what}"], output[f"completion_{what}"]], dim=1) for what in ("ids", "mask")
+    )
+    logps, _, _ = run(tokens, attention, output["completion_ids"].size(1), batch_size=batch_size)
+    return logps
 
 
 @torch.no_grad()

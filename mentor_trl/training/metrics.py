@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from trl.trainer.utils import nanstd
 
+from ..objective import baseline_rows
 from ..rollout.types import MixedRollout
 from .batch import RolloutBatch, Scored
 from .processes import Processes
@@ -31,6 +32,7 @@ def row_metrics(
         if not rows.any():
             continue
         values = {
+            "rows": rows.float().sum(),
             "reward": rewards_N[rows].nanmean(),
             "reward_std": nanstd(rewards_N[rows]),
             "length": lengths_N[rows].float().mean(),
@@ -61,9 +63,9 @@ def batch_metrics(
 
 
 def share_without_spread(rewards_N: torch.Tensor, guided_N: torch.Tensor, num_generations: int) -> float:
-    """Share of groups whose on-policy rewards are all equal: they give the on-policy rows no advantage."""
-    on_policy_G = rewards_N.masked_fill(guided_N, torch.nan).view(-1, num_generations)
-    std_G = nanstd(on_policy_G, dim=1)
+    """Share of groups whose baseline's rewards, the on-policy ones, are all equal: these rows have no advantage."""
+    baseline_N = rewards_N.masked_fill(~baseline_rows(guided_N, num_generations), torch.nan)
+    std_G = nanstd(baseline_N.view(-1, num_generations), dim=1)
     return torch.isclose(std_G, torch.zeros_like(std_G)).float().mean().item()
 
 

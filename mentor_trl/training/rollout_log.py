@@ -67,13 +67,16 @@ def collect_records(
     advantages: Sequence[float],
     weights_B_T: torch.Tensor | None,
     tokenizer: PreTrainedTokenizerBase,
-    limit: int | None = None,
+    places: dict[int, int] | None = None,
 ) -> list[RolloutRecord]:
-    """Put together the records of a process's rows, as far as an engine recorded them."""
+    """
+    Put together the records of a process's rows, as far as an engine recorded them. `places` has the rows that are
+    wanted, if not all, with the place of each in the rollout batch.
+    """
     records = []
     for source, indices, rollout in batch.parts:
         for position, row in enumerate(indices):
-            if limit is not None and row >= limit:
+            if places is not None and row not in places:
                 continue
             ids = list(rollout.completion_ids[position])
             known = {name: values[position, : len(ids)].tolist() for name, values in rollout.records.items()}
@@ -86,7 +89,7 @@ def collect_records(
             records.append(
                 RolloutRecord(
                     step=step,
-                    row=row,
+                    row=row if places is None else places[row],
                     source=source,
                     prompt=_prompt_text(prompts[row]),
                     reward=_finite(rewards[row]),

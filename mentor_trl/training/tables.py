@@ -16,6 +16,13 @@ def new_logs() -> dict[str, Any]:
     return {name: deque() for name in SINGLE} | {name: defaultdict(deque) for name in BY_NAME}
 
 
+def replace_last(values: deque, new: list[Any]) -> None:
+    """Put values in the place of as many that came last."""
+    for _ in range(min(len(new), len(values))):
+        values.pop()
+    values.extend(new)
+
+
 @contextmanager
 def evaluation_table(output_dir: str, step: int, logs: dict[str, float]) -> Iterator[None]:
     """

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers import make_tiny_tokenizer
+from mentor_trl.config_checks import check_guided_prompts
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts
 
 
@@ -144,7 +145,7 @@ def test_groups_over_two_processes_are_refused(tmp_path):
     args = make_trainer(tmp_path, **SETTINGS).args
     args.per_device_train_batch_size = 12  # of each process; a single one cannot have such a batch
     with pytest.raises(ValueError, match="whole groups on each process, which has 12 rows.*no multiple of.*=8`"):
-        args._check_guided_prompts()
+        check_guided_prompts(args)
 
 
 @pytest.mark.parametrize("template", [False, True])

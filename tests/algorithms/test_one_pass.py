@@ -85,3 +85,41 @@ def test_the_share_of_random_positions_is_that_of_the_entropy_rule_unless_it_is_
     (_, on_policy), (request, _) = trainer.asked
     entropies = on_policy.entropies[on_policy.mask].double()
     assert request.share == pytest.approx(branch_weight(entropies, entropy_threshold(entropies)).mean().item())
+
+
+@pytest.fixture(scope="module")
+def all_mixed(tmp_path_factory):
+    settings = {**SETTINGS, "num_mixed_generations": 8, "reward_range": 2.0}
+    trainer = make_trainer(tmp_path_factory.mktemp("all_mixed"), cls=Requests, **settings)
+    trainer.train()
+    return trainer
+
+
+def test_gamma_of_mixed_rows_alone(all_mixed):
+    """The first batch samples on-policy rows for gamma, and every later one has that of the mixed rows before."""
+    first, *later = all_mixed.asked
+    assert first[0].plain and [len(request.prompt_ids) for request, _ in [first, *later]] == [8] * 5
+    before = [first, *later]
+    for (_, heard), (request, rollout) in zip(before, later):
+        assert set(request.gamma) == {entropy_threshold(heard.entropies[heard.mask], 0.95, 0.1)}
+        assert rollout.branch.any() and not rollout.branch.all()
+
+
+def test_the_mean_of_mixed_rows_is_their_baseline(all_mixed):
+    logs = [entry for entry in all_mixed.state.log_history if "mentor/mixed/reward" in entry]
+    assert len(logs) == 4 and not any("mentor/on_policy/reward" in entry for entry in logs)
+    for batch, entry in zip(all_mixed.batches, logs):
+        gains = (batch["rewards"] - batch["rewards"].mean()).clamp(min=0.0)
+        assert batch["guided"].all() and gains.any()
+        assert batch["row_advantages"] == pytest.approx((batch["alpha"] * gains / 2.0).tolist())
+        assert entry["frac_reward_zero_std"] == 0.0
+
+
+def test_mixed_advantages_by_the_spread_of_on_policy_rewards(tmp_path):
+    trainer = make_trainer(tmp_path, cls=RecordingTrainer, mixed_advantage_scale="std", max_steps=1, reward_range=0.1)
+    trainer.train()
+    (batch,) = trainer.batches
+    on_policy, mixed = batch["rewards"].split(4)
+    gains = (mixed - on_policy.mean()).clamp(min=0.0) / (on_policy.std() + 1e-4)
+    assert on_policy.std() > 0.0 and gains.any()
+    assert batch["row_advantages"][4:] == pytest.approx(gains.tolist())

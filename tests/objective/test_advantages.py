@@ -100,8 +100,8 @@ def test_undefined_rewards(scale_rewards):
     assert of([NAN, NAN, NAN, NAN], [0, 0, 1, 1]) == [0.0, 0.0, 0.0, 0.0]
     # a single on-policy reward is its own mean, and still a baseline
     assert of([0.25, NAN, 1.0, 0.0], [0, 0, 1, 1]) == [0.0, 0.0, 0.75, 0.0]
-    # only mixed rows: no baseline
-    assert of([1.0, 0.0, 1.0, 0.0], [1, 1, 1, 1]) == [0.0, 0.0, 0.0, 0.0]
+    # only mixed rows: their own mean is the baseline
+    assert of([1.0, NAN, 1.0, 0.0], [1, 1, 1, 1]) == pytest.approx([1 / 3, 0.0, 1 / 3, 0.0])
 
 
 def test_undefined_batch_spread():
@@ -109,6 +109,33 @@ def test_undefined_batch_spread():
     check(advantages([0.25, NAN, 1.0, 0.0], [0, 0, 1, 1], scale_rewards="batch"), [0.0, 0.0, 0.75, 0.0])
 
 
-def test_unknown_scaling_is_refused():
-    with pytest.raises(ValueError, match="'group', 'batch' or 'none'"):
-        advantages([1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], scale_rewards="median")
+@pytest.mark.parametrize(
+    ("scale", "rewards", "mixed", "by"),
+    [
+        # on-policy 1, 0, and the group's 1, 0, 1, 0: squares 4 * .25 over 3
+        ("std", [1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], STD + 1e-4),
+        ("group_std", [1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], math.sqrt(1 / 3) + 1e-4),
+        # no on-policy success: gain 1, and the group's 0, 0, 1, 0: mean .25, squares .75 over 3
+        ("std", [0.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], 1e-4),
+        ("group_std", [0.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], 0.5 + 1e-4),
+        # only mixed rows: one spread for both
+        ("std", [0.0, 1.0, 1.0, 0.0], [1, 1, 1, 1], math.sqrt(1 / 3) + 1e-4),
+        ("group_std", [0.0, 1.0, 1.0, 0.0], [1, 1, 1, 1], math.sqrt(1 / 3) + 1e-4),
+    ],
+)
+def test_mixed_advantages_by_a_standard_deviation(scale, rewards, mixed, by):
+    plain = advantages(rewards, mixed, alpha=0.5)
+    scaled = advantages(rewards, mixed, alpha=0.5, mixed_scale=scale, reward_range=3.0)
+    rows = torch.tensor(mixed).bool()
+    assert torch.equal(scaled[~rows], plain[~rows]) and (plain[rows] > 0.0).any()
+    torch.testing.assert_close(scaled[rows], plain[rows] / by)
+
+
+def test_a_group_of_mixed_rows_by_hand():
+    check(advantages([1.0, 0.0, 0.0, 1.0, 0.5, 0.0], [1, 1, 1, 0, 0, 1], 3)[:3], [2 / 3, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("options", [{"scale_rewards": "median"}, {"mixed_scale": "median"}])
+def test_unknown_scaling_is_refused(options):
+    with pytest.raises(ValueError, match="'median'; choose"):
+        advantages([1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], **options)

@@ -29,6 +29,7 @@ def test_rows_by_source():
         truncated_N=torch.tensor([False, True, True, False, False]),
     )
     expected = {
+        "on_policy/rows": 3.0,
         "on_policy/reward": 0.5,
         "on_policy/reward_std": math.sqrt(0.5),
         "on_policy/length": 3.0,
@@ -37,6 +38,7 @@ def test_rows_by_source():
         "on_policy/advantage_nonzero": 2 / 3,
         "on_policy/rewards/accuracy": 0.5,
         "on_policy/rewards/format": NAN,
+        "mixed/rows": 2.0,
         "mixed/reward": 0.75,
         "mixed/reward_std": math.sqrt(0.125),
         "mixed/length": 6.0,
@@ -71,6 +73,8 @@ def test_share_of_groups_without_spread():
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, NAN, 1.0, 0.0])
     assert share_without_spread(rewards[:6], mixed[:6], 3) == pytest.approx(0.5)
     assert 0.0 <= share_without_spread(rewards, mixed, 3) <= 1.0
+    # all rows are mixed: their rewards are the baseline
+    assert share_without_spread(torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.ones(4, dtype=torch.bool), 2) == 0.5
 
 
 def make_rollout(**stats) -> MixedRollout:
@@ -194,6 +198,7 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
     trajectories = prompts().add_column("trajectory", ["abc"] * 40)
     luffy = {"num_mixed_generations": 0, "num_trajectory_generations": 1, "train_dataset": trajectories}
     luffy = logged(make_trainer(tmp_path / "d", model=str(tiny_model_dir), beta=0.05, **luffy))
+    again = logged(make_trainer(tmp_path / "e", num_mixed_generations=0, dynamic_sampling=1))
     assert luffy and not any("/mixed/" in name for name in luffy)
     assert plain and not any("/mixed/" in name for name in plain)
     by_rewards = set()
@@ -204,4 +209,5 @@ def test_documented_metrics_are_the_logged_ones(tmp_path, tiny_model_dir):
         log_metric=lambda name, value: by_rewards.add(name),
     )
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    assert guided | decayed | measured | plain | luffy | by_rewards == set(re.findall(r"`(mentor/[^`]*)`", text))
+    found = guided | decayed | measured | plain | luffy | again | by_rewards
+    assert found == set(re.findall(r"`(mentor/[^`]*)`", text))

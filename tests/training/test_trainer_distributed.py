@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from distributed_run import CASES, RESUME, SERVED, problems
+from distributed_run import CASES, DISTILLED, RESUME, SERVED, half_reward, problems
 
 from trainer_helpers import advantages_by_hand, make_trainer, same_weights
 
@@ -102,6 +103,28 @@ def test_trajectories_take_the_last_places_of_groups_that_lie_across_processes(r
     assert same_weights(runs[0]["weights"], runs[1]["weights"])
 
 
+def test_groups_are_sampled_again_on_their_process(ranks, folder):
+    runs = [rank["resampled"] for rank in ranks]
+    assert same_weights(runs[0]["weights"], runs[1]["weights"])
+    assert runs[0]["drawn"] == runs[1]["drawn"] > 0 and runs[0]["guidance"] == runs[1]["guidance"]
+    logs = [entry for entry in runs[0]["history"] if "loss" in entry]
+    assert max(entry["mentor/resampling/rounds"] for entry in logs) > 1
+    for step, (batches, entry) in enumerate(zip(zip(*(run["batches"] for run in runs)), logs), start=1):
+        table = pd.read_parquet(folder / "resampled" / "completions" / f"completions_{step:05d}.parquet")
+        assert table["prompt"].tolist() == [text for batch in batches for text in batch["prompt_ids"]]
+        assert table["completion"].tolist() == [text for batch in batches for text in batch["completion_ids"]]
+        rewards = half_reward(table["prompt"], table["completion"])
+        assert table["half_reward"].tolist() == pytest.approx(rewards)
+        assert table["advantage"].tolist() == pytest.approx(advantages_by_hand(rewards, 4, 2, 1.0), abs=2e-3)
+        assert [batch["row_advantages"] for batch in batches] == [table["advantage"].tolist()] * 2
+        # A group of an odd prompt has an advantage; those of even ones are left where the rounds are used up
+        odd = [number % 2 for number in table["prompt"].str.partition("+")[0].astype(int)][::4]
+        assert sum(odd) / 4 == 1.0 - entry["mentor/resampling/left"]
+        assert entry["mentor/resampling/left"] == 0.0 or entry["mentor/resampling/rounds"] == 3
+        total = sum(batch["completion_mask"].sum().item() for batch in batches)
+        assert [batch["num_items_in_batch"].item() for batch in batches] == [total] * 2
+
+
 @pytest.mark.parametrize("case", ["failing", "served_failing"])
 def test_processes_agree_on_the_prompts_that_are_guided(case, ranks):
     batches = [rank[case]["batches"] for rank in ranks]
@@ -117,6 +140,18 @@ def test_processes_agree_on_the_prompts_that_are_guided(case, ranks):
     assert [groups.any(1).sum().item() for groups in guided[3:]] == [0, 1]
     for batch in (batches[0][4], batches[1][4]):
         assert ((batch["lengths"] == 0) == batch["guided"]).all()
+
+
+@pytest.mark.parametrize("method", DISTILLED)
+def test_scores_of_an_expert_are_summed_over_processes(method, ranks):
+    first, second = (rank["distilled"][method] for rank in ranks)
+    assert same_weights(first["weights"], second["weights"]) and first["state"] == second["state"]
+    logged = [[m for metrics in run["metrics"] for m in metrics.items()] for run in (first, second)]
+    assert [name for name, _ in logged[0]] == [name for name, _ in logged[1]]
+    assert [v for _, v in logged[0]] == pytest.approx([v for _, v in logged[1]], nan_ok=True)
+    found = [value for name, value in logged[0] if name == "mentor/distillation/expert_tokens"]
+    tokens = [sum(run["batches"][i]["completion_mask"].sum().item() for run in (first, second)) for i in range(3)]
+    assert found == tokens if method != "distilled_rl" else all(0 < a < b for a, b in zip(found, tokens))
 
 
 def test_processes_and_sources_sample_from_their_own_generators(ranks):

@@ -43,6 +43,7 @@ CASES = {
     "third_epoch_begins": (16, {**OFF_POLICY, "max_steps": 19, "train_dataset": prompts(4), "expert_decay_steps": 9}),
     "after_the_decay": (6, {**OFF_POLICY, "max_steps": 8, "expert_decay_steps": 1}),
     "logging_window": (4, {**OFF_POLICY, "max_steps": 9, "logging_steps": 3, "log_completions": True}),
+    "all_mixed": (2, {"max_steps": 4, "num_mixed_generations": 8, "entropy_threshold_from": "previous"}),
     "plain": (3, {**OFF_POLICY, "max_steps": 6, "num_mixed_generations": 0}),
     # inside the fourth batch, and inside the fifth, a probe
     "withdrawn": (13, {**OFF_POLICY, **ADAPTIVE, "max_steps": 18}),

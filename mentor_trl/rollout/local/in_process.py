@@ -1,13 +1,13 @@
 """An expert in this process: a transformers model that reads the rows of an engine along."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from ...experts.port import Points, Spoken
 from ...objective import couple, match_vocabulary
-from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_PREFILL_TOKENS, Decoder, inference, logit_rows, refuse_nan
+from .decoder import FIRST_RESERVE, MAX_CATCH_UP, MAX_PREFILL_TOKENS, inference, logit_rows, refuse_nan
 from .lockstep import RAGGED, Ability
 
 
@@ -155,30 +155,47 @@ class InProcessExpert:
         """
         longest = max(map(len, completion_ids), default=0)
         scores = torch.full((len(completion_ids), longest), torch.nan, device=self.decoder.device)
+        for row, before in self._read_rows(prompt_ids, completion_ids):
+            chosen = torch.tensor(completion_ids[row], dtype=torch.long, device=scores.device).unsqueeze(1)
+            for at in range(0, len(chosen), self.decoder.rows_per_chunk):
+                part = slice(at, at + self.decoder.rows_per_chunk)
+                logs = self._logps(before[part], temperature, scores.device)
+                scores[row, at : at + len(logs)] = logs.gather(1, chosen[part]).squeeze(1)
+        return scores
+
+    @torch.no_grad()
+    def distributions(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> Callable[[slice], torch.Tensor]:
+        """
+        See [`~mentor_trl.experts.port.ReadableExpert`]. What is kept are hidden states; a slice's log s are computed
+        when they are asked for, on the model's device.
+        """
+        found = {row: before.clone() for row, before in self._read_rows(prompt_ids, completion_ids)}
+        hidden = torch.cat([found[row] for row in range(len(prompt_ids))])
+
+        @torch.no_grad()
+        def logps(part: slice) -> torch.Tensor:
+            return self._logps(hidden[part], temperature, hidden.device)
+
+        return logps
+
+    def _read_rows(self, prompt_ids, completion_ids) -> Iterator[tuple[int, torch.Tensor]]:
+        """Hidden states `(T, D)` before the tokens of each completion, with its row, in an order of their lengths."""
         order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(completion_ids[row]))
         reader = self.ability.decoder(self.model, autocast=self.autocast)
         with inference(self.model, **self.ability.attention):
             while order:
                 width = len(prompt_ids[order[-1]]) + len(completion_ids[order[-1]])
                 rows, order = _last(order, max(1, MAX_PREFILL_TOKENS // width))
-                self._score_rows(reader, rows, prompt_ids, completion_ids, temperature, scores)
-        return scores
-
-    def _score_rows(self, reader: Decoder, rows, prompt_ids, completion_ids, temperature: float, scores) -> None:
-        sequences = [[*prompt_ids[row], *completion_ids[row]] for row in rows]
-        width = max(map(len, sequences))
-        ids = torch.zeros((len(rows), width), dtype=torch.long, device=reader.device)
-        for position, sequence in enumerate(sequences):
-            ids[position, : len(sequence)] = torch.tensor(sequence, device=reader.device)
-        hidden = reader.read(ids)
-        for position, row in enumerate(rows):
-            start, count = len(prompt_ids[row]), len(completion_ids[row])
-            before = hidden[position, start - 1 : start - 1 + count]
-            chosen = ids[position, start : start + count].unsqueeze(1)
-            for at in range(0, count, reader.rows_per_chunk):
-                part = slice(at, at + reader.rows_per_chunk)
-                logs = self._logps(before[part], temperature, reader.device)
-                scores[row, at : at + len(logs)] = logs.gather(1, chosen[part]).squeeze(1)
+                ids = torch.zeros((len(rows), width), dtype=torch.long, device=reader.device)
+                for position, row in enumerate(rows):
+                    sequence = torch.tensor([*prompt_ids[row], *completion_ids[row]], device=reader.device)
+                    ids[position, : len(sequence)] = sequence
+                hidden = reader.read(ids)
+                for position, row in enumerate(rows):
+                    start = len(prompt_ids[row]) - 1
+                    yield row, hidden[position, start : start + len(completion_ids[row])]
 
 
 def _last(items: list[int], count: int) -> tuple[list[int], list[int]]:

@@ -7,12 +7,20 @@ from typing import Any
 import torch
 
 from ...config import MentorGRPOConfig
-from ...experts.compatibility import check_context, check_stop_tokens, check_vocabulary, context_length, text_model
+from ...experts.compatibility import (
+    check_context,
+    check_stop_tokens,
+    check_vocabulary,
+    context_length,
+    text_model,
+    vocabulary_size,
+)
 from ...experts.load import check_expert_given, check_expert_source, resolve_expert
 from ...experts.port import Expert
 from ..host import Host
 from ..serving.expert_servers import remote_expert
 from .in_process import InProcessExpert
+from .lockstep import Ability
 from .sampler import LocalSampler, LocalSession
 
 
@@ -124,8 +132,7 @@ class LocalSetup:
         self._check_length(host, host.policy, "policy")
         abilities = sampler.abilities(None if host.sharded else host.policy)
         if "expert" in abilities:
-            options = {"num_tokens": sampler.num_tokens, "autocast": autocast, "ability": abilities["expert"]}
-            expert = InProcessExpert(expert, name=self.name, **options)
+            expert = self._in_process(host, expert, abilities["expert"])
         return LocalEngine(sampler, expert, host.unwrapped, autocast, args.cast_lm_head_to_fp32, stop)
 
     def _load(self, host: Host) -> tuple[Any, list[int]]:
@@ -137,6 +144,10 @@ class LocalSetup:
             model.to(host.accelerator.device)
         self._check_length(host, model, "expert")
         return model, stop
+
+    def _in_process(self, host: Host, model, ability: Ability) -> InProcessExpert:
+        options = {"vocab_size": vocabulary_size(host.policy), "num_tokens": num_tokens(host.tokenizer)}
+        return InProcessExpert(model, autocast=host.accelerator.autocast, name=self.name, ability=ability, **options)
 
     def _check_length(self, host: Host, model, who: str) -> None:
         limit, most = context_length(text_model(model).config.get_text_config()), host.args.max_completion_length

@@ -15,7 +15,7 @@ def remote_expert(args: MentorGRPOConfig, host: Host) -> tuple[RemoteExpert, lis
         [`SetupError`]: if it does not fit the policy.
         [`ServerError`]: if a server does not answer, or is not fit to be asked.
     """
-    uncorrected = args.correction == "temper" and args.correction_exponent == 0.0
+    uncorrected = args.correction == "temper" and args.correction_exponent == 0.0 and args.distillation == "none"
     expert = RemoteExpert(
         args.expert_base_url,
         host.tokenizer,

@@ -3,7 +3,8 @@
 import warnings
 from contextlib import AbstractContextManager
 
-from ...config import LOADING_OPTIONS, MentorGRPOConfig
+from ...config import MentorGRPOConfig
+from ...config_checks import LOADING_OPTIONS
 from ...errors import SetupError
 from ...experts.compatibility import check_stop_ids
 from ...experts.load import check_expert_given, check_expert_source, is_adapter

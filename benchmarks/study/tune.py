@@ -1,0 +1,55 @@
+"""
+Choose the learning rate and the coefficient of each arm by the runs of the study `tuning`, whose seeds no table uses.
+
+```bash
+python -m benchmarks.study.run tuning && python -m benchmarks.study.tune
+```
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks.study import store
+from benchmarks.study.arms import TUNED, Plan
+
+
+def area_under_curve(line: dict[str, Any]) -> float:
+    """Mean accuracy over the steps of a run, by the trapezoid rule."""
+    steps = line["steps"]
+    return float(np.trapezoid(line["accuracy"], x=steps) / (steps[-1] - steps[0]))
+
+
+def choose(lines: list[dict[str, Any]], plan: Plan) -> dict[str, dict[str, dict[str, Any]]]:
+    """Options with the largest mean area under the curve, by task and arm."""
+    areas = defaultdict(list)
+    for line in lines:
+        alternatives = plan.arm(line["arm"])["alternatives"]
+        names = ("learning_rate", *alternatives)
+        point = tuple((name, line["options"][name]) for name in names if name in line["options"])
+        areas[line["task"], line["arm"], point].append(area_under_curve(line))
+    best: dict[tuple[str, str], tuple[float, tuple]] = {}
+    for (task, arm, point), values in areas.items():
+        best[task, arm] = max(best.get((task, arm), (-1.0, ())), (float(np.mean(values)), point))
+    chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for (task, arm), (_, point) in sorted(best.items()):
+        chosen[task][arm] = dict(point)
+    return dict(chosen)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the JSON lines")
+    options = parser.parse_args(argv)
+    chosen = choose(store.read(options.results / "tuning.jsonl"), Plan.read())
+    TUNED.write_text(f"# Chosen by `python -m benchmarks.study.tune`.\n{yaml.safe_dump(chosen)}")
+    print(TUNED.read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
