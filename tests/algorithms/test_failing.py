@@ -6,7 +6,7 @@ import torch
 
 from helpers import make_tiny_tokenizer
 from mentor_trl.config_checks import check_guided_prompts
-from trainer_helpers import RecordingTrainer, history, make_trainer, prompts
+from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts
 
 
 SETTINGS = {"guide_prompts": "failing", "per_device_train_batch_size": 32, "max_completion_length": 6, "max_steps": 2}
@@ -71,10 +71,11 @@ def test_advantages_follow_the_sources(tmp_path):
 
 def test_with_adaptive_a_random_share_is_compared(tmp_path):
     settings = {"alpha_schedule": "adaptive", "guide_share": 0.5, "max_steps": 4, "guidance_margin": 9.0}
-    trainer = make(tmp_path, **settings, guidance_patience=2, guidance_probe_every=1, reward_funcs=ones)
+    trainer = make(tmp_path, **settings, guidance_patience=2, guidance_probe_every=1, reward_funcs=early)
     trainer.train()
     groups = [batch["guided"].view(4, 8)[:, 4:].all(1) for batch in trainer.batches]
-    assert [group.sum().item() for group in groups] == [2, 2, 2, 2]  # none fails
+    # None fails before the withdrawal, and all do in the probes
+    assert [group.sum().item() for group in groups] == [2, 2, 2, 2]
     assert not all(torch.equal(groups[0], group) for group in groups[1:])
     log = [entry for entry in history(trainer) if "loss" in entry]
     assert [entry["mentor/guidance/withdrawn"] for entry in log] == [0, 0, 1, 1]
@@ -82,8 +83,25 @@ def test_with_adaptive_a_random_share_is_compared(tmp_path):
         assert (batch["completion_mask"].sum(1) == 0).tolist() == batch["guided"].tolist()
 
 
-def ones(completions, **kwargs) -> list[float]:
-    return [1.0] * len(completions)
+def early(completions, trainer_state, **kwargs) -> list[float]:
+    return [float(trainer_state.global_step < 2)] * len(completions)
+
+
+def test_rewards_are_those_of_their_rows(tmp_path):
+    def total(completion_ids, **kwargs):
+        return [sum(ids) / 1000 for ids in completion_ids]
+
+    trainer = make(tmp_path, reward_funcs=[total, letters_reward], max_steps=1, guide_below=1.0, reward_range=9.0)
+    trainer.train()
+    (batch,) = trainer.batches
+    ids = [[token for token, kept in zip(*row) if kept] for row in zip(*rows_of(batch))]
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    expected = [a + b for a, b in zip(total(ids), letters_reward(texts))]
+    assert batch["rewards"].tolist() == pytest.approx(expected) and len(set(expected)) > 20
+
+
+def rows_of(batch) -> tuple[list, list]:
+    return batch["completion_ids"].tolist(), batch["completion_mask"].tolist()
 
 
 def test_a_failing_prompt_is_not_compared_for_that(tmp_path):
