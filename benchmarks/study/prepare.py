@@ -90,13 +90,22 @@ def experts_of(module: ModuleType) -> list[str]:
 
 
 def sample_distinct(module: ModuleType, rng: random.Random, count: int, exclude: set = frozenset()) -> list:
-    """Draw `count` different problems, none of them in `exclude`."""
+    """
+    Draw `count` different problems, none of them in `exclude`.
+
+    Raises:
+        `ValueError`: where the task seems to have no more of them.
+    """
     problems = {}  # a set that keeps the order
-    while len(problems) < count:
+    for _ in range(100 * count):
         problem = module.sample_problem(rng)
         if problem not in exclude:
             problems[problem] = None
-    return list(problems)
+        if len(problems) == count:
+            return list(problems)
+    raise ValueError(
+        f"{module.__name__} gave {len(problems)} new problems in {100 * count:,} draws; set {count} lower"
+    )
 
 
 def write_data(

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,14 @@ def test_no_answer_is_worth_stating_blindly(module):
         prompts, solutions = [one.prompt for one in problems], [one.solution for one in problems]
         rewards = module.reward(prompts=prompts, completions=[reply] * len(problems), solution=solutions)
         assert sum(rewards) / len(rewards) < 0.02
+
+
+def test_there_are_more_problems_than_a_run_takes(module):
+    sizes, rng = prepare.Settings(), random.Random(0)
+    count = int(1.2 * (sizes.num_test_prompts + sizes.num_train_prompts))
+    assert len(prepare.sample_distinct(module, rng, count)) == count
+    with pytest.raises(ValueError, match="set 3 lower"):
+        prepare.sample_distinct(SimpleNamespace(__name__="two", sample_problem=lambda rng: rng.randrange(2)), rng, 3)
 
 
 def test_right_replies_are_described_by_numbers_and_a_key(module):

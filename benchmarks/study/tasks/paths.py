@@ -1,5 +1,5 @@
 """
-Many ways that are all right: walks on a grid of eight by eight cells.
+Many ways that are all right: walks on a grid of ten by ten cells.
 
 A prompt such as `3 4 to 5 1 :` gives a start and a goal, as row and column. A reply says one move after the other and
 where it leads, and stops at the goal:
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.study.tasks.words import SPECIAL, whole_reply, word_tokenizer
 
 
-SIZE, MOST_MOVES, DISTANCES = 8, 10, (5, 6, 7)
+SIZE, MOST_MOVES, DISTANCES = 10, 10, (5, 6, 7)
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 DECISIONS = tuple(MOVES)
 VOCABULARY = [*SPECIAL, *map(str, range(SIZE)), "to", ":", *MOVES, "ok", "wait", "done"]
@@ -65,8 +65,8 @@ class Style:
 STYLES = {
     "base": Style(knows=0.5, rows_first=0.2, ok=0.05, wait=0.05),
     "policy": Style(),
-    "weak": Style(knows=0.43),
-    "barely": Style(knows=0.12),
+    "weak": Style(knows=0.46),
+    "barely": Style(knows=0.13),
     "strong": Style(knows=1.0),
     "other": Style(knows=1.0, rows_first=1.0, ok=0.3, wait=0.5),
 }
