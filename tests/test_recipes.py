@@ -118,6 +118,14 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
         "Qwen2.5-3B/grpo/config_12_rollouts.yaml": ("Qwen2.5-3B/grpo/config_paper.yaml", GROUP),
         "Qwen2.5-3B/mentor/config_random.yaml": (paper.format("Qwen2.5-3B"), {"branch_rule"}),
         "Qwen2.5-3B/mentor/config_no_decay.yaml": (paper.format("Qwen2.5-3B"), {"alpha_schedule"}),
+        "Qwen2.5-3B/mentor/config_adaptive.yaml": (
+            "Qwen2.5-3B/mentor/config_ours.yaml",
+            {"alpha_schedule", "expert_decay_steps"},
+        ),
+        "SmolLM2-135M-Instruct/mentor/config_adaptive.yaml": (
+            "SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml",
+            {"alpha_schedule", "entropy_threshold_from", "expert_decay_steps", "guide_prompts"},
+        ),
         "Qwen2.5-3B/mentor/config_1gpu_colocate.yaml": (
             paper.format("Qwen2.5-3B"),
             LORA | DEVICES | {"accelerate_config", "vllm_gpu_memory_utilization"},
