@@ -1,5 +1,7 @@
 """
-Choose the learning rate and the coefficient of each arm by the runs of the study `tuning`, whose seeds no table uses.
+Choose the learning rate and the coefficient of each arm by the runs of the study `tuning`, whose seeds no other table
+uses. What counts is the mean of the area under the curve and of the accuracy at the end: a large learning rate may
+rise fast and end badly.
 
 ```bash
 python -m benchmarks.study.run tuning && python -m benchmarks.study.tune
@@ -24,16 +26,21 @@ def area_under_curve(line: dict[str, Any]) -> float:
     return float(np.trapezoid(line["accuracy"], x=steps) / (steps[-1] - steps[0]))
 
 
+def score(line: dict[str, Any]) -> float:
+    """What the tuning looks at."""
+    return (area_under_curve(line) + line["accuracy"][-1]) / 2
+
+
 def choose(lines: list[dict[str, Any]], plan: Plan) -> dict[str, dict[str, dict[str, Any]]]:
-    """Options with the largest mean area under the curve, by task and arm."""
-    areas = defaultdict(list)
+    """Options with the largest mean score, by task and arm."""
+    scores = defaultdict(list)
     for line in lines:
         alternatives = plan.arm(line["arm"])["alternatives"]
         names = ("learning_rate", *alternatives)
         point = tuple((name, line["options"][name]) for name in names if name in line["options"])
-        areas[line["task"], line["arm"], point].append(area_under_curve(line))
+        scores[line["task"], line["arm"], point].append(score(line))
     best: dict[tuple[str, str], tuple[float, tuple]] = {}
-    for (task, arm, point), values in areas.items():
+    for (task, arm, point), values in scores.items():
         best[task, arm] = max(best.get((task, arm), (-1.0, ())), (float(np.mean(values)), point))
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for (task, arm), (_, point) in sorted(best.items()):

@@ -84,7 +84,9 @@ def test_a_search_has_each_rate_and_the_alternative_at_the_middle_one():
     assert points == [(1e-4, None), (1e-3, None), (1e-2, None), (1e-3, 0.0)]
 
 
-def test_tuning_takes_the_largest_area():
+def test_tuning_takes_what_learns_fast_and_ends_well():
+    assert tune.score({"steps": [0, 10, 30], "accuracy": [0.0, 1.0, 0.5]}) == pytest.approx((2 / 3 + 0.5) / 2)
+
     plan = Plan(CONFIG)
     lines = [
         {"task": "toy", "arm": run.arm, "options": run.stages[0].options, "steps": [0, 10, 20], "accuracy": curve}
