@@ -1,7 +1,7 @@
 """
 Choose the learning rate and the coefficient of each arm by the runs of the study `tuning`, whose seeds no other table
 uses. What counts is the mean of the area under the curve and of the accuracy at the end: a large learning rate may
-rise fast and end badly.
+rise fast and end badly. An arm keeps its own coefficient unless another is clearly better.
 
 ```bash
 python -m benchmarks.study.run tuning && python -m benchmarks.study.tune
@@ -18,6 +18,10 @@ import yaml
 
 from benchmarks.study import store
 from benchmarks.study.arms import TUNED, Plan
+
+
+# By how much another coefficient has to be better than an arm's own
+CLEARLY = 0.01
 
 
 def area_under_curve(line: dict[str, Any]) -> float:
@@ -41,7 +45,9 @@ def choose(lines: list[dict[str, Any]], plan: Plan) -> dict[str, dict[str, dict[
         scores[line["task"], line["arm"], point].append(score(line))
     best: dict[tuple[str, str], tuple[float, tuple]] = {}
     for (task, arm, point), values in scores.items():
-        best[task, arm] = max(best.get((task, arm), (-1.0, ())), (float(np.mean(values)), point))
+        ((name, others),) = plan.arm(arm)["alternatives"].items()
+        handicap = CLEARLY if dict(point).get(name) in others else 0.0
+        best[task, arm] = max(best.get((task, arm), (-1.0, ())), (float(np.mean(values)) - handicap, point))
     chosen: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for (task, arm), (_, point) in sorted(best.items()):
         chosen[task][arm] = dict(point)
