@@ -28,7 +28,8 @@ class Stage:
         steps (`int`):
             Optimizer steps.
         options (`dict[str, Any]`):
-            Fields that are set. `{expert}` stands for the name of the expert and `{folder}` for the prepared files.
+            Fields that are set. `{expert}` stands for the name of the expert, `{expert_score}` for its accuracy, and
+            `{folder}` for the prepared files.
     """
 
     recipe: str

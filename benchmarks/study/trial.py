@@ -47,7 +47,7 @@ def make(run: Run, file: Path) -> None:
     commands, metrics, offset = [], {}, 0
     for position, stage in enumerate(run.stages):
         target = folder / f"stage{position}"
-        command = command_of(stage, run, model, prepared, target)
+        command = command_of(stage, run, model, prepared, target, facts)
         commands.append(" ".join(command))
         within(train, command)
         history = history_of(target)
@@ -107,9 +107,10 @@ def within(function: Callable, *args: Any) -> Any:
     return result
 
 
-def command_of(stage: Stage, run: Run, model: str, prepared: Path, target: Path) -> list[str]:
+def command_of(stage: Stage, run: Run, model: str, prepared: Path, target: Path, facts: dict[str, Any]) -> list[str]:
     """The command line of a stage."""
-    places = {"expert": run.expert, "folder": str(prepared)}
+    score = facts["pass_at_1"].get(f"expert_{run.expert}")
+    places = {"expert": run.expert, "folder": str(prepared), "expert_score": score}
     options = {
         "model_name_or_path": model,
         "seed": run.seed,
