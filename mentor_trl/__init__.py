@@ -1,5 +1,5 @@
-"""MENTOR (https://huggingface.co/papers/2510.04140) on TRL: reinforcement learning in which an expert model speaks
-only at the critical tokens of a rollout."""
+"""MENTOR (https://huggingface.co/papers/2510.04140) on TRL: reinforcement learning in which an expert model takes
+over single tokens of a rollout, the likelier the less certain the policy is."""
 
 import importlib
 from typing import TYPE_CHECKING
