@@ -125,7 +125,7 @@ class Plan:
     def _grid(self, block: dict[str, Any], arm: str) -> list[dict[str, Any]]:
         """
         Options of each point of a search: the learning rates of the block, and each alternative to the arm's own
-        coefficient at the one in the middle.
+        coefficient at the one in the middle, where the block does not say otherwise.
         """
         rates = block.get("learning_rates")
         if rates is None:
