@@ -5,8 +5,8 @@ likelier than the policy count more, and the others less.
 
 from ..objective import fold_correction, preference_weights
 from ..training.batch import Credit, RolloutBatch, Scored
-from .distillation import Distillation, named
 from .papers import DISTILLED_RL_PAPER
+from .scored_rows import Distillation, named
 
 
 class DistilledRL(Distillation):

@@ -8,8 +8,8 @@ from typing import Any
 from ..config import MentorGRPOConfig
 from ..objective import score_gap
 from ..training.batch import Credit, RolloutBatch, Scored
-from .distillation import named
 from .opd import Opd
+from .scored_rows import named
 
 
 class Gats(Opd):

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import MentorGRPOConfig
 from ..objective import distillation_advantages, reverse_kl
 from ..training.batch import Credit, LossStates, LossTerm, RolloutBatch, Scored
-from .distillation import PLAIN, Distillation, added, named, without_reward
 from .papers import OPD_PAPER
 from .requirements import refuse_shards
+from .scored_rows import PLAIN, Distillation, added, named, without_reward
 
 
 class Opd(Distillation):
