@@ -130,11 +130,11 @@ class Plan:
         rates = block.get("learning_rates")
         if rates is None:
             return [{}]
-        ((name, values),) = self.arm(arm)["alternatives"].items()
-        middle = rates[len(rates) // 2]
-        return [{"learning_rate": rate} for rate in rates] + [
-            {"learning_rate": middle, name: value} for value in values
-        ]
+        points = [{"learning_rate": rate} for rate in rates]
+        if block.get("alternatives", True):
+            ((name, values),) = self.arm(arm)["alternatives"].items()
+            points += [{"learning_rate": rates[len(rates) // 2], name: value} for value in values]
+        return points
 
     def _run(self, study: str, task: str, name: str, expert: str | None, seed: int, extra: dict[str, Any]) -> Run:
         config, arm = self.config["tasks"][task], self.arm(name)

@@ -82,6 +82,9 @@ def test_a_search_has_each_rate_and_the_alternative_at_the_middle_one():
         (run.stages[0].options["learning_rate"], run.stages[0].options.get("correction_exponent")) for run in runs
     ]
     assert points == [(1e-4, None), (1e-3, None), (1e-2, None), (1e-3, 0.0)]
+    again = {"tasks": ["toy"], "arms": ["mentor"], "seeds": [8], "learning_rates": [1e-3, 1e-2], "alternatives": False}
+    runs = list(Plan(CONFIG | {"studies": {"again": [again]}}).runs("again"))
+    assert [run.stages[0].options["learning_rate"] for run in runs] == [1e-3, 1e-2]
 
 
 def test_tuning_takes_what_learns_fast_and_ends_well():
