@@ -80,7 +80,7 @@ def test_no_answer_is_worth_stating_blindly(module):
 
 
 def test_there_are_more_problems_than_a_run_takes(module):
-    sizes, rng = prepare.Settings(), random.Random(0)
+    sizes, rng = getattr(module, "SETTINGS", prepare.Settings()), random.Random(0)
     count = int(1.2 * (sizes.num_test_prompts + sizes.num_train_prompts))
     assert len(prepare.sample_distinct(module, rng, count)) == count
     with pytest.raises(ValueError, match="set 3 lower"):

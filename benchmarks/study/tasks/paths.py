@@ -1,12 +1,12 @@
 """
-Many ways that are all right: walks on a grid of ten by ten cells.
+Many ways that are all right: walks on a grid of eight by eight cells.
 
 A prompt such as `3 4 to 5 1 :` gives a start and a goal, as row and column. A reply says one move after the other and
 where it leads, and stops at the goal:
 
     down 4 4 left 4 3 down 5 3 left 5 2 left 5 1 done
 
-Any walk of at most ten moves that ends at the goal is right: a prompt has from 77 to some thousands of right replies,
+Any walk of at most ten moves that ends at the goal is right: a prompt has from dozens to thousands of right replies,
 up to 35 of them as short as can be. A policy that walks blindly comes across the goal now and then.
 """
 
@@ -14,10 +14,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.study.tasks.sizes import Settings
 from benchmarks.study.tasks.words import SPECIAL, whole_reply, word_tokenizer
 
 
-SIZE, MOST_MOVES, DISTANCES = 10, 10, (5, 6, 7)
+SIZE, MOST_MOVES, DISTANCES = 8, 10, (5, 6, 7)
+SETTINGS = Settings(num_train_prompts=1000)  # there are 1,532 problems in all
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 DECISIONS = tuple(MOVES)
 VOCABULARY = [*SPECIAL, *map(str, range(SIZE)), "to", ":", *MOVES, "ok", "wait", "done"]
@@ -63,9 +65,9 @@ class Style:
 
 
 STYLES = {
-    "base": Style(knows=0.5, rows_first=0.2, ok=0.05, wait=0.05),
+    "base": Style(knows=0.5, rows_first=0.2, ok=0.1, wait=0.1),
     "policy": Style(),
-    "weak": Style(knows=0.46),
+    "weak": Style(knows=0.45),
     "barely": Style(knows=0.13),
     "strong": Style(knows=1.0),
     "other": Style(knows=1.0, rows_first=1.0, ok=0.3, wait=0.5),
