@@ -357,8 +357,10 @@ def test_commands_parse(file, monkeypatch):
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    text = page.read_text()
+    named = re.findall(r'<a id="([^"]+)"></a>', text)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {*named, *(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)}
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
