@@ -260,10 +260,10 @@ class MentorGRPOConfig(GRPOConfig):
         "below this share of `reward_range` times the share of on-policy successes.",
     )
     guidance_patience: int = option(
-        5, "Number of rollout batches in a row for which that bound must be below the margin."
+        3, "Number of rollout batches in a row for which that bound must be below the margin."
     )
     guidance_smoothing: float = option(
-        0.9, "Weight of a rollout batch in the measured difference, relative to the one behind it."
+        0.8, "Weight of a rollout batch in the measured difference, relative to the one behind it."
     )
     guidance_probe_every: int = option(
         20,

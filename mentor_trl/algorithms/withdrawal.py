@@ -22,7 +22,7 @@ class Withdrawal:
     Args:
         gap ([`~mentor_trl.objective.Gap`]):
             The difference; empty.
-        margin (`float`, *optional*, defaults to `0.1`), patience (`int`, *optional*, defaults to `5`),
+        margin (`float`, *optional*, defaults to `0.1`), patience (`int`, *optional*, defaults to `3`),
         probe_every (`int`, *optional*, defaults to `20`), success_reward (`float`, *optional*, defaults to `0.5`):
             See above, and [`~mentor_trl.objective.Gap.add`].
         withdrawn (`bool`, *optional*, defaults to `False`):
@@ -35,7 +35,7 @@ class Withdrawal:
 
     gap: Gap = field(default_factory=Gap)
     margin: float = 0.1
-    patience: int = 5
+    patience: int = 3
     probe_every: int = 20
     success_reward: float = 0.5
     withdrawn: bool = False

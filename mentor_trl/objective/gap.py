@@ -32,7 +32,7 @@ class Gap:
     estimates are weighted means over groups, and their standard error follows from the weights.
 
     Args:
-        smoothing (`float`, *optional*, defaults to `0.9`):
+        smoothing (`float`, *optional*, defaults to `0.8`):
             Factor of the weights of earlier batches, in [0, 1).
         reward_range (`float`, *optional*, defaults to `1.0`):
             Largest possible difference.
@@ -45,7 +45,7 @@ class Gap:
             The lowest reward seen, or 0.
     """
 
-    smoothing: float = 0.9
+    smoothing: float = 0.8
     reward_range: float = 1.0
     groups: float = 0.0
     squares: float = 0.0
