@@ -60,14 +60,7 @@ def check_dynamic_sampling(args: Any) -> None:
             "`distillation_reward` learns nothing from rewards. Set `dynamic_sampling` to 0, or "
             "`distillation_reward=True`."
         )
-    rows = args.generation_batch_size // args.world_size
-    if rows % args.num_generations:
-        raise ValueError(
-            f"`dynamic_sampling` needs whole groups on each process, and a process has {rows} rows "
-            f"(`generation_batch_size={args.generation_batch_size}` on {args.world_size} processes) of groups of "
-            f"`num_generations={args.num_generations}`. Change `per_device_train_batch_size` or "
-            "`steps_per_generation` so that it divides them, or set `dynamic_sampling` to 0."
-        )
+    check_whole_groups(args, "`dynamic_sampling`")
 
 
 def check_guided_prompts(args: Any) -> None:
@@ -78,11 +71,15 @@ def check_guided_prompts(args: Any) -> None:
             f"`guide_prompts={args.guide_prompts!r}` samples on-policy rollouts before mixed ones, and "
             "`entropy_threshold_from='previous'` samples all at once. Set it to 'current'."
         )
+    check_whole_groups(args, f"`guide_prompts={args.guide_prompts!r}`")
+
+
+def check_whole_groups(args: Any, what: str) -> None:
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if rows % args.num_generations:
         raise ValueError(
-            f"`guide_prompts={args.guide_prompts!r}` needs whole groups on each process, which has {rows} rows of "
-            f"a rollout batch (`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
+            f"{what} needs whole groups on each process, which has {rows} rows of a rollout batch "
+            f"(`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
             f"`num_generations={args.num_generations}`. Set one of them so that it is."
         )
 

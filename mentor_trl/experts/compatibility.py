@@ -127,11 +127,12 @@ def check_context(
     if longest + max_completion_length <= limit:
         return
     room = limit - longest
-    shorter = f"lower `max_completion_length` to {room} or less, " if room > 0 else ""
-    where = f" (row {row})" if len(prompts) > 1 else ""
     keep = limit - max_completion_length
-    drop = f"drop prompts of more than {keep} tokens" if keep > 0 else "shorten both"
+    ways = [f"lower `max_completion_length` to {room} or less"] if room > 0 else []
+    ways += [f"drop prompts of more than {keep} tokens"] if keep > 0 else []
+    *first, last = (ways or ["shorten both"]) + ([remedy] if remedy else [])
+    where = f" (row {row})" if len(prompts) > 1 else ""
     raise SetupError(
         f"A prompt of {longest} tokens{where} and `max_completion_length={max_completion_length}` exceed {whose} "
-        f"context of {limit} tokens. To fit, {shorter}{drop}{', or ' + remedy if remedy else ''}."
+        f"context of {limit} tokens. To fit, {', '.join([*first, 'or ' * bool(first) + last])}."
     )

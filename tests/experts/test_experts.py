@@ -142,6 +142,8 @@ def test_what_does_not_fit_a_context():
         "To fit, lower `max_completion_length` to 1999 or less, drop prompts of more than 48 tokens, or choose "
         "another policy."
     )
+    with pytest.raises(SetupError, match=r"To fit, lower `max_completion_length` to 43 or less\.$"):
+        check_context([5], 48, 48, "the policy's")
     # A prompt that leaves no room is not cured by a shorter completion
     with pytest.raises(SetupError, match=r"To fit, drop prompts of more than 40 tokens\.$"):
         check_context([50], 8, 48, "the engine's")

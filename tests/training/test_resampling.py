@@ -379,7 +379,7 @@ def test_refused_settings(settings, part, tmp_path):
 def test_groups_that_lie_across_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(MentorGRPOConfig, "world_size", property(lambda self: 4))
     settings = {**GRPO, "use_cpu": True, "bf16": False, "per_device_train_batch_size": 3, "num_generations": 8}
-    with pytest.raises(ValueError, match="a process has 6 rows .*on 4 processes.* groups of `num_generations=8`"):
+    with pytest.raises(ValueError, match="on each process, which has 6 rows.*no multiple of `num_generations=8`"):
         MentorGRPOConfig(str(tmp_path), **settings, dynamic_sampling=1)
 
 
