@@ -35,7 +35,7 @@ study-small: $(STAMP)  ## train eight methods on two small tasks, three seeds ea
 	$(BIN)/python -m benchmarks.study.report --lines $(STUDY) --table small
 
 study: $(STAMP)  ## run the whole study, all night on two cores, and write its report
-	$(BIN)/python -m benchmarks.study.run small tuning head_to_head ablation experts diversity --results $(STUDY)
+	$(BIN)/python -m benchmarks.study.run small tuning head_to_head ablation experts diversity confirm real --model $(STUDY_MODEL) --results $(STUDY)
 	$(BIN)/python -m benchmarks.study.report --lines $(STUDY) --output $(STUDY)
 
 test: $(STAMP)  ## run the everyday tests, in two processes
