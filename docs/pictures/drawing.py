@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
+from matplotlib.patches import FancyBboxPatch, Rectangle  # noqa: E402
 
 
 # Letters become outlines, so that no viewer's font changes their width
@@ -54,12 +54,22 @@ class Panel:
         style = {"facecolor": "none", "edgecolor": self.colors.frame, "linestyle": (0, (4, 3)), "linewidth": 1.1}
         self._rounded(x, y, width, height, **style)
 
-    def arrow(self, start, end, text: str = "", at=None, style: str = "-|>", size: float = 7, **more) -> None:
-        look = {"arrowstyle": style, "color": self.colors.ink, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0} | more
+    def bar(self, x: float, y: float, width: float, height: float, color: str, line: float = 0.8) -> None:
+        self.ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=self.colors.ink, linewidth=line))
+
+    def arrow(self, start, end, text: str = "", at=None, style: str = "-|>", size: float = 7) -> None:
+        look = {"arrowstyle": style, "color": self.colors.ink, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
         self.ax.annotate("", xy=end, xytext=start, arrowprops=look)
         if text:
             x, y = at or ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 2.4)
             self.text(x, y, text, size)
+
+    def path(self, *points: tuple[float, float]) -> None:
+        """A dashed line through some points, with a head at its end."""
+        if len(points) > 2:
+            xs, ys = zip(*points[:-1])
+            self.ax.plot(xs, ys, color=self.colors.ink, linewidth=1.1, linestyle=(0, (4, 2)))
+        self.arrow(points[-2], points[-1])
 
     def _rounded(self, x, y, width, height, **style) -> None:
         self.ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=1.5", **style))

@@ -3,83 +3,91 @@
 import sys
 from pathlib import Path
 
-from drawing import DARK, LIGHT, Colors, Panel, save
+from drawing import DARK, LIGHT, Panel, save
 from matplotlib.figure import Figure
 
 
-# A made-up mixed row: tokens, the expert's weight at each, and who wrote it
+# A made-up mixed row: drafts, tokens that stand, the expert's weight at each, and where the coin shows the expert
+DRAFTS = ["So", "the", "total", "is", "7", "-", "5", "=", "12"]
 TOKENS = ["So", "the", "total", "is", "7", "+", "5", "=", "12"]
 WEIGHTS = [0.15, 0.05, 0.55, 0.1, 0.75, 0.9, 0.2, 0.05, 0.3]
-AGREED, REPLACED = {4}, {5}
+HEADS = {4: "agrees", 5: "replaces"}
 
 
-def rows(panel: Panel, x: float, y: float, color: str, marks: bool = False) -> None:
-    """Four rollouts as bars of unequal length; of mixed ones a few tokens are the expert's."""
-    for number, length in enumerate((20, 15, 18, 13)):
-        panel.bar(x, y - 3.4 * number, length, 2.2, color)
-        for at in ((3, 9), (6,), (4, 11, 14), (8,))[number] if marks else ():
-            panel.bar(x + at, y - 3.4 * number, 1.5, 2.2, panel.colors.expert)
+def rows(panel: Panel, x: float, y: float, marks: tuple[tuple[int, ...], ...]) -> None:
+    """Rollouts of unequal length as bars, with the expert's tokens at the marks."""
+    for number, (length, places) in enumerate(zip((22, 17, 20, 14), marks)):
+        panel.bar(x, y - 3.6 * number, length, 2.4, panel.colors.policy)
+        for place in places:
+            panel.bar(x + place, y - 3.6 * number, 1.5, 2.4, panel.colors.expert)
 
 
-def token_by_token(panel: Panel, y: float) -> None:
-    """A mixed row, its drafts, the weights, coins and tokens."""
+def loop(panel: Panel) -> None:
+    """From prompts to the update, left to right, and what is fed back."""
     colors = panel.colors
-    panel.frame(2, y - 2, 136, 34)
-    panel.text(5, y + 28.5, "A mixed row, token by token", 9, ha="left", fontweight="bold")
-    for height, name in (
-        (22.5, "the policy drafts"),
-        (14.5, "entropy H gives the weight\nw = min(1, H / gamma)"),
-        (7.5, "coin: the expert, with probability w"),
-        (1.5, "the token"),
-    ):
-        panel.text(5, y + height, name, 7.5, ha="left")
-    drafts = [*TOKENS]
-    drafts[5] = "-"
-    for number, (draft, token, weight) in enumerate(zip(drafts, TOKENS, WEIGHTS)):
-        x = 43 + 10.4 * number
-        panel.box(x, y + 20.5, 9, 4, draft, colors.policy, 7.5)
-        panel.bar(x + 2.5, y + 11.5, 4, 7 * weight, colors.both)
-        panel.bar(x + 2.5, y + 11.5, 4, 7, "none")
-        heads = number in AGREED | REPLACED
-        panel.text(x + 4.5, y + 7.5, "expert" if heads else "policy", 7, fontweight="bold" if heads else "normal")
-        panel.box(x, y - 0.5, 9, 4, token, colors.expert if heads else colors.policy, 7.5)
-    for number, name in ((4, "agreed"), (5, "replaced")):
-        panel.text(43 + 10.4 * number + 4.5, y - 4.2, name, 7)
-    panel.arrow((40, y - 4.2), (83.5, y - 4.2), style="-", linewidth=0)
-    panel.text(80, y - 7, "branch points", 7, style="italic")
+    panel.box(2, 76, 15, 11, "prompts", colors.plain, 9)
+    panel.text(28, 101, "on-policy rows: the policy alone", ha="left")
+    rows(panel, 28, 96, ((),) * 4)
+    panel.text(28, 75, "mixed rows: expert at branch points", ha="left")
+    rows(panel, 28, 70, ((3, 9, 15), (6,), (4, 11, 14), (8,)))
+    panel.arrow((17, 84), (27, 92))
+    panel.arrow((17, 79), (27, 67))
+    panel.path((40, 84), (40, 78))
+    panel.text(41.5, 81, "gamma of the next batch:\nquantile of the entropies", 7, ha="left")
+    panel.box(62, 87, 14, 11, "rewards", colors.plain, 9)
+    panel.box(62, 59.5, 14, 11, "rewards", colors.plain, 9)
+    panel.arrow((51.5, 92.5), (62, 92.5))
+    panel.arrow((51.5, 65), (62, 65))
+    panel.box(83, 87, 25, 11, "advantages\n(R - mean) / std", colors.policy)
+    panel.box(83, 59.5, 25, 11, "advantages\nalpha max(0, R - mean)", colors.expert)
+    panel.arrow((76, 92.5), (83, 92.5))
+    panel.arrow((76, 65), (83, 65))
+    panel.arrow((72, 87), (88, 70.5), "mean", at=(74.5, 78))
+    panel.path((104, 78), (104, 70.5))
+    panel.text(104, 80, "alpha: schedule, or measured gain", 7)
+    panel.box(114, 59.5, 24, 11, "correction rho\nat branch points", colors.both)
+    panel.arrow((108, 65), (114, 65))
+    panel.box(114, 87, 24, 11, "TRL's loss,\nupdate of the policy", colors.training)
+    panel.arrow((108, 92.5), (114, 92.5))
+    panel.arrow((132, 70.5), (132, 87))
+    panel.path((126, 98), (126, 106), (22, 106), (22, 90))
+    panel.text(74, 107.8, "new weights, for the next batch", 7)
 
 
-def step(panel: Panel) -> None:
-    """The whole loop, left to right, and what is fed back."""
-    colors = panel.colors
-    panel.box(2, 78, 16, 12, "prompts", colors.plain, 9)
-    panel.text(38, 98.3, "on-policy rows: the policy alone", 8)
-    rows(panel, 28, 94, colors.policy)
-    panel.text(38, 78.3, "mixed rows: expert at branch points", 8)
-    rows(panel, 28, 74, colors.policy, marks=True)
-    panel.arrow((18, 86), (26.5, 90))
-    panel.arrow((18, 82), (26.5, 70))
-    panel.box(60, 78, 16, 12, "rewards", colors.plain, 9)
-    panel.arrow((50, 90), (60, 86))
-    panel.arrow((50, 70), (60, 82))
-    panel.box(84, 85, 24, 12, "advantages on-policy\n(R - mean) / std", colors.policy, 7.5)
-    panel.box(84, 67, 24, 12, "advantages mixed\nalpha max(0, R - mean)", colors.expert, 7.5)
-    panel.arrow((76, 86), (84, 91))
-    panel.arrow((76, 82), (84, 73))
-    panel.box(114, 67, 24, 12, "correction rho\nat branch points", colors.both, 7.5)
-    panel.arrow((108, 73), (114, 73))
-    panel.box(114, 85, 24, 12, "TRL's loss,\nupdate of the policy", colors.training, 7.5)
-    panel.arrow((108, 91), (114, 91))
-    panel.arrow((126, 79), (126, 85))
+def token_by_token(panel: Panel) -> None:
+    """A mixed row: drafts, weights, coins and tokens."""
+    colors, first, wide = panel.colors, 44, 10.3
+    panel.frame(2, 2, 136, 49)
+    for x in (28, 50):
+        panel.ax.plot((x, 2 if x == 28 else 138), (58, 51), color=colors.frame, linewidth=1.1, linestyle=(0, (4, 3)))
+    panel.text(5, 46, "A mixed row, token by token", 9.5, ha="left", fontweight="bold")
+    names = {
+        38.5: "the policy drafts",
+        28.5: "entropy H gives the expert's\nweight w = min(1, H / gamma)",
+        19: "coin: the expert, with\nprobability w",
+        11.5: "the token that stands",
+    }
+    for y, name in names.items():
+        panel.text(5, y, name, ha="left")
+    for number, (draft, token, weight) in enumerate(zip(DRAFTS, TOKENS, WEIGHTS)):
+        x, heads = first + wide * number, HEADS.get(number)
+        panel.box(x, 36, 8.8, 5, draft, colors.policy)
+        panel.bar(x + 2.4, 24.5, 4, 8, "none", 0.6)
+        panel.bar(x + 2.4, 24.5, 4, 8 * weight, colors.both)
+        panel.text(x + 4.4, 19, "expert" if heads else "policy", 7, fontweight="bold" if heads else "normal")
+        panel.box(x, 9, 8.8, 5, token, colors.expert if heads else colors.policy)
+        if heads:
+            panel.text(x + 4.4, 6, heads, 7)
+    panel.text(first + wide * 6, 6, "branch points: r = p / s", 7, ha="left")
 
 
 def main(folder: Path) -> None:
     """Draw both files."""
     for name, colors in (("step.svg", LIGHT), ("step-dark.svg", DARK)):
-        figure = Figure(figsize=(11, 8.6))
+        figure = Figure(figsize=(9, 7))
         panel = Panel(figure.add_axes((0, 0, 1, 1)), colors, 140, 110)
-        step(panel)
-        token_by_token(panel, 14)
+        loop(panel)
+        token_by_token(panel)
         save(figure, folder / name, colors)
 
 
