@@ -345,7 +345,8 @@ def check_command(words: list[str]) -> None:
     elif command == "plot":
         plot.make_parser().parse_args(rest)
     elif command == "eval":
-        evaluate.make_parser().parse_args_and_config(rest)
+        parser = evaluate.make_parser()
+        parser.parse_args_and_config(parser.split_launch_args(rest)[1], fail_with_unknown_args=True)
     else:
         assert command == "health"
 
@@ -369,7 +370,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text()
-    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:href|src|srcset)="([^"]+)"', text):
         path, _, anchor = link.partition("#")
         if "://" not in link:
             target = page.parent / path if path else page

@@ -84,7 +84,7 @@ def token_by_token(panel: Panel) -> None:
 def main(folder: Path) -> None:
     """Draw both files."""
     for name, colors in (("step.svg", LIGHT), ("step-dark.svg", DARK)):
-        figure = Figure(figsize=(9, 7))
+        figure = Figure(figsize=(8.3, 6.5))
         panel = Panel(figure.add_axes((0, 0, 1, 1)), colors, 140, 110)
         loop(panel)
         token_by_token(panel)

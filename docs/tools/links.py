@@ -1,6 +1,6 @@
 """
 Hook of MkDocs. Pages link to files of the repository as on GitHub; of these, the ones outside docs/, and folders,
-become pages of the site under source/.
+become pages of the site under source/. A link that is called by a file's name is called by its title.
 """
 
 import os
@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
+LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s#]+)(?=[)#])")
 LANGUAGES = {".py": "python", ".slurm": "bash", ".sh": "bash", ".yaml": "yaml", ".toml": "toml", ".json": "json"}
 
 # The file or folder behind each page that is made here
@@ -47,11 +47,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
 
     def turned(match: re.Match) -> str:
-        target = _target(match[1], origin)
+        text, link = match.groups()
+        target = _target(link, origin)
         if target is None or not target.exists():
-            return match[1]
+            return match[0]
         to = target.relative_to(DOCS).as_posix() if _in_site(target, files) else _uri(target)
-        return os.path.relpath(to, Path(uri).parent).replace(os.sep, "/")
+        name = _title(target) if text.endswith(".md") else text
+        return f"[{name}]({os.path.relpath(to, Path(uri).parent).replace(os.sep, '/')}"
 
     return LINK.sub(turned, markdown)
 
@@ -64,7 +66,7 @@ def _target(link: str, origin: Path) -> Path | None:
 
 
 def _targets(text: str, origin: Path) -> list[Path]:
-    found = (_target(link, origin) for link in LINK.findall(text))
+    found = (_target(link, origin) for _, link in LINK.findall(text))
     return [target for target in found if target is not None]
 
 
@@ -73,6 +75,11 @@ def _in_site(target: Path, files: Files) -> bool:
         return False
     file = files.get_file_from_path(target.relative_to(DOCS).as_posix())
     return file is not None and file.inclusion.is_included()
+
+
+def _title(page: Path) -> str:
+    heading = re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return heading[1] if heading else page.name
 
 
 def _uri(target: Path) -> str:
