@@ -59,7 +59,7 @@ format: $(STAMP)  ## fix style and format
 	$(BIN)/ruff format .
 
 docs: $(STAMP)  ## build the documentation as a site in site/, and check its links
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/tools/check.py site
 
 reference: $(STAMP)  ## write the reference pages of configuration and command line from the code
