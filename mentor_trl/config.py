@@ -16,6 +16,7 @@ from .config_checks import (
     check_guided_prompts,
     check_sampling,
     check_trajectories,
+    fill_guided_prompts,
 )
 from .objective import (
     BRANCH_RULES,
@@ -128,11 +129,11 @@ class MentorGRPOConfig(GRPOConfig):
         0.95,
         "gamma is this quantile of the token entropies of the on-policy rollouts of a rollout batch.",
     )
-    entropy_threshold_from: str = option(
-        "previous",
+    entropy_threshold_from: str | None = option(
+        None,
         "Rollout batch whose on-policy rollouts give gamma: `'previous'` (the paper), the one before, so that all "
         "rollouts are sampled at once, and the first batch takes its own; `'current'`, the same one, whose mixed "
-        "rollouts are sampled after them.",
+        "rollouts are sampled after them. If not set, `'current'` with `guide_prompts='failing'`, else `'previous'`.",
         choices=THRESHOLD_SOURCES,
     )
     entropy_threshold_min: float = option(0.1, "Lower bound of gamma, in nats.")
@@ -277,11 +278,12 @@ class MentorGRPOConfig(GRPOConfig):
         "freed.",
     )
     success_reward: float = option(0.5, "Reward from which on a rollout counts as a success.")
-    guide_prompts: str = option(
-        "all",
-        "Prompts that get mixed rollouts: `'all'`, or `'failing'`, those whose on-policy rollouts of the same batch "
-        "succeed less often than `guide_below`; the others get on-policy rollouts instead. Reward functions then see "
-        "a batch in two parts. Needs `entropy_threshold_from='current'`, and whole groups on each process.",
+    guide_prompts: str | None = option(
+        None,
+        "Prompts that get mixed rollouts: `'all'` (the paper), or `'failing'`, those whose on-policy rollouts of the "
+        "same batch succeed less often than `guide_below`; the others get on-policy rollouts instead. Reward "
+        "functions then see a batch in two parts. Needs `entropy_threshold_from='current'`, and whole groups on each "
+        "process. If not set, `'failing'` where these hold and some rollouts are on-policy, else `'all'`.",
         choices=GUIDED_PROMPTS,
     )
     guide_below: float | None = option(
@@ -336,6 +338,7 @@ class MentorGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        fill_guided_prompts(self)
         self._check_choices()
         self._check_group()
         self._check_ranges()

@@ -63,6 +63,16 @@ def check_dynamic_sampling(args: Any) -> None:
     check_whole_groups(args, "`dynamic_sampling`")
 
 
+def fill_guided_prompts(args: Any) -> None:
+    """Choose what is not set: mixed rollouts for failing prompts, where these can be told in time."""
+    if args.guide_prompts is None:
+        on_policy = 0 < args.num_mixed_generations < args.num_generations
+        possible = on_policy and args.entropy_threshold_from != "previous" and not _odd_rows(args)
+        args.guide_prompts = "failing" if possible else "all"
+    if args.entropy_threshold_from is None:
+        args.entropy_threshold_from = "current" if args.guide_prompts == "failing" else "previous"
+
+
 def check_guided_prompts(args: Any) -> None:
     if args.guide_prompts == "all":
         return
@@ -75,13 +85,18 @@ def check_guided_prompts(args: Any) -> None:
 
 
 def check_whole_groups(args: Any, what: str) -> None:
-    rows = args.per_device_train_batch_size * args.steps_per_generation
-    if rows % args.num_generations:
+    if _odd_rows(args):
+        rows = args.per_device_train_batch_size * args.steps_per_generation
         raise ValueError(
             f"{what} needs whole groups on each process, which has {rows} rows of a rollout batch "
             f"(`per_device_train_batch_size` times `steps_per_generation`), no multiple of "
             f"`num_generations={args.num_generations}`. Set one of them so that it is."
         )
+
+
+def _odd_rows(args: Any) -> int:
+    """Rows of a process that are no whole group."""
+    return args.per_device_train_batch_size * args.steps_per_generation % args.num_generations
 
 
 def check_policy_sampling(args: Any, what: str, plain: str) -> None:

@@ -63,6 +63,7 @@ PAPER_REWARDS = {"Qwen2.5-7B": [0.9, 0.1], "Qwen2.5-3B": [0.9, 0.1], "Llama-3.1-
 
 # Keys of what the expert does in rollouts, which the baselines do without
 GUIDANCE = {
+    "guide_prompts",
     "alpha",
     "alpha_schedule",
     "correction",
@@ -125,7 +126,7 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
         ),
         "SmolLM2-135M-Instruct/mentor/config_adaptive.yaml": (
             "SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml",
-            {"alpha_schedule", "entropy_threshold_from", "expert_decay_steps", "guide_prompts"},
+            {"alpha_schedule", "expert_decay_steps"},
         ),
         "Qwen2.5-3B/mentor/config_1gpu_colocate.yaml": (
             paper.format("Qwen2.5-3B"),
@@ -138,7 +139,7 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
         "Qwen2.5-7B/mentor/config_8gpus_server.yaml": (paper.format("Qwen2.5-7B"), TO_SERVER | DEVICES),
         "SmolLM2-135M-Instruct/mentor/config_remote_expert.yaml": (
             "SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml",
-            REMOTE | {"expert_dtype"},
+            REMOTE - {"entropy_threshold_from"} | {"expert_dtype"},
         ),
         "Qwen2.5-3B/mentor/config_1gpu_remote_expert.yaml": (
             "Qwen2.5-3B/mentor/config_1gpu_colocate.yaml",
@@ -170,7 +171,10 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
         mentor, grpo = paper.format(model), f"{model}/grpo/config_paper.yaml"
         trajectories = set() if model == "Llama-3.1-8B" else {"dataset_name"}  # its prompts have them anyway
         differences |= {
-            f"{model}/mentor/config_ours.yaml": (mentor, {"correction_exponent", "entropy_threshold_min"}),
+            f"{model}/mentor/config_ours.yaml": (
+                mentor,
+                {"correction_exponent", "entropy_threshold_min", "guide_prompts"},
+            ),
             f"{model}/mentor/config_reference_code.yaml": (mentor, GROUP | {"entropy_threshold_min"}),
             grpo: (mentor, GUIDANCE | {"draft_length", "extend_stop_tokens", "reward_range"}),
             f"{model}/luffy/config_paper.yaml": (

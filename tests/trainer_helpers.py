@@ -63,7 +63,7 @@ def make_trainer(
     **settings,
 ):
     """A trainer of a tiny policy (seed 0), with a tiny expert (seed 1) unless told otherwise."""
-    own = {"entropy_threshold_from": "current"} if issubclass(config, MentorGRPOConfig) else {}
+    own = {"entropy_threshold_from": "current", "guide_prompts": "all"} if issubclass(config, MentorGRPOConfig) else {}
     args = config(str(folder), **{**SETTINGS, **own, **settings})
     kwargs = {"processing_class": processing_class or make_tiny_tokenizer(), **(trainer_kwargs or {})}
     mixed, distillation = getattr(args, "num_mixed_generations", 0), getattr(args, "distillation", "none")

@@ -1,5 +1,5 @@
 """
-A real model: SmolLM2-135M-Instruct and short sums, which it answers straight and mostly wrong.
+A real model: SmolLM2-135M-Instruct and short sums, which it answers wrong 99 times in 100.
 
 A prompt asks for `a + b - c` behind an example of a straight answer. The policy is the model as it is. The expert is
 tuned from it, in a few dozen steps, to write the sum out:
@@ -142,9 +142,12 @@ def find_model(name: str | None = None) -> str:
 
 
 def build_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a model. A turn of the chat ends a reply, and padding is another token than that."""
+    """
+    Load the tokenizer of a model. A turn of the chat ends a reply, and padding is another token than that. Prompts are
+    written as the template would, so it is left out.
+    """
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    tokenizer.eos_token, tokenizer.pad_token = END, PAD
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = END, PAD, None
     return tokenizer
 
 
