@@ -27,6 +27,7 @@ from .rollout.host import Host, longest_prompt
 from .rollout.progress import SamplingProgress
 from .training.batch import RolloutBatch, Scored, leave_out
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
+from .training.console import fit_console, fit_special_tokens
 from .training.forward import TokenPass, policy_entropies, policy_logps
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
@@ -132,6 +133,7 @@ class MentorGRPOTrainer(GRPOTrainer):
                 **components,
             )
         fit_trackers(self.callback_handler, args)
+        fit_console(self.callback_handler, args.log_format)
         self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
@@ -378,6 +380,7 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         check_one_batch(self.train_dataset, self.args.generation_batch_size, self.num_generations)
+        fit_special_tokens(self.accelerator.unwrap_model(self.model), self._tokenizer)
         return super().train(usable_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
 
     # Not `_save_checkpoint`, which pushes the folder to the Hub before it returns
