@@ -172,7 +172,7 @@ def evaluation_line(logs: dict[str, Any], step: int) -> str:
         and (value := value_of(column, plain)) is not None
     ]
     if runtime in logs:
-        facts.append(f"took {tqdm.format_interval(logs[runtime])}")
+        facts.append(tqdm.format_interval(logs[runtime]))
     return f"Evaluation{f' on {name}' if name else ''} at step {step}: {', '.join(facts)}"
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,20 @@ def evaluation_table(output_dir: str, step: int, logs: dict[str, float]) -> Iter
             table.replace(folder / f"completions_{safe}_{step:05d}.parquet")
         if kept is not None:
             kept.rename(table)
+
+
+@contextmanager
+def evaluation_log(trainer: Any, logs: dict[str, float]) -> Iterator[bool]:
+    """
+    The log of an evaluation, or the summary that ends training and follows one at the last step, which has no rows.
+    Gives whether this process writes a table.
+    """
+    wanted, rows = trainer.log_completions, len(trainer._logs["prompt"])
+    trainer.log_completions = wanted and rows > 0
+    writes = trainer.log_completions and trainer.accelerator.is_main_process
+    table = evaluation_table(trainer.args.output_dir, trainer.state.global_step, logs) if writes else nullcontext()
+    try:
+        with table:
+            yield writes
+    finally:
+        trainer.log_completions = wanted
