@@ -330,11 +330,6 @@ class MentorGRPOConfig(GRPOConfig):
         "`'full'`, all of them as a dict. `log.jsonl` in the output folder and trackers have all in any case.",
         choices=LOG_FORMATS,
     )
-    num_completions_to_print: int | None = option(
-        1,
-        "Number of rollouts that `log_completions` prints with each logged step, drawn at random from on-policy and "
-        "mixed ones in turn, with the expert's tokens marked. If `None`, all of the main process; `0` prints none.",
-    )
     log_rollout_records: int = option(
         0,
         "Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` of the "

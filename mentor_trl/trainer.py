@@ -37,7 +37,7 @@ from .training.resume import check_expert_kept, check_one_batch, usable_checkpoi
 from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.reward_parts import RewardParts
 from .training.rollout_log import RolloutRecord
-from .training.tables import evaluation_log, new_logs, replace_last
+from .training.tables import evaluation_log, new_logs, printed, replace_last
 from .training.trackers import fit_trackers
 
 
@@ -326,7 +326,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         with evaluation_log(self, logs) as writes:
             super().log(logs, start_time)
         if writes:
-            show(*evaluation_excerpts(self._logs, self.args.num_completions_to_print, self.state.global_step))
+            show(*evaluation_excerpts(self._logs, printed(self.args), self.state.global_step))
         self.logs_by_mode["eval"] = new_logs()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):

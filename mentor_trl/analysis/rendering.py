@@ -154,7 +154,7 @@ def excerpt(record: RolloutRecord) -> Excerpt:
     return Excerpt(facts, record.prompt, list(zip(pieces, kinds)))
 
 
-def evaluation_excerpts(logs: dict[str, Any], count: int | None, step: int) -> list[Excerpt]:
+def evaluation_excerpts(logs: dict[str, Any], count: int, step: int) -> list[Excerpt]:
     """Excerpts of rows, drawn at random, of the completions table of an evaluation."""
     found = []
     for row in draw_rows(["eval"] * len(logs["prompt"]), count, step):

@@ -24,7 +24,7 @@ from .batch import Credit, RolloutBatch, Scored
 from .metrics import PREFIX
 from .processes import Processes
 from .rollout_log import RolloutRecord, collect_records, draw_rows, save_records
-from .tables import BY_NAME, SINGLE
+from .tables import BY_NAME, SINGLE, printed
 
 
 SEED = 2503  # keeps the order of prompts apart from other uses of the run's seed
@@ -68,11 +68,12 @@ class Filled:
         save_records(args.output_dir, self._records(rows, step, tokenizer))
 
     def examples(self, args: MentorGRPOConfig, step: int, tokenizer: PreTrainedTokenizerBase) -> list[RolloutRecord]:
-        """Records of `num_completions_to_print` rows, for a reader of what `log_completions` prints."""
-        if not args.log_completions:
+        """Records of the rows that `log_completions` prints."""
+        count = printed(args)
+        if not count:
             return []
         sources = [self.rounds[index].batch.source_names()[row] for index, row in self.rows]
-        return self._records(draw_rows(sources, args.num_completions_to_print, step), step, tokenizer, unrecorded=True)
+        return self._records(draw_rows(sources, count, step), step, tokenizer, unrecorded=True)
 
     def _records(self, wanted: Iterable[int], step: int, tokenizer, unrecorded: bool = False) -> list[RolloutRecord]:
         found = []

@@ -112,9 +112,9 @@ def collect_records(
     return sorted(records, key=lambda record: record.row)
 
 
-def draw_rows(sources: Sequence[str], count: int | None, seed: int) -> list[int]:
+def draw_rows(sources: Sequence[str], count: int, seed: int) -> list[int]:
     """
-    Draw rows at random (`None`: all), of each source in turn.
+    Draw rows at random, of each source in turn.
 
     >>> [["mixed", "mixed", "on_policy"][row] for row in draw_rows(["mixed", "mixed", "on_policy"], 3, seed=0)]
     ['on_policy', 'mixed', 'mixed']

@@ -155,7 +155,7 @@ class StepLines:
         if not self.explained:
             self.explained = True
             meanings = [f"{column.name} ({column.meaning})" for column in self.columns if column.meaning]
-            lines = [*textwrap.wrap(f"Columns: {', '.join(meanings)}", width), *lines]
+            lines = [*textwrap.wrap(f"Columns: {', '.join(meanings)}", width, break_on_hyphens=False), *lines]
         return lines
 
 

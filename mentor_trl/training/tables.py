@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from trl import GRPOConfig
+
 
 SINGLE, BY_NAME = ("images", "prompt", "completion", "advantages"), ("rewards", "extra")
 
@@ -21,6 +23,12 @@ def replace_last(values: deque, new: list[Any]) -> None:
     for _ in range(min(len(new), len(values))):
         values.pop()
     values.extend(new)
+
+
+def printed(args: GRPOConfig) -> int:
+    """Number of rollouts that `log_completions` prints at a time, one unless told otherwise."""
+    count = 1 if args.num_completions_to_print is None else args.num_completions_to_print
+    return count if args.log_completions else 0
 
 
 @contextmanager
