@@ -132,7 +132,9 @@ class Excerpt:
         for name, lines in parts.items():
             for position, line in enumerate(lines):
                 label = Text(("" if position else name).rjust(INDENT) + " ", style="" if plain else "bold", end="")
-                yield Text.assemble(label, line)
+                whole = Text.assemble(label, line)
+                whole.rstrip()
+                yield whole
 
 
 def excerpt(record: RolloutRecord) -> Excerpt:
@@ -220,8 +222,6 @@ def _shown(token: str, token_id: int, kind: str | None) -> str:
 def _wrapped(text: Text, console: Console, width: int, ends: tuple[int, int] | None = None) -> list[Text]:
     """Lines of a text; of a long one so many of its first and last (`ends`)."""
     lines = list(text.wrap(console, width, overflow="fold"))
-    for line in lines:
-        line.rstrip()
     if ends is None or len(lines) <= sum(ends) + 1:
         return lines
     left_out = Text(f"... {len(lines) - sum(ends)} more lines ...", style="italic")

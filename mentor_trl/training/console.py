@@ -27,12 +27,12 @@ def make_console() -> Console:
     return console
 
 
-def show(*renderables: Any, console: Console | None = None) -> None:
+def show(*renderables: Any, console: Console | None = None, soft_wrap: bool = False) -> None:
     """Print above the bars, if there are any."""
     console = console or make_console()
     with tqdm.external_write_mode(file=sys.stdout):
         for renderable in renderables:
-            console.print(renderable)
+            console.print(renderable, soft_wrap=soft_wrap)
 
 
 class _Lines:
@@ -46,15 +46,18 @@ class _Lines:
         self.lines.begin(state.global_step, state.log_history)
         if state.is_world_process_zero:
             start = f"from step {state.global_step} " if state.global_step else ""
-            show(Text(f"Training {start}to step {state.max_steps}. All metrics: {Path(args.output_dir, LOG_FILE)}"))
+            file = Path(args.output_dir, LOG_FILE)
+            show(f"Training {start}to step {state.max_steps}. All metrics: {file}", soft_wrap=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
         console = make_console()
         header, text = self._texts(logs, state, console.width)
-        names = [Text(line, style="bold" if line == header[-1] else "") for line in header]
-        show(*names, Text(text, overflow="fold"), console=console)
+        parts = [*header, text]
+        if header:
+            parts[-2] = Text(header[-1], style="bold")
+        show(*parts, console=console, soft_wrap=self.full)
 
     def _texts(self, logs: dict[str, Any], state, width: int) -> tuple[list[str], str]:
         step = state.global_step

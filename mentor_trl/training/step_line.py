@@ -28,6 +28,11 @@ def _count(value: float) -> str:
     return tqdm.format_sizeof(value)
 
 
+def _left(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 24 * 3600)
+    return f"{days}d {rest // 3600:02}h" if days else tqdm.format_interval(seconds)
+
+
 class Column(NamedTuple):
     """A column; of several metrics the first that was logged is its value."""
 
@@ -58,7 +63,7 @@ COLUMNS = (
     Column("grad norm", EXTRA + 1, 9, _decimals, ("grad_norm",), ""),
     Column("lr", EXTRA + 2, 7, "{:.1e}".format, ("learning_rate",), ""),
     Column("tok/s", 9, 5, _count, ("tokens_per_second",), "prompts and completions"),
-    Column("left", 3, 8, tqdm.format_interval, ("seconds_left",), ""),
+    Column("left", 3, 7, _left, ("seconds_left",), ""),
 )
 # What only a step that sampled rollouts logs
 SAMPLED = "reward"
@@ -114,6 +119,8 @@ class StepLines:
         """Lines of the header, if it is due, and the line of a step."""
         logs = logs | self._speed(logs, step, max_steps)
         values = {column.name: value_of(column, logs) for column in COLUMNS}
+        if values["mixed"] is None and not values["alpha"]:
+            values["alpha"] = None  # guidance is over
         shown = {name for name, value in values.items() if value is not None}
         step_width = max(4, 2 * len(str(max_steps)) + 1)
         header = []
