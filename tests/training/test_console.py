@@ -147,7 +147,7 @@ def test_a_log_file_has_a_line_a_step(quiet, tmp_path, capsys, monkeypatch):
     # One rollout for each batch that is sampled, and for the evaluation
     rollouts = re.findall(r"^ +rollout (\S+ \d|\S+ at step \d), ", text, re.M)
     assert rollouts == ["step 1", "step 3", "evaluation at step 4"]
-    assert "advantage" in text and ("the expert ‹" in text) == (", mixed, " in text)
+    assert "│" not in text and "advantage" in text and ("the expert ‹" in text) == (", mixed, " in text)
 
 
 def test_the_full_format_and_a_users_own_callback(tmp_path, capsys):
