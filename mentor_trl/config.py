@@ -31,6 +31,7 @@ from .objective import (
 CORRECTION_LEVELS = ("conditional", "mixture")
 THRESHOLD_SOURCES = ("previous", "current")
 GUIDED_PROMPTS = ("all", "failing")
+LOG_FORMATS = ("line", "full")
 WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
 
 
@@ -330,6 +331,12 @@ class MentorGRPOConfig(GRPOConfig):
     correction_constant: float = option(0.1, "Constant of `'saturate'`.")
 
     # Parameters that control the logging
+    log_format: str = option(
+        "line",
+        "What is printed of each logged step: `'line'`, one line of the most important metrics that fit the terminal; "
+        "`'full'`, all of them as a dict. `log.jsonl` in the output folder and trackers have all in any case.",
+        choices=LOG_FORMATS,
+    )
     log_rollout_records: int = option(
         0,
         "Number of rows of each rollout batch, of the main process, whose tokens are saved in `rollouts/` of the "
@@ -363,6 +370,7 @@ class MentorGRPOConfig(GRPOConfig):
             ("distillation_loss", DISTILLATION_LOSSES),
             ("expert_dtype", ("auto", "bfloat16", "float16", "float32")),
             ("vllm_weight_sync", WEIGHT_SYNCS),
+            ("log_format", LOG_FORMATS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 
 from .algorithms import Algorithm, Context, Rollouts, algorithm_of
+from .analysis.rendering import evaluation_excerpts, excerpt
 from .config import MentorGRPOConfig
 from .errors import EngineError
 from .publishing.card import complete_card
@@ -27,6 +27,7 @@ from .rollout.host import Host, longest_prompt
 from .rollout.progress import SamplingProgress
 from .training.batch import RolloutBatch, Scored, leave_out
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
+from .training.console import fit_console, fit_special_tokens, show
 from .training.forward import TokenPass, policy_entropies, policy_logps
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
@@ -35,7 +36,8 @@ from .training.resampling import Filled, Resampling, Round, aside
 from .training.resume import check_expert_kept, check_one_batch, usable_checkpoint, warn_of_missing
 from .training.reward_functions import checked_rewards, warn_of_undefined
 from .training.reward_parts import RewardParts
-from .training.tables import evaluation_table, new_logs, replace_last
+from .training.rollout_log import RolloutRecord
+from .training.tables import evaluation_log, new_logs, printed, replace_last
 from .training.trackers import fit_trackers
 
 
@@ -132,6 +134,9 @@ class MentorGRPOTrainer(GRPOTrainer):
                 **components,
             )
         fit_trackers(self.callback_handler, args)
+        fit_console(self.callback_handler, args.log_format)
+        self.num_completions_to_print = 0  # TRL's table, which is unreadable at 80 columns
+        self.examples: list[RolloutRecord] = []  # rollouts to print with the next line of the log
         self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
@@ -307,21 +312,21 @@ class MentorGRPOTrainer(GRPOTrainer):
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         metrics = batch_metrics(first.batch, first.scored, credit.advantages_N, names, ends, self.processes)
         self._log_metrics(metrics | filled.metrics)
-        if self.args.log_rollout_records and self.accelerator.is_main_process:
-            filled.save_records(self.args, self.state.global_step + 1, self._tokenizer)
+        if self.accelerator.is_main_process:
+            given = self.args, self.state.global_step + 1, self._tokenizer
+            filled.save_records(*given)
+            self.examples = filled.examples(*given)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._logs = self.logs_by_mode[self._mode]
         if self._mode == "train":
-            return super().log(logs, start_time)
-        # The summary that ends training comes in this mode as well, after an evaluation at the last step
-        wanted, self.log_completions = self.log_completions, self.log_completions and len(self._logs["prompt"]) > 0
-        writes = self.log_completions and self.accelerator.is_main_process
-        try:
-            with evaluation_table(self.args.output_dir, self.state.global_step, logs) if writes else nullcontext():
-                super().log(logs, start_time)
-        finally:
-            self.log_completions = wanted
+            super().log(logs, start_time)
+            examples, self.examples = self.examples, []
+            return show(*map(excerpt, examples))
+        with evaluation_log(self, logs) as writes:
+            super().log(logs, start_time)
+        if writes:
+            show(*evaluation_excerpts(self._logs, printed(self.args), self.state.global_step))
         self.logs_by_mode["eval"] = new_logs()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, results=None):
@@ -378,6 +383,7 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         check_one_batch(self.train_dataset, self.args.generation_batch_size, self.num_generations)
+        fit_special_tokens(self.accelerator.unwrap_model(self.model), self._tokenizer)
         return super().train(usable_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
 
     # Not `_save_checkpoint`, which pushes the folder to the Hub before it returns

@@ -13,8 +13,8 @@ python examples/quickstart/run.py --arms grpo mentor mentor_paper --seeds 1   # 
 """
 
 import argparse
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -115,11 +115,13 @@ class TrainingRun:
         return code == 0
 
     def read_progress(self) -> tuple[int, str]:
-        """The number of steps done, and a note on the latest rewards, from what the trainer prints."""
-        text = self.log.read_text()
-        rewards = [float(value) for value in re.findall(r"'mentor/on_policy/reward': '([\d.e-]+)'", text)][-10:]
+        """The number of steps done, and a note on the latest rewards, from the trainer's log."""
+        file, name = self.folder / "log.jsonl", "mentor/on_policy/reward"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        rewards = [entry[name] for entry in entries if entry.get(name) is not None][-10:]
         note = f"on-policy reward {sum(rewards) / len(rewards):.2f}" if rewards else "starting"
-        return text.count("'grad_norm': "), note
+        return sum("grad_norm" in entry for entry in entries), note
 
 
 def run_folder(arm: str, seed: int) -> Path:

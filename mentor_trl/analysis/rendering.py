@@ -4,16 +4,19 @@ import html
 import math
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from string import Template
+from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..training.rollout_log import RolloutRecord
+from ..rewards.answers import completion_text
+from ..training.rollout_log import RolloutRecord, draw_rows, message_text
 
 
 AGREED, REPLACED, CHOSEN = "agreed", "replaced", "chosen"
@@ -26,6 +29,9 @@ LEGEND = {
     REPLACED: "branch point: the expert replaced the draft",
     CHOSEN: "branch point: the expert chose, and there was no draft",
 }
+SHORT_LEGEND = {AGREED: "agreed", REPLACED: "replaced the draft", CHOSEN: "chose"}
+
+INDENT = 12  # of an excerpt, for the names of its parts
 
 
 def mark(record: RolloutRecord, position: int) -> str | None:
@@ -55,7 +61,7 @@ def visible(text: str) -> str:
 
 def summary(record: RolloutRecord) -> list[str]:
     """Lines that say what a rollout is: where it comes from, what it got, and how often the expert spoke."""
-    facts = [f"step {record.step}", f"row {record.row}", f"source {record.source}", f"reward {_reward(record)}"]
+    facts = [f"step {record.step}", f"row {record.row}", f"source {record.source}", f"reward {_reward(record.reward)}"]
     facts.append(f"advantage {record.advantage:+.3f}")
     if record.gamma is not None:
         facts += [f"gamma {record.gamma:.3f} nats", f"alpha {record.alpha:.3f}"]
@@ -75,7 +81,7 @@ def to_list(records: Sequence[RolloutRecord]) -> Table:
         table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
     table.add_column("completion", min_width=12)  # gives way where there is no room
     for record in records:
-        facts = [str(record.row), record.source, _reward(record), f"{record.advantage:+.3f}"]
+        facts = [str(record.row), record.source, _reward(record.reward), f"{record.advantage:+.3f}"]
         replaced = "" if None in record.replaced else str(sum(record.replaced))
         counts = [str(len(record.tokens)), str(sum(record.branch)), replaced]
         start = visible("".join(record.tokens)[:200].replace("\n", " "))
@@ -96,6 +102,69 @@ def print_rollout(record: RolloutRecord, console: Console) -> None:
     prompt = [heading("Prompt"), Text(visible(record.prompt))]
     parts = [header if plain else Panel(header), *prompt, heading("Completion"), completion, legend]
     console.print(Group(*parts), soft_wrap=plain)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """
+    A rollout in few lines that fit any width, for Rich to print: its facts, the end of the prompt, and the completion
+    with the tokens of the expert marked; the middle of a long one is left out.
+    """
+
+    facts: Sequence[str]
+    prompt: str
+    pieces: Sequence[tuple[str, str | None]]  # of the completion, with what the expert did there
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        plain, width = console.color_system is None, max(20, options.max_width - INDENT - 1)
+        completion, legend = Text(), Text()
+        for text, kind in self.pieces:
+            completion.append_text(_marked(text, kind, plain))
+        for kind in SHORT_LEGEND:
+            if any(kind == other for _, other in self.pieces):
+                legend.append("  " if legend else "").append_text(_marked(SHORT_LEGEND[kind], kind, plain))
+        parts = {
+            "rollout": _wrapped(Text(", ".join(self.facts)), console, width),
+            "the expert": _wrapped(legend, console, width) if legend else [],
+            "prompt": _wrapped(Text(visible(self.prompt.strip())), console, width, (1, 3)),
+            "completion": _wrapped(completion, console, width, (16, 8)),
+        }
+        for name, lines in parts.items():
+            for position, line in enumerate(lines):
+                label = Text(("" if position else name).rjust(INDENT) + " ", style="" if plain else "bold", end="")
+                whole = Text.assemble(label, line)
+                whole.rstrip()
+                yield whole
+
+
+def excerpt(record: RolloutRecord) -> Excerpt:
+    """An excerpt of a rollout."""
+    tokens, kinds = len(record.tokens), [mark(record, position) for position in range(len(record.tokens))]
+    facts = [
+        f"step {record.step}",
+        record.source,
+        f"reward {_reward(record.reward)}",
+        f"advantage {record.advantage:+.3f}",
+    ]
+    facts.append(f"{tokens} tokens")
+    spoken = len(kinds) - kinds.count(None)
+    if spoken:
+        facts.append(f"{spoken} by the expert{_share(spoken, tokens)}")
+    if REPLACED in kinds:
+        facts.append(f"{kinds.count(REPLACED)} replaced{_share(kinds.count(REPLACED), tokens)}")
+    pieces = map(_shown, record.tokens, record.token_ids, kinds)
+    return Excerpt(facts, record.prompt, list(zip(pieces, kinds)))
+
+
+def evaluation_excerpts(logs: dict[str, Any], count: int, step: int) -> list[Excerpt]:
+    """Excerpts of rows, drawn at random, of the completions table of an evaluation."""
+    found = []
+    for row in draw_rows(["eval"] * len(logs["prompt"]), count, step):
+        rewards = {name: values[row] for name, values in logs["rewards"].items()}
+        facts = [f"evaluation at step {step}", *(f"{name} {_reward(value)}" for name, value in rewards.items())]
+        completion = visible(completion_text(logs["completion"][row]))
+        found.append(Excerpt(facts, message_text(logs["prompt"][row]), [(completion, None)]))
+    return found
 
 
 def to_html(records: Sequence[RolloutRecord], title: str = "Rollouts") -> str:
@@ -150,6 +219,15 @@ def _shown(token: str, token_id: int, kind: str | None) -> str:
     return text.replace("\n", "↵\n").replace("\t", "⇥\t") if not text.strip() else text
 
 
+def _wrapped(text: Text, console: Console, width: int, ends: tuple[int, int] | None = None) -> list[Text]:
+    """Lines of a text; of a long one so many of its first and last (`ends`)."""
+    lines = list(text.wrap(console, width, overflow="fold"))
+    if ends is None or len(lines) <= sum(ends) + 1:
+        return lines
+    left_out = Text(f"... {len(lines) - sum(ends)} more lines ...", style="italic")
+    return [*lines[: ends[0]], left_out, *lines[-ends[1] :]]
+
+
 def _marked(text: str, kind: str | None, plain: bool) -> Text:
     if kind is None:
         return Text(text)
@@ -169,8 +247,8 @@ def _visible_character(character: str) -> str:
     return "␡" if character == "\x7f" else f"\\u{ord(character):04x}"
 
 
-def _reward(record: RolloutRecord) -> str:
-    return "undefined" if record.reward is None else f"{record.reward:.3g}"
+def _reward(value: float | None) -> str:
+    return "undefined" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def _share(count: int, total: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import SetupError
+from ..training.console import LOG_FILE
 
 
 STATE = "trainer_state.json"
@@ -143,7 +144,7 @@ def make_curve(series: Sequence[pd.Series], smooth: int = 1) -> Curve:
 
 def _run_folder(path: Path) -> Path:
     """The folder that names a run, from one of the paths that lead to it."""
-    folder = path.resolve().parent if path.name == STATE else path
+    folder = path.resolve().parent if path.name in (STATE, LOG_FILE) else path
     return folder.resolve().parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
 
 
@@ -160,18 +161,24 @@ def _state_files(path: Path) -> list[Path]:
         raise SetupError(f"Run {path} does not exist (working directory: {Path.cwd()}).")
     if path.is_file():
         return [path]
-    files = [file for file in (path / STATE, *path.glob(f"checkpoint-*/{STATE}")) if file.is_file()]
+    places = (path / LOG_FILE, path / STATE, *path.glob(f"checkpoint-*/{STATE}"))
+    files = [file for file in places if file.is_file()]
     if not files:
         raise SetupError(
-            f"Run {path} holds no {STATE}, neither itself nor in a checkpoint-N folder. TRL writes it with every "
-            "checkpoint: set `save_strategy` and `save_steps`, or wait for the first one."
+            f"Run {path} holds no {LOG_FILE}, which training writes as it goes, and no {STATE}, neither itself nor in "
+            "a checkpoint-N folder."
         )
     return files
 
 
 def _read_state(file: Path) -> dict[str, Any]:
+    text = file.read_text(encoding="utf-8")
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == LOG_FILE:
+            # The last line may be under way
+            entries = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            return {"global_step": max((entry["step"] for entry in entries), default=0), "log_history": entries}
+        state = json.loads(text)
     except ValueError as error:
         raise SetupError(f"{file} is not valid JSON: {error}. Was its training ended while it was written?") from error
     if not isinstance(state, dict):

@@ -208,6 +208,8 @@ def main(
         raise UsageError("No model is given; set `model_name_or_path` to a Hub id or a folder")
     check_options(script_args, training_args)
     check_output_dir(training_args.output_dir)
+    if training_args.disable_tqdm or not sys.stderr.isatty():
+        _hide_bars()
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     names = script_args.reward_funcs or []
     reward_funcs = resolve_reward_funcs(names)
@@ -236,6 +238,15 @@ def main(
     trainer.accelerator.print("Training completed.")
     _publish(trainer, script_args.dataset_name)
     trainer.accelerator.end_training()
+
+
+def _hide_bars() -> None:
+    """Those of the libraries, of data and weights that are read and written: in a log file they are noise."""
+    from datasets.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()
 
 
 def _warn_of_ungradable(dataset: "Dataset | IterableDataset") -> None:

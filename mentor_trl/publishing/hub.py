@@ -13,13 +13,14 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, L
 
 from ..config import MentorGRPOConfig
 from ..errors import SetupError
+from ..training.console import LOG_FILE
 from .recipe import FILE
 
 
 # `ConnectionError` is what the offline mode raises
 HUB_ERRORS = (httpx.HTTPError, ConnectionError, LocalTokenNotFoundError, HFValidationError, LocalEntryNotFoundError)
-# Rollout records, TRL's tables of completions, and the recipe that names folders of this machine
-TRACES = ("rollouts/*", "completions/*", FILE)
+# Rollout records, TRL's tables of completions, the log, and the recipe that names folders of this machine
+TRACES = ("rollouts/*", "completions/*", LOG_FILE, FILE)
 
 
 def withheld(args: MentorGRPOConfig, folder: str | Path) -> list[str]:

@@ -7,7 +7,7 @@ the same collective calls. A group stays on its process.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,8 +23,8 @@ from ..objective import baseline_rows
 from .batch import Credit, RolloutBatch, Scored
 from .metrics import PREFIX
 from .processes import Processes
-from .rollout_log import collect_records, save_records
-from .tables import BY_NAME, SINGLE
+from .rollout_log import RolloutRecord, collect_records, draw_rows, save_records
+from .tables import BY_NAME, SINGLE, printed
 
 
 SEED = 2503  # keeps the order of prompts apart from other uses of the run's seed
@@ -64,11 +64,20 @@ class Filled:
 
     def save_records(self, args: MentorGRPOConfig, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Save the records of the first `log_rollout_records` rows."""
+        rows = range(min(args.log_rollout_records, len(self.rows)))
+        save_records(args.output_dir, self._records(rows, step, tokenizer))
+
+    def examples(self, args: MentorGRPOConfig, step: int, tokenizer: PreTrainedTokenizerBase) -> list[RolloutRecord]:
+        """Records of the rows that `log_completions` prints."""
+        count = printed(args)
+        if not count:
+            return []
+        sources = [self.rounds[index].batch.source_names()[row] for index, row in self.rows]
+        return self._records(draw_rows(sources, count, step), step, tokenizer, unrecorded=True)
+
+    def _records(self, wanted: Iterable[int], step: int, tokenizer, unrecorded: bool = False) -> list[RolloutRecord]:
         found = []
         for index, part in enumerate(self.rounds):
-            places = {
-                row: place for place, (of, row) in enumerate(self.rows[: args.log_rollout_records]) if of == index
-            }
             found += collect_records(
                 part.batch,
                 step=step,
@@ -77,9 +86,10 @@ class Filled:
                 advantages=part.credit.advantages_N[part.scored.local].tolist(),
                 weights_B_T=part.credit.weights_B_T,
                 tokenizer=tokenizer,
-                places=places,
+                places={self.rows[place][1]: place for place in wanted if self.rows[place][0] == index},
+                unrecorded=unrecorded,
             )
-        save_records(args.output_dir, sorted(found, key=lambda record: record.row))
+        return sorted(found, key=lambda record: record.row)
 
 
 class Resampling:

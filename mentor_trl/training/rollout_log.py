@@ -1,7 +1,9 @@
 """Rollouts token by token, on disk: what `mentor-trl plot rollout` shows. One parquet file a training step."""
 
 import dataclasses
+import itertools
 import math
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,42 +70,60 @@ def collect_records(
     weights_B_T: torch.Tensor | None,
     tokenizer: PreTrainedTokenizerBase,
     places: dict[int, int] | None = None,
+    unrecorded: bool = False,
 ) -> list[RolloutRecord]:
     """
     Put together the records of a process's rows, as far as an engine recorded them. `places` has the rows that are
-    wanted, if not all, with the place of each in the rollout batch.
+    wanted, if not all, with the place of each in the rollout batch. Rows of which nothing was recorded are left out,
+    or have their tokens alone (`unrecorded`).
     """
+    found = {row: (part, position) for part in batch.parts for position, row in enumerate(part.rows)}
     records = []
-    for source, indices, rollout in batch.parts:
-        for position, row in enumerate(indices):
-            if places is not None and row not in places:
-                continue
-            ids = list(rollout.completion_ids[position])
-            known = {name: values[position, : len(ids)].tolist() for name, values in rollout.records.items()}
-            unknown = [None] * len(ids)
-            values = {
-                name: [_finite(value) for value in known[name]] if name in known else unknown
-                for name in ("entropies", "weights", "logps", "expert_logps")
-            }
-            marks = {name: known.get(name, unknown) for name in ("branch", "replaced")}
-            records.append(
-                RolloutRecord(
-                    step=step,
-                    row=row if places is None else places[row],
-                    source=source,
-                    prompt=_prompt_text(prompts[row]),
-                    reward=_finite(rewards[row]),
-                    advantage=float(advantages[row]),
-                    gamma=None if source == batch.sources[0] else batch.gamma,
-                    alpha=batch.alpha,
-                    token_ids=ids,
-                    tokens=token_texts(ids, tokenizer),
-                    rho=[1.0] * len(ids) if weights_B_T is None else weights_B_T[row, : len(ids)].tolist(),
-                    **values,
-                    **marks,
-                )
+    for row, source in enumerate(batch.source_names()):
+        if places is not None and row not in places or row not in found and not unrecorded:
+            continue
+        part, position = found.get(row, (None, 0))
+        ids = list(part.rollout.completion_ids[position] if part else batch.completion_ids[row])
+        recorded = part.rollout.records if part else {}
+        known = {name: values[position, : len(ids)].tolist() for name, values in recorded.items()}
+        unknown = [None] * len(ids)
+        values = {
+            name: [_finite(value) for value in known[name]] if name in known else unknown
+            for name in ("entropies", "weights", "logps", "expert_logps")
+        }
+        marks = {name: known.get(name, unknown) for name in ("branch", "replaced")}
+        records.append(
+            RolloutRecord(
+                step=step,
+                row=row if places is None else places[row],
+                source=source,
+                prompt=message_text(prompts[row]),
+                reward=_finite(rewards[row]),
+                advantage=float(advantages[row]),
+                gamma=None if source == batch.sources[0] else batch.gamma,
+                alpha=batch.alpha,
+                token_ids=ids,
+                tokens=token_texts(ids, tokenizer),
+                rho=[1.0] * len(ids) if weights_B_T is None else weights_B_T[row, : len(ids)].tolist(),
+                **values,
+                **marks,
             )
+        )
     return sorted(records, key=lambda record: record.row)
+
+
+def draw_rows(sources: Sequence[str], count: int, seed: int) -> list[int]:
+    """
+    Draw rows at random, of each source in turn.
+
+    >>> [["mixed", "mixed", "on_policy"][row] for row in draw_rows(["mixed", "mixed", "on_policy"], 3, seed=0)]
+    ['on_policy', 'mixed', 'mixed']
+    """
+    draw, names = random.Random(seed), sorted(set(sources))
+    rows = draw.sample(range(len(sources)), len(sources))
+    by_source = [[row for row in rows if sources[row] == name] for name in draw.sample(names, len(names))]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_source))
+    return [row for row in turns if row is not None][:count]
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -200,7 +220,8 @@ def _ranges(steps: list[int], most: int = 12) -> str:
     return f"{', '.join(map(str, steps[: most - 2]))}, ... {steps[-1]} ({len(steps)} in all)"
 
 
-def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+def message_text(prompt: str | list[dict[str, Any]]) -> str:
+    """Text of a prompt; messages are put together with their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"[{message['role']}] {message['content']}" for message in prompt)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import make_letter_tokenizer
-from mentor_trl.analysis.rendering import mark, print_rollout, to_html, visible
+from mentor_trl.analysis.rendering import excerpt, mark, print_rollout, to_html, visible
 from mentor_trl.errors import SetupError
 from mentor_trl.rollout import MixedRollout
 from mentor_trl.training.batch import Part, RolloutBatch
@@ -19,6 +19,7 @@ from mentor_trl.training.rollout_log import (
     RolloutRecord,
     choose_rows,
     collect_records,
+    draw_rows,
     read_records,
     save_records,
     token_texts,
@@ -192,3 +193,44 @@ def test_terminal_with_colour_has_styles():
 def test_control_characters_are_shown():
     assert visible("\x1b[2J\x7f\u202e\ud800\n\ta") == "␛[2J␡\\u202e\\ud800\n\ta"
     assert "\x1b" not in print_to_text(make_record(["\x1b[31m"], branch=[0]))
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_an_excerpt_fits_any_width(width):
+    words = [f" w{i}" for i in range(400)]
+    record = make_record([*words, "\x1b[31m", "\n"], branch=[1, 2, 399], replaced=[2])
+    record = replace(record, prompt="start " * 200 + "end")
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(excerpt(record))
+    lines = stream.getvalue().splitlines()
+    assert all(len(line) <= width and line == line.rstrip() for line in lines) and len(lines) < 40
+    text = " ".join(" ".join(lines).split())
+    assert "rollout step 3, mixed, reward 1, advantage +0.500, 402 tokens, 3 by the expert (0.7%), 1 replaced" in text
+    assert "the expert ‹agreed› «replaced the draft»" in text and "completion w0 ‹w1› «w2» w3" in text
+    assert "‹w399›" in text and "\x1b" not in text and text.count(" more lines ...") == (1 if width == 160 else 2)
+    assert re.search(r"prompt start .* start end( |$)", text)
+
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=True, color_system="256").print(excerpt(record))
+    assert "‹" not in stream.getvalue() and "\x1b[1;4;" in stream.getvalue()
+
+
+def test_an_excerpt_of_a_row_without_records():
+    batch = RolloutBatch(("on_policy",), torch.tensor([0, 0]), completion_ids=[[1, 2], [3]])
+    given = {"step": 1, "prompts": ["x", "y"], "rewards": [1.0, math.nan], "advantages": [0.5, 0.0]}
+    given |= {"weights_B_T": None, "tokenizer": make_letter_tokenizer(".abc")}
+    assert collect_records(batch, **given) == []
+    records = collect_records(batch, **given, unrecorded=True)
+    assert [excerpt(record).facts[1:] for record in records] == [
+        ["on_policy", "reward 1", "advantage +0.500", "2 tokens"],
+        ["on_policy", "reward undefined", "advantage +0.000", "1 tokens"],
+    ]
+    assert excerpt(records[0]).pieces == [("a", None), (" b", None)]
+
+
+def test_rows_are_drawn_of_each_source_in_turn():
+    sources = ["on_policy"] * 6 + ["mixed"] * 2
+    drawn = [draw_rows(sources, 3, seed) for seed in range(200)]
+    assert all(len(set(rows)) == 3 and len({sources[row] for row in rows[:2]}) == 2 for rows in drawn)
+    assert {rows[0] for rows in drawn} == set(range(8)) and drawn[0] == draw_rows(sources, 3, 0)
+    assert len(draw_rows(sources, 99, 0)) == 8 and draw_rows(sources, 0, 0) == draw_rows([], 1, 0) == []

@@ -26,6 +26,14 @@ def test_the_furthest_state_is_read(tmp_path):
         assert read.label == "run" and read.series("a").to_dict() == {10: 10.0}
 
 
+def test_the_log_of_a_run_that_goes_on_is_read(tmp_path):
+    run = write_state(tmp_path / "run", [{"step": 1, "a": 1.0}], step=1)
+    (run / "log.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a')
+    for path in (run, run / "log.jsonl"):
+        (read,) = read_runs([path])
+        assert read.label == "run" and read.series("a").to_dict() == {1: 1.0, 2: 2.0}
+
+
 def test_values_that_are_none_or_not_finite_are_no_points(tmp_path):
     history = [{"step": 1, "a": None}, {"step": 2, "a": math.nan}, {"step": 3, "a": 2}, {"step": 4, "b": 1.0}]
     (run,) = read_runs([write_state(tmp_path / "run", history)])
@@ -43,7 +51,7 @@ def test_a_missing_metric_names_the_run_and_what_is_there(tmp_path):
     ("make", "message"),
     [
         (lambda folder: None, "does not exist"),
-        (lambda folder: folder.mkdir(), "save_strategy"),
+        (lambda folder: folder.mkdir(), "holds no log.jsonl"),
         (lambda folder: write_state(folder, []), "has logged nothing"),
         (lambda folder: (write_state(folder, []) / "trainer_state.json").write_text("{"), "not valid JSON"),
     ],

@@ -80,7 +80,7 @@ def test_training_from_the_command_line_pushes_all_that_tells_about_the_model(
     assert (push["repo_id"], push["token"], push["future"]) == ("me/mentor", TOKEN, False)
     assert push["folder"] == tmp_path / "out" and push["commit_message"] == "End of training"
     assert not [name for name, content in push["files"].items() if TOKEN.encode() in content]
-    for trace in ("rollouts", "completions", "checkpoint-1", "training_args.bin"):
+    for trace in ("rollouts", "completions", "log.jsonl", "checkpoint-1", "training_args.bin"):
         assert (tmp_path / "out" / trace).exists()
     card = ModelCard(push["files"]["README.md"].decode())
     assert "![Training dynamics" in card.text and "### Recipe" in card.text
@@ -137,11 +137,11 @@ def test_pushes_while_training(stand_in, tmp_path, strategy):
 
 def test_weights_on_their_way_to_a_server_stay_behind(tmp_path):
     trainer = make_trainer(tmp_path, num_mixed_generations=0, vllm_weight_sync_dir=str(tmp_path / "sync" / "here"))
-    patterns = ["rollouts/*", "completions/*", "recipe.yaml", "sync/here/*"]
+    patterns = ["rollouts/*", "completions/*", "log.jsonl", "recipe.yaml", "sync/here/*"]
     assert withheld(trainer.args, tmp_path) == patterns
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == []
     trainer.args.hub_token, trainer.args.vllm_weight_sync_dir = TOKEN, "/dev/shm/elsewhere"
-    assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:3]]
+    assert withheld(trainer.args, tmp_path) == ["training_args.bin", *patterns[:4]]
     assert withheld(trainer.args, tmp_path / "checkpoint-1") == ["training_args.bin"]
     assert withheld(trainer.args, tmp_path.parent) == []
     trainer.args.vllm_weight_sync_dir = None
