@@ -3,7 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .config_checks import (
     check_sampling,
     check_trajectories,
 )
+from .errors import SetupError
 from .objective import (
     BRANCH_RULES,
     CORRECTIONS,
@@ -48,6 +49,18 @@ def documented(cls: type) -> type:
         lines += textwrap.wrap(described.metadata["help"], 107, initial_indent=" " * 8, subsequent_indent=" " * 8)
     cls.__doc__ = inspect.cleandoc(cls.__doc__) + "\n".join(lines) + "\n"
     return cls
+
+
+def given_fields(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults; those that have none are left out."""
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(config)
+    }
+    return {
+        name: getattr(config, name)
+        for name, default in defaults.items()
+        if default is not MISSING and getattr(config, name) != default
+    }
 
 
 @documented
@@ -330,6 +343,10 @@ class MentorGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        self._given = given_fields(self)
+        # TRL's default, which needs an accelerator, or `use_cpu`
+        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
+            self.bf16 = False
         super().__post_init__()
         self._check_choices()
         self._check_group()
@@ -443,7 +460,29 @@ class MentorGRPOConfig(GRPOConfig):
         )
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were set to something else than their defaults, as they were given."""
+        return self._given
+
+    @property
     def device(self) -> torch.device:
         # accelerate numbers the processes of a CPU (`cpu:0`), which torch.load does not know
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def default_config(model: Any, expert: Any) -> MentorGRPOConfig:
+    """
+    The configuration of a trainer that is given none.
+
+    Raises:
+        [`SetupError`]: if it is given no expert either.
+    """
+    if expert is None:
+        raise SetupError(
+            'MentorGRPOTrainer needs an expert: pass `expert="MODEL"`, or `args=MentorGRPOConfig(output_dir, '
+            'expert_model_name_or_path="MODEL")`, or for plain GRPO `args=MentorGRPOConfig(output_dir, '
+            "num_mixed_generations=0)`."
+        )
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return MentorGRPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-MENTOR")

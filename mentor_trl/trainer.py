@@ -17,10 +17,12 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 
 from .algorithms import Algorithm, Context, Rollouts, algorithm_of
-from .config import MentorGRPOConfig
+from .config import MentorGRPOConfig, default_config
 from .errors import EngineError
 from .publishing.card import complete_card
 from .publishing.hub import model_files_only
+from .publishing.recipe import save as save_recipe
+from .publishing.recipe import script_recipe
 from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
@@ -103,8 +105,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         algorithm: type[Algorithm] | None = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = MentorGRPOConfig(f"{name.split('/')[-1]}-MENTOR")
+            args = default_config(model, expert)
         if not isinstance(args, MentorGRPOConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}; MentorGRPOTrainer needs a MentorGRPOConfig, which takes the same "
@@ -132,7 +133,7 @@ class MentorGRPOTrainer(GRPOTrainer):
                 **components,
             )
         fit_trackers(self.callback_handler, args)
-        self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
+        self.recipe: dict[str, Any] | None = None  # options of the command line, or what a script has set
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
         self.batch: RolloutBatch | None = None  # the latest of training
@@ -378,7 +379,16 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         check_one_batch(self.train_dataset, self.args.generation_batch_size, self.num_generations)
-        return super().train(usable_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        checkpoint = usable_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if self.recipe is None:
+            expert = None if self.engine.remote else self.engine.expert_name
+            self.recipe = script_recipe(self.args, self.model, expert, self.reward_funcs)
+        if self.is_world_process_zero():
+            save_recipe(self.recipe, self.args.output_dir)
+        result = super().train(checkpoint, *args, **kwargs)
+        if self.args.save_strategy != "no":
+            self.save_model(self.args.output_dir, _internal_call=True)  # `push_to_hub` is asked for, or not
+        return result
 
     # Not `_save_checkpoint`, which pushes the folder to the Hub before it returns
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -224,14 +224,11 @@ def main(
         _warn_of_ungradable(train_dataset)
     # Only now the slow imports and the model: everything above fails within seconds.
     from mentor_trl.publishing.hub import make_repository
-    from mentor_trl.publishing.recipe import save
 
     if training_args.push_to_hub and training_args.process_index == 0:
         make_repository(training_args)
     trainer = _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset)
     trainer.recipe = recipe
-    if recipe is not None and trainer.is_world_process_zero():
-        save(recipe, training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("Training completed.")
     _publish(trainer, script_args.dataset_name)
@@ -255,7 +252,8 @@ def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
     # The Hub refuses a card that names a file as its dataset
     dataset_name = dataset_name if dataset_name and is_hub_id(dataset_name) else None
     if not args.push_to_hub:
-        trainer.save_model(args.output_dir)
+        if args.save_strategy == "no":  # else the trainer has saved it
+            trainer.save_model(args.output_dir)
         trainer.create_model_card(model_name=Path(args.output_dir).absolute().name, dataset_name=dataset_name)
         print_once(f"Model saved to {args.output_dir}.")
         return
