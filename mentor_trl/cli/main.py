@@ -121,6 +121,7 @@ def evaluate(args: list[str]) -> int:
 
 # The line of help of each command, and its function from arguments to an exit code, by module
 COMMANDS = {
+    "init": ("write a recipe for your models, data and machine, and check that they fit", "init", "run"),
     "train": ("train a model with mixed-policy GRPO (MENTOR)", "main", "train"),
     "data": ("make prompt datasets without test problems, expert trajectories and hints", "data", "run"),
     "eval": ("evaluate a model on the sets of the MENTOR paper", "main", "evaluate"),
