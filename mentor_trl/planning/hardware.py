@@ -23,8 +23,8 @@ class Hardware:
     given: bool = False
 
     def __str__(self) -> str:
-        what = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.memory:.0f} GB" if self.gpus else "CPU"
-        return what if self.gpus else f"{what}, {self.memory:.0f} GB of memory"
+        what = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.memory:.0f} GB" if self.gpus else ""
+        return what if self.gpus else f"a CPU with {self.memory:.0f} GB"
 
     @property
     def processes(self) -> int:

@@ -30,6 +30,8 @@ class Load:
         cache_bytes, compute_bytes (`int`): Bytes of a number in the caches and of one in the forward pass.
         reference (`bool`): Whether there is a reference model (`beta` above 0 without LoRA).
         shards (`int`): Processes over which ZeRO-2 parts gradients and optimizer.
+        engine (`float`): Bytes that vLLM takes in this process.
+        engine_sleeps (`bool`): Whether it gives them back while the policy is trained.
     """
 
     policy: ModelFacts
@@ -46,11 +48,18 @@ class Load:
     compute_bytes: int = 2
     reference: bool = False
     shards: int = 1
+    engine: float = 0.0
+    engine_sleeps: bool = False
 
     @property
     def trained(self) -> int:
         """Weights that are trained."""
         return self.policy.adapter_parameters(self.lora) if self.lora else self.policy.parameters
+
+    @property
+    def trained_bytes(self) -> float:
+        """Bytes of a trained weight, its gradient, and each of the optimizer's two moments."""
+        return 4.0 if self.lora else self.policy_bytes
 
     def parts(self) -> dict[str, float]:
         """Bytes of each part."""
@@ -58,11 +67,12 @@ class Load:
         caches = sum(model.cached_numbers for model in (self.policy, self.expert) if model is not None)
         return {
             "policy": self.policy.parameters * self.policy_bytes + (4.0 * trained if self.lora else 0.0),
-            "optimizer": 8.0 * trained / self.shards,
+            "optimizer": 2.0 * self.trained_bytes * trained / self.shards,
             "reference": self.policy.parameters * self.policy_bytes if self.reference else 0.0,
             "expert": self.expert.parameters * self.expert_bytes if self.expert is not None else 0.0,
+            "vLLM": self.engine,
             "caches": float(self.rows * length * caches * self.cache_bytes),
-            "gradients": 4.0 * trained / self.shards,
+            "gradients": self.trained_bytes * trained / self.shards,
             "activations": self._activations(length),
         }
 
@@ -81,7 +91,8 @@ class Load:
         """Bytes at the larger of two moments: while rollouts are sampled, and in a backward pass."""
         parts = self.parts()
         standing = sum(parts[name] for name in ("policy", "optimizer", "reference", "expert"))
-        return standing + max(parts["caches"], parts["gradients"] + parts["activations"])
+        awake = 0.0 if self.engine_sleeps else self.engine
+        return standing + max(parts["caches"] + self.engine, parts["gradients"] + parts["activations"] + awake)
 
     def but(self, **changes: Any) -> "Load":
         """The same with other values."""

@@ -1,6 +1,7 @@
 """What a model is, from its configuration and tokenizer: no weights are loaded."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class ModelFacts:
     tokenizer: PreTrainedTokenizerBase
     parameters: int
     checkpoint_bytes: float
+
+    @property
+    def described(self) -> str:
+        """Name and size."""
+        unit, letter = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")) if self.parameters >= u)
+        return f"{self.name}, {self.parameters / unit:.3g}{letter} parameters"
 
     @property
     def config(self) -> Any:
@@ -70,11 +77,16 @@ class ModelFacts:
         size = getattr(self.config, "head_dim", None) or self.hidden // heads
         return 2 * self.layers * shared * size
 
-    def adapter_parameters(self, rank: int) -> int:
-        """Weights of a LoRA adapter of all linear layers but the LM head."""
+    @cached_property
+    def linear_widths(self) -> int:
+        """Inputs and outputs of all linear layers but the LM head."""
         head = text_model(self.model).get_output_embeddings()
         linear = [one for one in self.model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
-        return rank * sum(one.in_features + one.out_features for one in linear)
+        return sum(one.in_features + one.out_features for one in linear)
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Weights of a LoRA adapter of these layers."""
+        return rank * self.linear_widths
 
 
 def read_model(name: str, what: str, trust_remote_code: bool = False, revision: str | None = None) -> ModelFacts:

@@ -160,7 +160,7 @@ def _lines(options: dict[str, Any]) -> str:
     lines = []
     for name in sorted(options):
         value = options[name]
-        text = f"{value:.1e}" if isinstance(value, float) and 0 < value < 1e-3 else _plain(value)
+        text = f"{value:.1e}".replace("e-0", "e-") if isinstance(value, float) and 0 < value < 1e-3 else _plain(value)
         comment = COMMENTS.get(name)
         lines.append(f"{name}: {text}" + (f"  # {comment}" if comment else ""))
     return "\n".join(lines)

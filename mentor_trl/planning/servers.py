@@ -27,9 +27,14 @@ def check_policy_server(urls: str, key_file: str | None = None) -> list[Check]:
     return [_answer(url, "policy's server", "no", partial(_policy, url, key_file)) for url in addresses(urls)]
 
 
+def check_health(urls: str) -> list[Check]:
+    """Whether servers answer at all."""
+    return [_answer(url, "policy's server", "no", partial(_health, url)) for url in addresses(urls)]
+
+
 def _answer(url: str, what: str, missing: str, ask: Any) -> Check:
     try:
-        return Check(what, f"{url} serves {ask()}")
+        return Check(what, f"{url}: {ask()}")
     except (EngineError, Failed, httpx.HTTPError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         advice = f"Start it, or correct the address ({reason})."
@@ -40,10 +45,16 @@ def _patience() -> Patience:
     return Patience(connect=SECONDS, read=SECONDS, attempts=1, recovery=0.0)
 
 
+def _health(url: str) -> str:
+    httpx.get(f"{url}/health", timeout=SECONDS).raise_for_status()
+    return "answers"
+
+
 def _models(url: str, key_file: str | None) -> str:
     client = Client(url, _patience(), partial(expert_key, url, key_file), KEY_ADVICE)
     served = client.run(client.ask("/v1/models", "GET"))["data"][0]
-    return f"{served['id']}, context {served.get('max_model_len'):,}"
+    length = served.get("max_model_len")
+    return served["id"] + (f", context {length:,}" if length else "")
 
 
 def _policy(url: str, key_file: str | None) -> str:

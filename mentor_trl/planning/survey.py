@@ -18,7 +18,7 @@ from .checks import (
 )
 from .choices import check_packages, completion_length, first_load, fit, remedies, sparing
 from .hardware import Hardware
-from .models import ModelFacts, read_model
+from .models import read_model
 from .recipe_text import Plan
 from .servers import check_expert_server
 
@@ -56,9 +56,9 @@ def survey(wishes: Wishes, hardware: Hardware) -> tuple[Plan, list[Check]]:
     """
     policy = read_model(wishes.policy, "policy", wishes.trust_remote_code)
     expert = read_model(wishes.expert, "expert", wishes.trust_remote_code) if wishes.expert else None
-    checks = [Check("policy", f"{policy.name}, {_count(policy)}")]
+    checks = [Check("policy", policy.described)]
     if expert is not None:
-        checks += [Check("expert", f"{expert.name}, {_count(expert)}"), *check_pair(policy, expert, extend=True)]
+        checks += [Check("expert", expert.described), *check_pair(policy, expert, extend=True)]
     if wishes.expert_base_url is not None:
         checks += check_expert_server(wishes.expert_base_url)
     options, dataset = read_data(wishes, bool(policy.tokenizer.chat_template))
@@ -87,12 +87,6 @@ def survey(wishes: Wishes, hardware: Hardware) -> tuple[Plan, list[Check]]:
         wishes.trust_remote_code,
     )
     return plan, checks
-
-
-def _count(model: ModelFacts) -> str:
-    size = model.parameters
-    unit, name = (1e9, "B") if size >= 1e9 else (1e6, "M") if size >= 1e6 else (1e3, "K")
-    return f"{size / unit:.3g}{name} parameters"
 
 
 def read_data(wishes: Wishes, has_chat_template: bool) -> tuple[dict[str, Any], Any]:
