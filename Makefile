@@ -20,7 +20,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart study study-small test test-slow test-vllm lint format clean
+.PHONY: help setup quickstart study study-small test test-slow test-vllm lint format docs reference clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -35,7 +35,7 @@ study-small: $(STAMP)  ## train eight methods on two small tasks, three seeds ea
 	$(BIN)/python -m benchmarks.study.report --lines $(STUDY) --table small
 
 study: $(STAMP)  ## run the whole study, all night on two cores, and write its report
-	$(BIN)/python -m benchmarks.study.run small tuning head_to_head ablation experts diversity --results $(STUDY)
+	$(BIN)/python -m benchmarks.study.run small tuning head_to_head ablation experts diversity confirm real --model $(STUDY_MODEL) --results $(STUDY)
 	$(BIN)/python -m benchmarks.study.report --lines $(STUDY) --output $(STUDY)
 
 test: $(STAMP)  ## run the everyday tests, in two processes
@@ -58,14 +58,21 @@ format: $(STAMP)  ## fix style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)  ## build the documentation as a site in site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/tools/check.py site
+
+reference: $(STAMP)  ## write the reference pages of configuration and command line from the code
+	$(BIN)/python docs/tools/reference.py
+
 clean:  ## remove .venv and all caches
-	rm -rf $(VENV) .venv-vllm* build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-vllm* build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,eval,plot,trackers]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,docs,eval,plot,trackers]"
 	touch $(STAMP)
 
 # numba, which vLLM uses, needs an older numpy. torchvision and its like come from PyPI built for CUDA and break imports

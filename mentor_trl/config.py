@@ -257,8 +257,8 @@ class MentorGRPOConfig(GRPOConfig):
     alpha_schedule: str = option(
         "cosine",
         "How alpha falls to 0 over `expert_decay_steps`: `'cosine'`, `'linear'`, or `'constant'` (it does not). "
-        "`'adaptive'`: alpha follows the measured difference of mixed and on-policy rewards, whatever "
-        "`expert_decay_steps` is, and guidance is withdrawn when it does not help any more.",
+        "`'adaptive'`: until guidance does not help any more, by the measured difference of mixed and on-policy "
+        "rewards, whatever `expert_decay_steps` is.",
         choices=SCHEDULES,
     )
     expert_decay_steps: int = option(
@@ -266,6 +266,11 @@ class MentorGRPOConfig(GRPOConfig):
         "Number of rollout batches after which alpha is 0 and no mixed rollout is sampled any more. A rollout batch "
         "lasts `steps_per_generation * num_iterations / gradient_accumulation_steps` optimizer steps: 1 with TRL's "
         "defaults, 2 in the paper's setup.",
+    )
+    guidance_gap_exponent: float = option(
+        0.0,
+        "With `alpha_schedule='adaptive'`, alpha is `alpha` times the share of the mixed reward that guidance brings, "
+        "to this power: with 0 it is `alpha` until guidance is withdrawn, with 1 it falls with that share.",
     )
     guidance_margin: float = option(
         0.1,
@@ -430,6 +435,7 @@ class MentorGRPOConfig(GRPOConfig):
         require(self.log_rollout_records >= 0, "log_rollout_records", "0 (none) or more")
         require(self.alpha >= 0.0, "alpha", "0 or more")
         require(self.expert_decay_steps >= 1, "expert_decay_steps", "at least 1 (for no guidance set `alpha` to 0)")
+        require(self.guidance_gap_exponent >= 0.0, "guidance_gap_exponent", "0 or more")
         require(self.guidance_margin > 0.0, "guidance_margin", "positive, e.g. 0.1")
         require(self.guidance_patience >= 1, "guidance_patience", "at least 1")
         require(0.0 <= self.guidance_smoothing < 1.0, "guidance_smoothing", "at least 0 and below 1")

@@ -41,6 +41,7 @@ def test_defaults_are_the_papers_group_and_schedule():
         ({"alpha": -1.0}, "`alpha` is -1.0; it must be 0 or more"),
         ({"expert_decay_steps": 0}, "for no guidance set `alpha` to 0"),
         ({"guidance_margin": 0.0}, "positive, e.g. 0.1"),
+        ({"guidance_gap_exponent": -1.0}, "0 or more"),
         ({"guidance_patience": 0}, "at least 1"),
         ({"guidance_smoothing": 1.0}, "at least 0 and below 1"),
         ({"guidance_probe_every": -1}, "0 (never) or more"),

@@ -16,6 +16,7 @@ from fake_server import serving as answering
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
 from mentor_trl.cli import data, plot, train
+from mentor_trl.cli import eval as evaluate
 from mentor_trl.cli import serve as serving
 from mentor_trl.cli.train import make_parser, resolve_reward_funcs
 from served_helpers import stand_in
@@ -328,7 +329,7 @@ def check_command(words: list[str]) -> None:
         kind, *rest = rest
         data.make_parser(kind).parse_args_and_config(rest)
     elif command == "train":
-        assert (ROOT / rest[rest.index("--config") + 1]).is_file()
+        assert "--config" not in rest or (ROOT / rest[rest.index("--config") + 1]).is_file()
         launch_args, script_args = make_parser().split_launch_args(rest)
         make_parser().parse_args_and_config(
             [*script_args, "--use_cpu", "--bf16", "false"], fail_with_unknown_args=False
@@ -343,8 +344,11 @@ def check_command(words: list[str]) -> None:
         assert given["--logprobs-mode"] == "processed_logprobs" and given["--generation-config"] == "vllm"
     elif command == "plot":
         plot.make_parser().parse_args(rest)
+    elif command == "eval":
+        parser = evaluate.make_parser()
+        parser.parse_args_and_config(parser.split_launch_args(rest)[1], fail_with_unknown_args=True)
     else:
-        assert command in ("eval", "health")
+        assert command == "health"
 
 
 @pytest.mark.parametrize("file", [*LARGE, *SMALL, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
@@ -365,7 +369,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:href|src|srcset)="([^"]+)"', text):
         path, _, anchor = link.partition("#")
         if "://" not in link:
             target = page.parent / path if path else page

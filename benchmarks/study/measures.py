@@ -139,9 +139,13 @@ def _accuracy_at_cost(run: Run, context: Context) -> float:
 
 
 def _guided_until(run: Run, context: Context) -> float:
-    """Last step before which mixed rows had a weight."""
-    guided = [step for step, alpha in zip(run.steps, run.curves["metrics.alpha"]) if alpha > 0.0]
-    return guided[-1] if guided else 0.0
+    """Last step before which mixed rows had a weight; guidance that was withdrawn on the way has its share of it."""
+    guided = [index for index, alpha in enumerate(run.curves["metrics.alpha"]) if alpha > 0.0]
+    if not guided:
+        return 0.0
+    last = guided[-1]
+    withdrawn = run.curves.get("metrics.guidance/withdrawn", (0.0,) * len(run.steps))[last]
+    return run.steps[last] - withdrawn * (run.steps[last] - run.steps[last - 1])
 
 
 MEASURES: dict[str, Callable[[Run, Context], float]] = {
@@ -160,6 +164,7 @@ MEASURES: dict[str, Callable[[Run, Context], float]] = {
     "seconds": _spent("seconds"),
     "expert_tokens": _spent("expert_tokens"),
     "guided_until": _guided_until,
+    "memory": lambda run, context: run.options["memory"] / 2**30,
 }
 
 

@@ -28,6 +28,7 @@ HEADINGS = {
     "seconds": "training seconds",
     "expert_tokens": "expert tokens",
     "guided_until": "guided until step",
+    "memory": "memory, GiB",
     "metrics.branch_rate": "branch points, share of mixed tokens",
     "metrics.replaced_rate": "replaced, share of mixed tokens",
     "metrics.weight": "E[w]",

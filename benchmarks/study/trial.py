@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 import traceback
@@ -44,12 +45,12 @@ def make(run: Run, file: Path) -> None:
     if run.arm in UNTRAINED:
         model = f"{prepared}/models/{UNTRAINED[run.arm].format(expert=run.expert)}"
     points = [(0, model, {"cost": 0.0, "expert_tokens": 0.0, "seconds": 0.0})]
-    commands, metrics, offset = [], {}, 0
+    commands, metrics, offset, memory = [], {}, 0, None
     for position, stage in enumerate(run.stages):
         target = folder / f"stage{position}"
         command = command_of(stage, run, model, prepared, target, facts)
         commands.append(" ".join(command))
-        within(train, command)
+        memory = max(memory or 0, within(train, command))
         history = history_of(target)
         spent = {one.step: one for one in costs(stage, run, history, facts, target)}
         before = points[-1][2]
@@ -71,6 +72,7 @@ def make(run: Run, file: Path) -> None:
         "describe": {k: [one["describe"][k] for one in evaluations] for k in evaluations[-1]["describe"]},
         **{name: [here[name] for _, _, here in points] for name in points[0][2]},
         "metrics": metrics,
+        "memory": memory,
         "parameters": {"policy": facts["parameters"]["policy"], "expert": expert_parameters(run, facts)},
         "versions": versions(),
     }
@@ -127,20 +129,21 @@ def command_of(stage: Stage, run: Run, model: str, prepared: Path, target: Path,
     return [*(["trl", "sft"] if stage.supervised else ["mentor-trl", "train"]), "--config", stage.recipe, *flags]
 
 
-def train(command: list[str]) -> None:
-    """Run the script that a command launches."""
+def train(command: list[str]) -> int:
+    """Run the script that a command launches, and return the most memory, in bytes, that this process has had."""
     print(" ".join(command), flush=True)
     if command[0] == "trl":
         from trl.scripts.sft import main as supervised
         from trl.scripts.sft import make_parser
 
         supervised(*make_parser().parse_args_and_config(command[2:]))
-        return
-    from mentor_trl.cli.train import run
+    else:
+        from mentor_trl.cli.train import run
 
-    code = run(command[2:])
-    if code:
-        raise SystemExit(code)
+        code = run(command[2:])
+        if code:
+            raise SystemExit(code)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def history_of(target: Path) -> list[dict[str, Any]]:

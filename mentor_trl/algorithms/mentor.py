@@ -340,6 +340,7 @@ def withdrawal_of(args: MentorGRPOConfig) -> Withdrawal:
         patience=args.guidance_patience,
         probe_every=args.guidance_probe_every,
         success_reward=args.success_reward,
+        gap_exponent=args.guidance_gap_exponent,
     )
 
 

@@ -25,6 +25,8 @@ class Withdrawal:
         margin (`float`, *optional*, defaults to `0.1`), patience (`int`, *optional*, defaults to `3`),
         probe_every (`int`, *optional*, defaults to `20`), success_reward (`float`, *optional*, defaults to `0.5`):
             See above, and [`~mentor_trl.objective.Gap.add`].
+        gap_exponent (`float`, *optional*, defaults to `0.0`):
+            alpha is alpha_0 times the gain of guidance to this power; with 0 it is alpha_0 until the withdrawal.
         withdrawn (`bool`, *optional*, defaults to `False`):
             Whether guidance is withdrawn.
         below (`int`, *optional*, defaults to `0`):
@@ -38,6 +40,7 @@ class Withdrawal:
     patience: int = 3
     probe_every: int = 20
     success_reward: float = 0.5
+    gap_exponent: float = 0.0
     withdrawn: bool = False
     below: int = 0
     rested: int = 0
@@ -53,7 +56,7 @@ class Withdrawal:
         return self.withdrawn and self.probe_every == 0
 
     def alpha(self, alpha_0: float) -> float:
-        return 0.0 if self.withdrawn else self.gap.alpha(alpha_0)
+        return 0.0 if self.withdrawn else alpha_0 * self.gap.gain**self.gap_exponent
 
     def observe(self, rewards_N: torch.Tensor, mixed_N: torch.Tensor, num_generations: int) -> dict[str, float]:
         """

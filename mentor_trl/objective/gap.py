@@ -1,4 +1,4 @@
-"""What guidance is worth: the paired difference of mixed and on-policy rewards, and the alpha that follows."""
+"""What guidance is worth: the paired difference of mixed and on-policy rewards."""
 
 import math
 from dataclasses import dataclass
@@ -117,20 +117,21 @@ class Gap:
         """Lower 95% bound of the mean difference."""
         return self.mean("difference") - self.half_width if self.effective else -math.inf
 
-    def alpha(self, alpha_0: float) -> float:
-        r"""
-        alpha by what guidance is worth. With rewards from 0 it is alpha_0 max(0, 1 - on / mixed); where rewards below
-        0 have been seen, alpha_0 (mixed - on) / reward_range, in [0, alpha_0]. Without any on-policy success so far,
-        and before the first batch, it is alpha_0.
+    @property
+    def gain(self) -> float:
+        """
+        Share of the mixed reward that guidance brings, in [0, 1]: max(0, 1 - on / mixed) with rewards from 0, and
+        (mixed - on) / reward_range where rewards below 0 have been seen. 1 before the first batch, and as long as no
+        on-policy row has succeeded.
         """
         if self.sums is None or self.mean("success") == 0.0:
-            return alpha_0
+            return 1.0
         on, mixed = self.mean("on"), self.mean("mixed")
         if self.lowest < 0.0:
             share = (mixed - on) / self.reward_range
         else:
             share = 1.0 - on / mixed if mixed > 0.0 else 0.0
-        return alpha_0 * min(max(share, 0.0), 1.0)
+        return min(max(share, 0.0), 1.0)
 
     def state_dict(self) -> dict:
         return {"groups": self.groups, "squares": self.squares, "sums": self.sums, "lowest": self.lowest}

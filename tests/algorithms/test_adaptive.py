@@ -37,7 +37,7 @@ def test_from_guidance_to_probes(tmp_path, sessions):
     assert guided == [4, 4, 4, 0, 0, 4, 0] and len(sessions) == 4
     log = [entry for entry in history(trainer) if "loss" in entry]
     assert [entry["mentor/guidance/withdrawn"] for entry in log] == [0, 0, 0, 1, 1, 1, 1]
-    assert [entry["mentor/alpha"] for entry in log] == [1, 0, 0, 0, 0, 0, 0]
+    assert [entry["mentor/alpha"] for entry in log] == [1, 1, 1, 0, 0, 0, 0]
     assert [entry.get("mentor/guidance/difference") for entry in log] == [0, 0, 0, None, None, 0, None]
     for batch in trainer.batches:
         lengths = batch["completion_mask"].sum(1)
@@ -55,6 +55,7 @@ def test_without_probes_the_expert_is_freed(tmp_path):
 
 def test_a_probe_brings_guidance_back(tmp_path):
     settings = {**SETTINGS, "guidance_margin": 0.6, "guidance_probe_every": 2, "guidance_smoothing": 0.5}
+    settings["guidance_gap_exponent"] = 1.0
     settings |= {"per_device_train_batch_size": 64, "max_completion_length": 3}
     trainer = make_trainer(tmp_path, cls=RecordingTrainer, reward_funcs=mixed_is_better, **settings)
     trainer.train()

@@ -66,7 +66,9 @@ def test_probes_bring_it_back():
     # what was known before the withdrawal is forgotten: means of 0; 0, .1; 0, .1, .2 with weights 1/4, 1/2, 1
     assert [flag for flag, _ in seen] == [True, True, False]
     assert [value for _, value in seen] == pytest.approx([0.0, 0.1 / 1.5, 0.25 / 1.75])
-    assert withdrawal.alpha(1.0) == pytest.approx(1 - 1 / (1 + 0.25 / 1.75))
+    assert withdrawal.alpha(0.5) == 0.5
+    withdrawal.gap_exponent = 2.0
+    assert withdrawal.alpha(0.5) == pytest.approx(0.5 * (1 - 1 / (1 + 0.25 / 1.75)) ** 2)
     assert not withdrawal.probe and hear(withdrawal, [1, 1], [2, 2])["withdrawn"] == 0.0
 
 
@@ -88,7 +90,8 @@ def test_groups_that_are_not_compared():
 
 
 def test_what_guidance_does_with_it():
-    guidance = Guidance(schedule="adaptive", alpha_0=0.5, withdrawal=Withdrawal(Gap(smoothing=0.0), patience=1))
+    rule = lambda: Withdrawal(Gap(smoothing=0.0), patience=1, gap_exponent=1.0)
+    guidance = Guidance(schedule="adaptive", alpha_0=0.5, withdrawal=rule())
     assert (guidance.alpha, guidance.mixes, guidance.probe, guidance.over) == (0.5, True, False, False)
     guidance.batches = 10**6
     hear(guidance.withdrawal, [1, 0], [0, 0], groups=2)
@@ -98,7 +101,7 @@ def test_what_guidance_does_with_it():
     for _ in range(19):
         hear(guidance.withdrawal, [1, 1], [])
     assert (guidance.alpha, guidance.mixes, guidance.probe) == (0.0, True, True)
-    second = Guidance(schedule="adaptive", alpha_0=0.5, withdrawal=Withdrawal(Gap(smoothing=0.0), patience=1))
+    second = Guidance(schedule="adaptive", alpha_0=0.5, withdrawal=rule())
     second.load_state_dict(guidance.state_dict())
     assert second == guidance
     assert Guidance(schedule="adaptive", alpha_0=0.0, withdrawal=Withdrawal()).over

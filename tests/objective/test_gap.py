@@ -24,7 +24,7 @@ def test_one_batch_by_hand():
     assert (gap.lower + gap.upper) / 2 == pytest.approx(0.25) and gap.upper - gap.lower == pytest.approx(
         2 * gap.half_width
     )
-    assert gap.alpha(0.8) == pytest.approx(0.8 * 0.4)
+    assert gap.gain == pytest.approx(0.4)
 
 
 def test_batches_are_smoothed_by_hand():
@@ -44,7 +44,7 @@ def test_what_does_not_count():
     gap = Gap()
     nan = math.nan
     assert not take(gap, ([nan, nan], [1, 1]), ([0, 1], [nan, nan]))
-    assert gap.sums is None and gap.upper == math.inf and gap.lower == -math.inf and gap.alpha(0.7) == 0.7
+    assert gap.sums is None and gap.upper == math.inf and gap.lower == -math.inf and gap.gain == 1.0
     assert take(gap, ([nan, 1], [1, nan]), ([nan, nan], [1, 1]))
     # a single group has no spread
     assert gap.mean("difference") == 0.0 and gap.standard_error == gap.upper == math.inf
@@ -54,11 +54,11 @@ def test_what_does_not_count():
 def test_alpha_at_a_sparse_start():
     gap = Gap()
     take(gap, ([0, 0], [0, 0]), ([0, 0], [0, 0]))
-    assert gap.alpha(0.8) == 0.8
+    assert gap.gain == 1.0
     take(gap, ([0, 0.1], [0.1, 0.1]), ([0, 0.1], [0, 0.1]))  # a reward for the form alone
-    assert gap.alpha(0.8) == 0.8
+    assert gap.gain == 1.0
     take(gap, ([0, 0], [1, 0]), ([0, 0], [0, 0]))
-    assert gap.alpha(0.8) == 0.8
+    assert gap.gain == 1.0
 
 
 @pytest.mark.parametrize(
@@ -70,22 +70,22 @@ def test_alpha_at_a_sparse_start():
         ([([0.5, 0.5], [2.0, 2.0])], 1.0, 0.75),  # a ratio has no range
         ([([-1, 1], [1, 1])], 2.0, 0.5),
         ([([-1, 1], [-1, -1])], 2.0, 0.0),
-        ([([-1, 1], [1, 1])], 0.5, 1.0),  # alpha does not exceed alpha_0
+        ([([-1, 1], [1, 1])], 0.5, 1.0),  # the gain does not exceed 1
     ],
 )
-def test_alpha_by_hand(groups, reward_range, expected):
+def test_gain_by_hand(groups, reward_range, expected):
     gap = Gap(reward_range=reward_range)
     take(gap, *groups)
-    assert gap.alpha(1.0) == pytest.approx(expected)
+    assert gap.gain == pytest.approx(expected)
 
 
 def test_negative_rewards_are_remembered():
     gap = Gap(smoothing=0.0)
     take(gap, ([-1, 1], [1, 1]))
     take(gap, ([0, 1], [1, 1]))
-    assert gap.alpha(1.0) == pytest.approx(0.5)
+    assert gap.gain == pytest.approx(0.5)
     take(gap, ([0.5, 0.5], [0.75, 0.75]))
-    assert gap.alpha(1.0) == pytest.approx(0.25)  # and not 1/3
+    assert gap.gain == pytest.approx(0.25)  # and not 1/3
 
 
 @pytest.mark.parametrize("prompts", [8, 32, 128])

@@ -83,6 +83,10 @@ def test_measures_of_a_run(run):
     }
     assert {name: measure(name, trained, context) for name in expected} == pytest.approx(expected)
     assert math.isnan(measure("metrics.nothing", trained, context))
+    assert measure("memory", run(memory=3 * 2**29), context) == 1.5 and math.isnan(measure("memory", trained, context))
+    adaptive = {"mentor/alpha": [1.0, 0.1], "mentor/guidance/withdrawn": [0.0, 0.75]}
+    early = measure("guided_until", run(metrics=adaptive), context)
+    assert early == trained.steps[1] + 0.25 * (trained.steps[2] - trained.steps[1])
     untrained = run("policy", accuracy=(0.3,))
     assert measure("accuracy", untrained, context) == 0.3
     assert all(math.isnan(measure(name, untrained, context)) for name in ("area", "area_cost", "cost", "seconds"))
