@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import SetupError
-from ..experts.compatibility import context_length, text_model
+from ..experts.compatibility import context_length
 from ..experts.load import adapter_base
 
 
@@ -42,10 +42,10 @@ class ModelFacts:
         unit, letter = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")) if self.parameters >= u)
         return f"{self.name}, {self.parameters / unit:.3g}{letter} parameters"
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The configuration of the text model."""
-        return text_model(self.model).config.get_text_config()
+        return self.model.config.get_text_config()
 
     @property
     def context(self) -> int | None:
@@ -80,7 +80,7 @@ class ModelFacts:
     @cached_property
     def linear_widths(self) -> int:
         """Inputs and outputs of all linear layers but the LM head."""
-        head = text_model(self.model).get_output_embeddings()
+        head = self.model.get_output_embeddings()
         linear = [one for one in self.model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
         return sum(one.in_features + one.out_features for one in linear)
 
