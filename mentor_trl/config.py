@@ -1,9 +1,6 @@
 """Configuration of [`MentorGRPOTrainer`]."""
 
-import inspect
-import textwrap
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +15,8 @@ from .config_checks import (
     check_trajectories,
     fill_guided_prompts,
 )
+from .config_fields import documented, given_fields, option
+from .errors import SetupError
 from .objective import (
     BRANCH_RULES,
     CORRECTIONS,
@@ -33,23 +32,6 @@ THRESHOLD_SOURCES = ("previous", "current")
 GUIDED_PROMPTS = ("all", "failing")
 LOG_FORMATS = ("line", "full")
 WEIGHT_SYNCS = ("auto", "nccl", "folder", "adapter")
-
-
-def option(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
-    """A field with its help, which the command line and the docstring show."""
-    return field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
-
-
-def documented(cls: type) -> type:
-    """Add the fields of a class, with their types, defaults and helps, to its docstring in TRL's form."""
-    lines = ["", "", "Parameters:"]
-    for name, kind in cls.__annotations__.items():
-        described = cls.__dataclass_fields__[name]
-        default = "" if described.default is None else f", defaults to `{described.default!r}`"
-        lines.append(f"    {name} (`{getattr(kind, '__name__', kind)}`, *optional*{default}):")
-        lines += textwrap.wrap(described.metadata["help"], 107, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    cls.__doc__ = inspect.cleandoc(cls.__doc__) + "\n".join(lines) + "\n"
-    return cls
 
 
 @documented
@@ -344,6 +326,10 @@ class MentorGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        self._given = given_fields(self)
+        # TRL's default, which needs an accelerator, or `use_cpu`
+        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
+            self.bf16 = False
         super().__post_init__()
         fill_guided_prompts(self)
         self._check_choices()
@@ -460,7 +446,29 @@ class MentorGRPOConfig(GRPOConfig):
         )
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were set to something else than their defaults, as they were given."""
+        return self._given
+
+    @property
     def device(self) -> torch.device:
         # accelerate numbers the processes of a CPU (`cpu:0`), which torch.load does not know
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def default_config(model: Any, expert: Any) -> MentorGRPOConfig:
+    """
+    The configuration of a trainer that is given none.
+
+    Raises:
+        [`SetupError`]: if it is given no expert either.
+    """
+    if expert is None:
+        raise SetupError(
+            'MentorGRPOTrainer needs an expert: pass `expert="MODEL"`, or `args=MentorGRPOConfig(output_dir, '
+            'expert_model_name_or_path="MODEL")`, or for plain GRPO `args=MentorGRPOConfig(output_dir, '
+            "num_mixed_generations=0)`."
+        )
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return MentorGRPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-MENTOR")

@@ -17,10 +17,12 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .algorithms import Algorithm, Context, Rollouts, algorithm_of
 from .analysis.rendering import evaluation_excerpts, excerpt
-from .config import MentorGRPOConfig
+from .config import MentorGRPOConfig, default_config
 from .errors import EngineError
 from .publishing.card import complete_card
 from .publishing.hub import model_files_only
+from .publishing.recipe import save as save_recipe
+from .publishing.recipe import script_recipe
 from .random_state import untouched_rng
 from .rollout.choice import engine_setup
 from .rollout.host import Host, longest_prompt
@@ -105,8 +107,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         algorithm: type[Algorithm] | None = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = MentorGRPOConfig(f"{name.split('/')[-1]}-MENTOR")
+            args = default_config(model, expert)
         if not isinstance(args, MentorGRPOConfig):
             raise TypeError(
                 f"`args` is a {type(args).__name__}; MentorGRPOTrainer needs a MentorGRPOConfig, which takes the same "
@@ -137,7 +138,7 @@ class MentorGRPOTrainer(GRPOTrainer):
         fit_console(self.callback_handler, args.log_format)
         self.num_completions_to_print = 0  # TRL's table, which is unreadable at 80 columns
         self.examples: list[RolloutRecord] = []  # rollouts to print with the next line of the log
-        self.recipe: dict[str, Any] | None = None  # options of the command line, for the model card
+        self.recipe: dict[str, Any] | None = None  # options of the command line, or what a script has set
         # Evaluation fills the same deques as training in TRL, and its rows would end up in the training table
         self.logs_by_mode = {"train": self._logs, "eval": new_logs()}
         self.batch: RolloutBatch | None = None  # the latest of training
@@ -384,7 +385,16 @@ class MentorGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         check_one_batch(self.train_dataset, self.args.generation_batch_size, self.num_generations)
         fit_special_tokens(self.accelerator.unwrap_model(self.model), self._tokenizer)
-        return super().train(usable_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        checkpoint = usable_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if self.recipe is None:
+            expert = None if self.engine.remote else self.engine.expert_name
+            self.recipe = script_recipe(self.args, self.model, expert, self.reward_funcs)
+        if self.is_world_process_zero():
+            save_recipe(self.recipe, self.args.output_dir)
+        result = super().train(checkpoint, *args, **kwargs)
+        if self.args.save_strategy != "no":
+            self.save_model(self.args.output_dir, _internal_call=True)  # `push_to_hub` is asked for, or not
+        return result
 
     # Not `_save_checkpoint`, which pushes the folder to the Hub before it returns
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -104,11 +104,21 @@ def test_the_first_run_on_own_data(newcomer, capsys):
     assert plot.main(look.split()[2:]) == 0 and "mixed" in capsys.readouterr().out
 
 
+def test_a_config_file_that_fits(newcomer, capsys):
+    make, dry_run, launch = newcomer(blocks("training.md", "bash")[2]).replace("\\\n", "").splitlines()
+    assert main.main([*make.split()[1:], "--gpus", "0"]) == 0
+    before = sorted(Path().rglob("*"))
+    assert train.run(dry_run.split()[2:]) == 0
+    assert "One step on 8 rollouts, 4 of them mixed" in " ".join(capsys.readouterr().out.split())
+    assert sorted(Path().rglob("*")) == before and launch.split()[1:] == ["train", "--config", "mine.yaml"]
+
+
 def test_the_script_on_own_data(newcomer):
     reward, script = blocks("training.md", "python")
     names: dict = {}
     exec(newcomer(script), names)
     assert names["trainer"].state.global_step == 1 and list(Path("outputs/mine/rollouts").iterdir())
+    assert Path("outputs/mine/recipe.yaml").exists()
     exec(reward, names)
     short = names["short_answer_reward"]
     assert short(["It is 7", [{"role": "assistant", "content": "no\n"}]], answer=["7", "7"]) == [1.0, 0.0]

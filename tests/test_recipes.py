@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Collection
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from fake_server import serving as answering
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
-from mentor_trl.cli import data, plot, train
+from mentor_trl.cli import data, init, plot, train
 from mentor_trl.cli import eval as evaluate
 from mentor_trl.cli import serve as serving
 from mentor_trl.cli.train import make_parser, resolve_reward_funcs
@@ -327,13 +328,20 @@ def test_launch_options_are_those_of_accelerate(recipe):
     assert launch_args[launch_args.index("--num_processes") + 1] == str(read(recipe)["num_processes"])
 
 
-def check_command(words: list[str]) -> None:
+def check_command(words: list[str], made: Collection[str] = ()) -> None:
+    """Parse a command line; `made` are the config files that lines before it write."""
     command, *rest = words
-    if command == "data":
+    if command == "init":
+        init.make_parser().parse_args_and_config(rest, fail_with_unknown_args=True)
+    elif command == "data":
         kind, *rest = rest
         data.make_parser(kind).parse_args_and_config(rest)
     elif command == "train":
-        assert "--config" not in rest or (ROOT / rest[rest.index("--config") + 1]).is_file()
+        file = rest[rest.index("--config") + 1] if "--config" in rest else None
+        if file in made:
+            rest = [word for word in rest if word not in ("--config", file)]
+        else:
+            assert file is None or (ROOT / file).is_file()
         launch_args, script_args = make_parser().split_launch_args(rest)
         make_parser().parse_args_and_config(
             [*script_args, "--use_cpu", "--bf16", "false"], fail_with_unknown_args=False
@@ -360,8 +368,9 @@ def test_commands_parse(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = commands(file.read_text() if file.suffix == ".md" else header(file))
     assert found or file.suffix == ".md"
+    made = [words[words.index("--output") + 1] for words in found if words[0] == "init"]
     for words in found:
-        check_command(words)
+        check_command(words, made)
 
 
 def anchors(page: Path) -> set[str]:

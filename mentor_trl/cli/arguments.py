@@ -50,4 +50,9 @@ class MentorScriptArguments(ScriptArguments):
         "trajectory", "Column that holds the expert trajectory that hints are taken from."
     )
     max_train_samples: int | None = option(None, "Number of training rows to keep, from the first one.")
+    dry_run: bool = option(
+        False,
+        "Whether to check everything and make one step on a tiny batch instead of training. Nothing is written to "
+        "`output_dir`.",
+    )
     max_eval_samples: int | None = option(None, "Number of evaluation rows to keep, from the first one.")

@@ -76,7 +76,7 @@ def run(args: list[str]) -> int:
     """Parse the command line and make the data."""
     description = "Make training data for MENTOR and its baselines."
     commands = {name: text for name, (_, text) in COMMANDS.items()}
-    name = choose_command(command_parser("mentor-trl data", description, commands), args)
+    name = choose_command(command_parser("mentor-trl data", description, commands), args, commands)
     if name is None:
         return 0
     command = shlex.join(["mentor-trl", "data", *args])

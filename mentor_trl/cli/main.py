@@ -6,12 +6,14 @@ is imported inside it, so that `mentor-trl --help` answers at once.
 """
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib import metadata, resources
 from typing import Any
 
@@ -119,12 +121,14 @@ def evaluate(args: list[str]) -> int:
 
 # The line of help of each command, and its function from arguments to an exit code, by module
 COMMANDS = {
+    "init": ("write a recipe for your models, data and machine, and check that they fit", "init", "run"),
     "train": ("train a model with mixed-policy GRPO (MENTOR)", "main", "train"),
     "data": ("make prompt datasets without test problems, expert trajectories and hints", "data", "run"),
     "eval": ("evaluate a model on the sets of the MENTOR paper", "main", "evaluate"),
     "serve": ("serve mixed rollouts of a policy and its expert with vLLM", "serve", "serve"),
     "health": ("say whether a server is a MENTOR server, of which models and versions", "serve", "health"),
     "plot": ("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", "plot", "main"),
+    "completion": ("print a script with which a shell completes commands and options", "completion", "run"),
 }
 
 
@@ -149,8 +153,12 @@ def command_parser(prog: str, description: str, commands: dict[str, str]) -> arg
     return parser
 
 
-def choose_command(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:
+def choose_command(parser: argparse.ArgumentParser, argv: list[str], commands: Collection[str]) -> str | None:
     """The command that comes first; options before it are the parser's, and without one it prints its help."""
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands)}"
+        parser.error(f"unknown command {argv[0]!r}: {hint}")
     name = parser.parse_known_args(argv[:1])[0].command
     if name is None:
         parser.print_help()
@@ -163,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     description = "Selective expert guidance for RL of language models, on top of TRL."
     parser = command_parser("mentor-trl", description, {name: text for name, (text, *_) in COMMANDS.items()})
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this package and its base")
-    name = choose_command(parser, argv)
+    name = choose_command(parser, argv, COMMANDS)
     if name is None:
         return 0
     _, module, function = COMMANDS[name]

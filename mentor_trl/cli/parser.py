@@ -4,6 +4,8 @@ import argparse
 import difflib
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -17,17 +19,61 @@ from mentor_trl.errors import EngineError, SetupError
 
 # Read by TRL's own CLI from the same place; it becomes `accelerate launch --config_file`.
 ACCELERATE_CONFIG = "--accelerate_config"
+# Columns of the help on a wide terminal, and characters that choices may take beside an option
+MAX_WIDTH, MAX_CHOICES = 110, 30
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling an option, and its values only where they are few."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """One spelling an option, with its type; its default behind the help. Lines are short enough to read."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28)
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns - 2, MAX_WIDTH))
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
-        return f"{action.option_strings[0]} {values}{' ...' if action.nargs == '+' else ''}"
+        return f"{action.option_strings[0]} {kind_of(action)}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # References of docstrings: the last name of `[`~a.b.C.d`]` says it
+        text = re.sub(r"\[`~(?:[a-z_]\w*\.)*([\w.]+)`\]", r"`\1`", action.help or "")
+        text = re.sub(r"\[`([\w.]+)`\]", r"`\1`", text)
+        choices = ", ".join(map(str, action.choices or ()))
+        if choices and kind_of(action) == "CHOICE":
+            text += f" One of {choices}."
+        default = "" if action.default is argparse.SUPPRESS else shown_default(action.default)
+        return text + (f" (default: {default})" if default else "")
+
+
+def kind_of(action: argparse.Action) -> str:
+    """
+    What an option takes, as its help shows it.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> kind_of(parser.add_argument("--steps", type=int)), kind_of(parser.add_argument("--names", nargs="+"))
+    ('INT', 'TEXT ...')
+    """
+    if action.nargs == 0:
+        return ""
+    if action.choices:
+        few = "{" + ",".join(map(str, action.choices)) + "}"
+        return few if len(few) <= MAX_CHOICES else "CHOICE"
+    name = getattr(action.type, "__name__", "")
+    kind = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}.get(name, "TEXT")
+    return f"{kind} ..." if action.nargs == "+" else kind
+
+
+def shown_default(value: Any) -> str:
+    """
+    A default as a config file writes it; nothing where there is none.
+
+    >>> shown_default(True), shown_default(1e-06), shown_default(None), shown_default([0.9, 0.1])
+    ('true', '1e-06', '', '0.9 0.1')
+    """
+    value = getattr(value, "value", value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown_default, value))
+    return "" if value is None else str(value).replace("%", "%%")
 
 
 class MentorArgumentParser(TrlParser):
@@ -99,7 +145,7 @@ class MentorArgumentParser(TrlParser):
     def format_help(self) -> str:
         formatter = self._get_formatter()
         formatter.add_usage(f"{self.prog} [--config FILE.yaml] [--any_field value ...]", [], [], prefix="usage: ")
-        formatter.add_text(self.description)
+        formatter.add_text(f"{self.description} Options without a default are not set.")
         actions = {action.dest: action for action in reversed(self._actions)}
         shown = {name for names in self._sections.values() for name in names}
         rest = [name for name in reversed(actions) if name not in shown and name != "help"]

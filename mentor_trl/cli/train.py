@@ -120,6 +120,11 @@ def _import_reward_func(path: str, known: list[str]) -> Callable:
     return getattr(module, name)
 
 
+def check_model_given(model_args: "ModelConfig") -> None:
+    if not model_args.model_name_or_path:
+        raise UsageError("No model is given; set `model_name_or_path` to a Hub id or a folder")
+
+
 def check_options(script_args: "MentorScriptArguments", training_args: "MentorGRPOConfig") -> None:
     """Refuse what would fail only after the model is loaded."""
     num_rewards = len(script_args.reward_funcs or []) + bool(script_args.reward_model_name_or_path)
@@ -202,15 +207,68 @@ def main(
     Load the data, build the trainer, train and save. The arguments are the parsed options, by group, and all that were
     set (`recipe`), which are saved as `recipe.yaml`.
     """
-    from mentor_trl.data import load_prompt_datasets
-
-    if not model_args.model_name_or_path:
-        raise UsageError("No model is given; set `model_name_or_path` to a Hub id or a folder")
+    check_model_given(model_args)
     check_options(script_args, training_args)
     check_output_dir(training_args.output_dir)
     if training_args.disable_tqdm or not sys.stderr.isatty():
         _hide_bars()
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    data = _load_data(script_args, training_args, model_args, dataset_args)
+    # Only now the slow imports and the model: everything above fails within seconds.
+    from mentor_trl.publishing.hub import make_repository
+
+    if training_args.push_to_hub and training_args.process_index == 0:
+        make_repository(training_args)
+    trainer = _make_trainer(training_args, model_args, *data)
+    trainer.recipe = recipe
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.print("Training completed.")
+    _publish(trainer, script_args.dataset_name)
+    trainer.accelerator.end_training()
+
+
+def dry_run(
+    script_args: "MentorScriptArguments",
+    training_args: "MentorGRPOConfig",
+    model_args: "ModelConfig",
+    dataset_args: "DatasetMixtureConfig",
+    given: dict[str, Any],
+    parse_again: Callable[[list[str]], tuple],
+) -> None:
+    """
+    Check what was parsed, and make one step on a tiny batch. `parse_again` parses the same command line with further
+    options, and `given` holds all that were set.
+    """
+    check_model_given(model_args)
+    check_options(script_args, training_args)
+    resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    rewards, dataset, _ = _load_data(script_args, training_args, model_args, dataset_args)
+
+    from rich.console import Console
+
+    from mentor_trl.planning import trial
+    from mentor_trl.planning.checks import print_checks, refuse
+
+    checks = trial.check_run(training_args, model_args, dataset, script_args.reward_funcs or [])
+    if training_args.process_index == 0:
+        print_checks(checks, "Dry run", Console())
+    refuse(checks)
+    # Where a server that sees `output_dir` sees it, too
+    served = training_args.use_vllm and training_args.vllm_mode == "server"
+    place = trial.existing(training_args.output_dir) if served else None
+    with tempfile.TemporaryDirectory(prefix="mentor-trl-dry-run-", dir=place) as folder:
+        _, small, model_args, _ = parse_again(trial.trial_flags(training_args, given, folder))
+        trainer = _make_trainer(small, model_args, rewards, trial.few(dataset, small), None)
+        done = trial.try_batch(trainer)
+        if training_args.process_index == 0:
+            Console().print(f"\n{done} Nothing was written to {training_args.output_dir}.", highlight=False)
+        trainer.accelerator.end_training()
+
+
+def _load_data(script_args, training_args, model_args, dataset_args) -> tuple[list, "Dataset", "Dataset | None"]:
+    """Reward functions, and the rows to train and to evaluate on."""
+    from mentor_trl.data import load_prompt_datasets
+
     names = script_args.reward_funcs or []
     reward_funcs = resolve_reward_funcs(names)
     if script_args.reward_model_name_or_path:
@@ -224,20 +282,7 @@ def main(
     )
     if "accuracy_reward" in names and training_args.process_index == 0:
         _warn_of_ungradable(train_dataset)
-    # Only now the slow imports and the model: everything above fails within seconds.
-    from mentor_trl.publishing.hub import make_repository
-    from mentor_trl.publishing.recipe import save
-
-    if training_args.push_to_hub and training_args.process_index == 0:
-        make_repository(training_args)
-    trainer = _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_dataset)
-    trainer.recipe = recipe
-    if recipe is not None and trainer.is_world_process_zero():
-        save(recipe, training_args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.print("Training completed.")
-    _publish(trainer, script_args.dataset_name)
-    trainer.accelerator.end_training()
+    return reward_funcs, train_dataset, eval_dataset
 
 
 def _hide_bars() -> None:
@@ -266,7 +311,8 @@ def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
     # The Hub refuses a card that names a file as its dataset
     dataset_name = dataset_name if dataset_name and is_hub_id(dataset_name) else None
     if not args.push_to_hub:
-        trainer.save_model(args.output_dir)
+        if args.save_strategy == "no":  # else the trainer has saved it
+            trainer.save_model(args.output_dir)
         trainer.create_model_card(model_name=Path(args.output_dir).absolute().name, dataset_name=dataset_name)
         print_once(f"Model saved to {args.output_dir}.")
         return
@@ -313,9 +359,17 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
 
 
 def run(args: list[str] | None = None) -> int:
-    """Parse the command line and train."""
+    """Parse the command line and train, or try to."""
     parser, args = make_parser(), sys.argv[1:] if args is None else args
-    return parser.run(args, lambda *parsed: main(*parsed, recipe=parser.given_options(args)))
+
+    def start(*parsed: Any) -> None:
+        given = parser.given_options(args)
+        if not parsed[0].dry_run:
+            return main(*parsed, recipe=given)
+        again = lambda flags: make_parser().parse_args_and_config([*args, *flags])
+        dry_run(*parsed, given=given, parse_again=again)
+
+    return parser.run(args, start)
 
 
 if __name__ == "__main__":

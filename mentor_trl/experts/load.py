@@ -195,7 +195,7 @@ def load_expert_tokenizer(
     """
     reason = "the expert was passed as a model that names no origin"
     if name:
-        for source in (name, _adapter_base(name, revision)):
+        for source in (name, adapter_base(name, revision)):
             if source is None:
                 continue
             try:
@@ -211,7 +211,8 @@ def load_expert_tokenizer(
     )
 
 
-def _adapter_base(name: str, revision: str | None) -> str | None:
+def adapter_base(name: str, revision: str | None) -> str | None:
+    """The model that an adapter belongs to; `None` for a model of its own."""
     if not is_adapter(name, revision):
         return None
     from peft import PeftConfig

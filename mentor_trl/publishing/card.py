@@ -18,7 +18,7 @@ from ..config import MentorGRPOConfig
 from ..errors import SetupError
 from .hub import is_hub_id
 from .model_index import model_index, update_card
-from .recipe import PUBLISHED
+from .recipe import PUBLISHED, names_dataset
 
 
 # Our sections stand before this heading of TRL's card
@@ -77,10 +77,9 @@ def complete_card(
             *(curve_section(path.parent, state.log_history, first) if pushed or not training else []),
         ]
         if recipe is not None:
-            sections += [
-                "### Recipe",
-                f"`mentor-trl train --config {PUBLISHED}` repeats this run: [{PUBLISHED}]({PUBLISHED}).",
-            ]
+            does = "repeats this run" if names_dataset(recipe) else "repeats this run, once it names the dataset"
+            text = f"`mentor-trl train --config {PUBLISHED}` {does}: [{PUBLISHED}]({PUBLISHED})."
+            sections += ["### Recipe", text]
         card.text = "\n\n".join([before.rstrip("\n"), *sections, heading + after])
     if results is not None:
         update_card(card, model_index(_read_results(results)), path.resolve().parent.name)

@@ -3,12 +3,17 @@
 import json
 import os
 import re
+import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
+from transformers import PreTrainedModel
 
+from ..config import MentorGRPOConfig
 from ..files import write_whole
 
 
@@ -48,12 +53,51 @@ def without_secrets(options: dict[str, Any], publish: bool = False) -> tuple[dic
     return kept, left_out
 
 
+def script_recipe(args: MentorGRPOConfig, model: Any, expert: str | None, rewards: Sequence[Any]) -> dict[str, Any]:
+    """
+    The options of `mentor-trl train` for a run that was started from Python. They lack the dataset, and what has no
+    option: a model or reward function without a name.
+    """
+    options = {**args.given, "output_dir": args.output_dir, "model_name_or_path": model.config._name_or_path or None}
+    if args.expert_base_url is None:
+        options["expert_model_name_or_path"] = args.expert_model_name_or_path or expert
+    options["reward_funcs"] = [name for name in map(_reward_name, rewards) if name] or None
+    options["reward_model_name_or_path"] = next((one.config._name_or_path for one in rewards if _is_model(one)), None)
+    lora = getattr(model, "active_peft_config", None)
+    if isinstance(lora, LoraConfig):
+        options |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_model(reward: Any) -> bool:
+    return isinstance(reward, PreTrainedModel)
+
+
+def _reward_name(function: Any) -> str | None:
+    """What `reward_funcs` of the command line calls a function."""
+    if _is_model(function):
+        return None
+    function = getattr(function, "function", function)  # of a checked one
+    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
+    if not name or "<" in name:
+        return None
+    if module == "__main__":
+        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
+    return name if module.startswith("mentor_trl.rewards") else f"{module}.{name}"
+
+
+def names_dataset(recipe: dict[str, Any]) -> bool:
+    """Whether a recipe says what is trained on."""
+    return bool(recipe.get("dataset_name") or recipe.get("datasets"))
+
+
 def save(options: dict[str, Any], folder: str | Path) -> Path:
     """Write `recipe.yaml`, which starts the run again here, and `assets/recipe.yaml`, which may be published."""
     options = {name: value for name, value in options.items() if name != "resume_from_checkpoint"}
     for name, publish in ((PUBLISHED, True), (FILE, False)):
         kept, left_out = without_secrets(options, publish)
         head = f"# Launch: mentor-trl train --config {name}\n"
+        head += "" if names_dataset(options) else "# The run was started from Python: set `dataset_name` first\n"
         head += f"# Left out: {', '.join(sorted(left_out))}\n" if left_out else ""
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

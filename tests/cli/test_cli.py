@@ -42,6 +42,7 @@ def error_of(capsys, argv: list[str]) -> str:
     [
         ([], 0, "mentor-trl COMMAND --help"),
         (["train", "--help"], 0, "--num_mixed_generations"),
+        (["trian"], 2, "did you mean 'train'?"),
         (["train"], 2, "nothing is set: give --config FILE.yaml"),
         (["train", "--num_generations", "many"], 2, "invalid int value: 'many'"),
         (["train", "--config", "{config}", "--model_init_kwargs", '{"a": '], 2, "'--model_init_kwargs'"),
@@ -107,8 +108,61 @@ def test_version_names_the_base(capsys, monkeypatch):
     )
 
 
-def test_unknown_command(capsys):
-    assert "invalid choice: 'trian'" in error_of(capsys, ["trian"])
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["data", "mth"], "unknown command 'mth': did you mean 'math'?"),
+        (["zzz", "--help"], "unknown command 'zzz': there are train, data,"),
+    ],
+)
+def test_unknown_commands(capsys, argv, part):
+    assert part in error_of(capsys, argv)
+
+
+def test_help_names_types_and_defaults_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) < 80
+    for option in (
+        "--alpha FLOAT",
+        "--num_generations INT",
+        "--bf16 BOOL",
+        "--dtype CHOICE",
+        "--reward_funcs TEXT ...",
+    ):
+        assert f"\n  {option} " in text.replace("\n    ", " \n    "), option
+    words = " ".join(text.split())
+    assert "(default: 1.0)" in words and "One of auto, bfloat16, float16, float32. (default: float32)" in words
+    assert "(default: None)" not in words and "[`~" not in words
+
+
+COMPLETED = {
+    "tr": "train",
+    "train --num_mix": "--num_mixed_generations",
+    "train --num_proc": "--num_processes",
+    "train --use_cpu f": "false",
+    "train --config ": "",  # the shell's own completion of files
+    "data cust": "custom",
+    "data math --solution_d": "--solution_delimiter",
+    "eval --backend s": "server",
+    "serve --poli": "--policy",
+    "completion b": "bash",
+}
+
+
+def test_completion_in_bash(capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    lines = [capsys.readouterr().out]
+    for line in COMPLETED:
+        words = ["mentor-trl", *line.split(" ")]
+        lines.append(f"COMP_WORDS=({' '.join(word or chr(39) * 2 for word in words)}); COMP_CWORD={len(words) - 1}")
+        lines.append('_mentor_trl; echo "${COMPREPLY[*]}"')
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert dict(zip(COMPLETED, done.stdout.split("\n"))) == COMPLETED
 
 
 def test_help_of_train_has_every_field_once_and_ours_first(capsys):

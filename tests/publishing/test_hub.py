@@ -124,7 +124,7 @@ def test_pushes_while_training(stand_in, tmp_path, strategy):
     assert [push["commit_message"] for push in models] == [f"Training in progress, step {step}" for step in (1, 2)]
     for push in models:
         assert push["future"] and MODEL | TOKENIZER | {"README.md"} <= push["files"].keys()
-        assert push["files"].keys() <= MODEL | TOKENIZER | CARD
+        assert push["files"].keys() <= MODEL | TOKENIZER | CARD | {"assets/recipe.yaml"}
     if strategy == "every_save":
         assert states == []
     else:

@@ -135,7 +135,7 @@ def test_plain_grpo_keeps_the_card_of_trl(tmp_path, monkeypatch):
     trainer.create_model_card(model_name="m", dataset_name="openai/gsm8k", tags=["a"])
     theirs = (tmp_path / "run" / "README.md").read_bytes()
     assert sorted(ours.splitlines()) == sorted(theirs.splitlines())  # tags are a set
-    assert not (tmp_path / "run" / "assets").exists()
+    assert [path.name for path in (tmp_path / "run" / "assets").iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("mixed", [0, 3])

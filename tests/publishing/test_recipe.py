@@ -1,9 +1,15 @@
 from enum import Enum
 
+import pytest
 import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
+from mentor_trl import MentorGRPOTrainer, accuracy_reward
 from mentor_trl.cli import train
+from mentor_trl.errors import SetupError
 from mentor_trl.publishing.recipe import save, without_secrets
+from trainer_helpers import letters_reward, make_trainer, prompts
 
 
 TOKEN = "hf_" + "a" * 34
@@ -80,7 +86,42 @@ def test_a_recipe_starts_the_same_run(tmp_path, monkeypatch):
     again = train.make_parser().parse_args_and_config(["--config", str(path)], fail_with_unknown_args=False)
     for one, other in zip(first, again):
         one, other = (vars(args) | {"hub_token": None} for args in (one, other))
-        skip = {"distributed_state", "deepspeed_plugin", "accelerator_config"}
+        skip = {"distributed_state", "deepspeed_plugin", "accelerator_config", "_given"}
         assert {k: v for k, v in one.items() if k not in skip} == {k: v for k, v in other.items() if k not in skip}
     # Parsing for the recipe changes nothing of the parser
     assert parser.parse_args_and_config(["--output_dir", "x", "--use_cpu", "--bf16", "false"])[1].seed == 1
+
+
+def test_a_script_leaves_its_model_and_a_recipe(tmp_path, tiny_model_dir, tiny_expert_dir):
+    trainer = make_trainer(
+        tmp_path / "out",
+        model=str(tiny_model_dir),
+        reward_funcs=[letters_reward, accuracy_reward],
+        train_dataset=prompts(8).add_column("solution", ["2"] * 8),
+        expert_model_name_or_path=str(tiny_expert_dir),
+        hub_token="secret",
+        save_strategy="steps",
+        max_steps=1,
+    )
+    trainer.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all((saved[name] == value).all() for name, value in trainer.model.state_dict().items())
+    path = tmp_path / "out" / "recipe.yaml"
+    text, options = path.read_text(), yaml.safe_load(path.read_text())
+    assert "set `dataset_name` first" in text and "# Left out: hub_token\n" in text and "secret" not in text
+    assert options["model_name_or_path"] == str(tiny_model_dir) and options["learning_rate"] == 1e-2
+    assert options["reward_funcs"] == ["trainer_helpers.letters_reward", "accuracy_reward"]
+    again = train.make_parser().parse_args_and_config(["--config", str(path)], fail_with_unknown_args=False)[1]
+    for name in ("max_steps", "num_generations", "expert_model_name_or_path", "generation_batch_size", "use_cpu"):
+        assert getattr(again, name) == getattr(trainer.args, name), name
+
+
+def test_without_arguments_one_sentence_says_what_to_give(tiny_model_dir, tiny_expert_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    rows = Dataset.from_dict({"prompt": ["1+1="]})
+    with pytest.raises(SetupError, match='pass `expert="MODEL"`, or `args=MentorGRPOConfig') as caught:
+        MentorGRPOTrainer(str(tiny_model_dir), letters_reward, train_dataset=rows)
+    assert str(caught.value).count(".") == 1
+    trainer = MentorGRPOTrainer(str(tiny_model_dir), letters_reward, train_dataset=rows, expert=str(tiny_expert_dir))
+    assert trainer.args.output_dir == f"{tiny_model_dir.name}-MENTOR" and trainer.args.bf16 is False

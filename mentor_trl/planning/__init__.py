@@ -1,0 +1,1 @@
+"""Whether a run fits together and into its machine, before anything large is loaded."""
