@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trl import ScriptArguments
 
-from mentor_trl.data.preparation.settings import option
+from mentor_trl.config_fields import option
 
 
 @dataclass

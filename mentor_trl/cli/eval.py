@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mentor_trl.data.preparation.settings import option
+from mentor_trl.config_fields import option
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS
 from mentor_trl.files import write_whole

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mentor_trl.data.preparation.settings import option
+from mentor_trl.config_fields import option
 from mentor_trl.errors import SetupError
 
 

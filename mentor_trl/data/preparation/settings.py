@@ -1,14 +1,10 @@
 """The options of `mentor-trl data`; each field's help says what it does."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...config_fields import option
 from ..hints import HintPart
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with its help."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
