@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 class Panel:
     """
     Lines over the steps: the metrics of each by its name, the preferred one first. A single line has no name. The axis
-    of a `"share"` goes from 0 to 1, that of an `"amount"` starts at 0, and any `"number"` may be negative. Lines named
-    in `steady` are not drawn where some setting makes them the same at all steps of all runs.
+    starts at 0 where nothing is below, and that of a `share` goes to 1. Lines named in `steady` are not drawn where
+    they are the same at all steps of all runs, as a setting or the method may make them.
     """
 
     title: str
     unit: str
     lines: dict[str, tuple[str, ...]]
-    scale: str = "number"
+    share: bool = False
     steady: tuple[str, ...] = ()
 
 
@@ -53,28 +53,28 @@ FEW = 12
 # Values that differ by less are the same, but for rounding
 STEADY = 1e-6
 _GUIDANCE = (
-    ("weight of the mixed advantages", "alpha", {"": "alpha"}, "share", ("",)),
-    ("entropy threshold", "gamma (nats)", {"": "gamma"}, "amount", ("",)),
+    ("weight of the mixed advantages", "alpha", {"": "alpha"}, True, ("",)),
+    ("entropy threshold", "gamma (nats)", {"": "gamma"}, False, ("",)),
     (
         "where the expert speaks",
         "share of the tokens",
         {"branch points": "branch_rate", "replaced tokens": "replaced_rate"},
-        "amount",
+        False,
         (),
     ),
-    ("drafted tokens that stand", "acceptance", {"": "acceptance"}, "share", ("",)),
-    ("reward by source", "mean reward", {"on-policy": "on_policy/reward", "mixed": "mixed/reward"}, "share", ()),
+    ("drafted tokens that stand", "acceptance", {"": "acceptance"}, True, ("",)),
+    ("reward by source", "mean reward", {"on-policy": "on_policy/reward", "mixed": "mixed/reward"}, True, ()),
     (
         "advantage by source",
         "mean advantage",
         {"on-policy": "on_policy/advantage", "mixed": "mixed/advantage"},
-        "number",
+        False,
         ("on-policy", "mixed"),
     ),
 )
 GUIDANCE = tuple(
-    Panel(title, unit, {line: (f"mentor/{metric}",) for line, metric in lines.items()}, scale, steady)
-    for title, unit, lines, scale, steady in _GUIDANCE
+    Panel(title, unit, {line: (f"mentor/{metric}",) for line, metric in lines.items()}, share, steady)
+    for title, unit, lines, share, steady in _GUIDANCE
 )
 
 
@@ -85,14 +85,14 @@ def training_panel(name: str, accuracy: str = "accuracy_reward", evaluation: boo
     on-policy.
     """
     titles = {
-        "accuracy": ("accuracy", "mean of " + accuracy, f"rewards/{accuracy}", f"rewards/{accuracy}/mean", "share"),
-        "reward": ("reward", "mean reward", "reward", "reward", "share"),
-        "entropy": ("entropy", "nats", "entropy", "entropy", "amount"),
-        "length": ("response length", "tokens", "length", "completions/mean_length", "amount"),
+        "accuracy": ("accuracy", "mean of " + accuracy, f"rewards/{accuracy}", f"rewards/{accuracy}/mean", True),
+        "reward": ("reward", "mean reward", "reward", "reward", True),
+        "entropy": ("entropy", "nats", "entropy", "entropy", False),
+        "length": ("response length", "tokens", "length", "completions/mean_length", False),
     }
-    title, unit, ours, trl, scale = titles[name]
+    title, unit, ours, trl, share = titles[name]
     metrics = (f"eval_{trl}",) if evaluation else (f"mentor/on_policy/{ours}", trl)
-    return Panel(title, unit, {"": metrics}, scale)
+    return Panel(title, unit, {"": metrics}, share)
 
 
 def find_accuracy(runs: Sequence[Run]) -> str:
@@ -107,8 +107,8 @@ def find_accuracy(runs: Sequence[Run]) -> str:
         return "accuracy_reward"
     if len(candidates) > 1:
         raise SetupError(
-            f"Run {runs[0].path} has several rewards, of which one is to be the accuracy: name it with --accuracy, one "
-            f"of {', '.join(sorted(candidates))}."
+            f"Run {runs[0].path} has several rewards, of which one is to be the accuracy: name it with --accuracy, "
+            f"one of {', '.join(sorted(candidates))}."
         )
     return candidates.pop()
 
@@ -255,7 +255,10 @@ def _draw_panels(figure: "Figure", rows: int, shown: list[PanelCurves], smooth: 
     for label, lines in shown[0].curves.items():
         runs = max((curve.runs for curve in lines.values()), default=1)
         axes[0].plot([], [], color=colors[label], linewidth=1.7, label=f"{label} ({runs} runs)" if runs > 1 else label)
-    explained = [f"moving means of {smooth} logged values"] * (smooth > 1)
+    thin = any(curve.raw is not None for panel in shown for curve in panel.all)
+    explained = [f"moving means of {smooth} logged values{', which are the thin lines' if thin else ''}"] * (
+        smooth > 1
+    )
     if any(_has_visible_band(axis, panel) for axis, panel in zip(axes, shown)):
         explained.append("bands: one standard error of the mean of the runs")
     shared_legend(figure, axes[0], "; ".join(explained + notes))
@@ -267,9 +270,9 @@ def _set_scale(axis: "Axes", panel: PanelCurves) -> None:
     drawn += [curve.mean + curve.error for curve in panel.all if curve.error is not None]
     low, high = min(one.min() for one in drawn), max(one.max() for one in drawn)
     axis.set_ylabel(panel.panel.unit)
-    if panel.panel.scale == "share" and 0.0 <= low and high <= 1.0:
-        axis.set_ylabel(stated(panel.panel.unit, share_axes([axis], [high])))
-    elif panel.panel.scale != "number" and low >= 0.0 < high:
+    if panel.panel.share and low >= 0.0 and high <= 1.0:
+        axis.set_title(stated(panel.panel.title, share_axes([axis], [high])), fontsize=11)
+    elif low >= 0.0 < high:
         axis.set_ylim(-0.02 * high, 1.08 * high)
 
 

@@ -48,7 +48,7 @@ def step_axis(axis: "Axes") -> None:
     """Ticks at whole steps only."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
 
 
 def share_axes(axes: Sequence["Axes"], values: Iterable[float]) -> float:
@@ -72,7 +72,7 @@ def round_top(highest: float) -> float:
     if not 0.0 < highest < 0.25:
         return 1.0
     scale = 10.0 ** math.floor(math.log10(highest))
-    return next(step * scale for step in (1.25, 2.0, 2.5, 5.0, 10.0) if step * scale > highest)
+    return next(step * scale for step in (2.0, 2.5, 5.0, 10.0) if step * scale > highest)
 
 
 def stated(label: str, top: float) -> str:
