@@ -108,9 +108,12 @@ def declared_differences() -> dict[str, tuple[str, set[str]]]:
     differences = {
         "SmolLM2-135M-Instruct/grpo/config_gsm8k.yaml": (
             "SmolLM2-135M-Instruct/mentor/config_gsm8k.yaml",
-            GUIDANCE | {"expert_dtype"},
+            GUIDANCE | {"expert_dtype", "log_rollout_records"},
         ),
-        "quickstart/grpo.yaml": ("quickstart/mentor.yaml", GUIDANCE | {"entropy_threshold_from"}),
+        "quickstart/grpo.yaml": (
+            "quickstart/mentor.yaml",
+            GUIDANCE | {"entropy_threshold_from", "log_rollout_records"},
+        ),
         "quickstart/mentor_paper.yaml": ("quickstart/mentor.yaml", {"correction_exponent"}),
         "Qwen2.5-3B/mentor/config_paper.yaml": (paper.format("Qwen2.5-7B"), {"model_name_or_path"}),
         "Llama-3.1-8B/mentor/config_paper.yaml": (
@@ -270,6 +273,15 @@ def test_recipes_differ_in_the_declared_keys_alone():
         here, there = read(FOLDER / name), read(FOLDER / origin)
         differing = {key for key in here.keys() | there.keys() if here.get(key) != there.get(key)}
         assert differing == keys | {"output_dir"}, name
+
+
+def test_small_recipes_record_their_mixed_rollouts():
+    small = [*FOLDER.glob("quickstart/*.yaml"), *FOLDER.glob("SmolLM2-135M-Instruct/*/*.yaml")]
+    small = [yaml.safe_load(path.read_text()) for path in small]
+    mixing = [recipe for recipe in small if recipe.get("num_mixed_generations")]
+    assert len(mixing) == 5
+    for recipe in mixing:  # all rollouts of one prompt
+        assert recipe["log_rollout_records"] == recipe["num_generations"]
 
 
 def test_every_recipe_has_an_output_folder_of_its_own():

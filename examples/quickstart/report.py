@@ -251,16 +251,21 @@ def plot(policy: Evaluation, by_arm: dict[str, list[Run]], arms: dict[str, str],
             curves = [[value(policy), *map(value, run.curve.values())] for run in runs]
             draw(axis, steps, curves, COLORS[arm], arms[arm])
         axis.set_title(title)
+        axis.set_ylim(bottom=0.0)
     axes[0, 0].axvline(COMPARED_STEP, color="0.6", linestyle=":", linewidth=1)
-    axes[0, 0].set_ylim(-0.03, 1.03)
-    axes[0, 0].legend(frameon=False, loc="upper left")
+    several = len(next(iter(by_arm.values()))) > 1
+    axes[0, 0].legend(frameon=False, loc="upper left", title="thin lines: single seeds" if several else None)
     guided = next((arm for arm in by_arm if arm != BASELINE), None)
     if guided:
         draw_guidance(axes[1, 1], by_arm[guided], arms[guided])
+    axes[1, 1].set_visible(guided is not None)
+    style.share_axes([axes[0, 0], axes[1, 1]], [1.0])
     for axis in axes.flat:
         style.quiet(axis)
-    for axis in axes[1]:
+        style.step_axis(axis)
+    for axis in (*axes[1], *axes[0][[False, guided is None]]):  # the lowest of each column
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
     style.save_figure(figure, path)
     return True
 

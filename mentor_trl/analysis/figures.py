@@ -1,14 +1,16 @@
 """The figures: training dynamics, guidance, reasoning words, pass@k."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import SetupError
 from .runs import Curve, Run, group_by_label, make_curve
-from .style import color_of, new_figure, quiet, shared_legend
+from .style import color_of, new_figure, quiet, round_top, share_axes, shared_legend, stated, step_axis
 
 
 if TYPE_CHECKING:
@@ -19,11 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over the steps: the metrics of each by its name, the preferred one first. A single line has no name."""
+    """
+    Lines over the steps: the metrics of each by its name, the preferred one first. A single line has no name. The axis
+    starts at 0 where nothing is below, and that of a `share` goes to 1. Lines named in `steady` are not drawn where
+    they are the same at all steps of all runs, as a setting or the method may make them.
+    """
 
     title: str
     unit: str
     lines: dict[str, tuple[str, ...]]
+    share: bool = False
+    steady: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,24 +41,40 @@ class PanelCurves:
     panel: Panel
     curves: dict[str, dict[str, Curve]]
 
+    @property
+    def all(self) -> list[Curve]:
+        return [curve for lines in self.curves.values() for curve in lines.values()]
 
-LINE_STYLES = ("-", "--")
+
+LINE_STYLES = {"on-policy": "-", "mixed": "--", "branch points": "-", "replaced tokens": "--"}
 TRAINING = ("accuracy", "entropy", "length")
+# A run of so few values shows each of them
+FEW = 12
+# Values that differ by less are the same, but for rounding
+STEADY = 1e-6
 _GUIDANCE = (
-    ("weight of the mixed advantages", "alpha", {"": "alpha"}),
-    ("entropy threshold", "gamma (nats)", {"": "gamma"}),
+    ("weight of the mixed advantages", "alpha", {"": "alpha"}, True, ("",)),
+    ("entropy threshold", "gamma (nats)", {"": "gamma"}, False, ("",)),
     (
         "where the expert speaks",
         "share of the tokens",
         {"branch points": "branch_rate", "replaced tokens": "replaced_rate"},
+        False,
+        (),
     ),
-    ("drafted tokens that stand", "acceptance", {"": "acceptance"}),
-    ("reward by source", "mean reward", {"on-policy": "on_policy/reward", "mixed": "mixed/reward"}),
-    ("advantage by source", "mean advantage", {"on-policy": "on_policy/advantage", "mixed": "mixed/advantage"}),
+    ("drafted tokens that stand", "acceptance", {"": "acceptance"}, True, ("",)),
+    ("reward by source", "mean reward", {"on-policy": "on_policy/reward", "mixed": "mixed/reward"}, True, ()),
+    (
+        "advantage by source",
+        "mean advantage",
+        {"on-policy": "on_policy/advantage", "mixed": "mixed/advantage"},
+        False,
+        ("on-policy", "mixed"),
+    ),
 )
 GUIDANCE = tuple(
-    Panel(title, unit, {line: (f"mentor/{metric}",) for line, metric in lines.items()})
-    for title, unit, lines in _GUIDANCE
+    Panel(title, unit, {line: (f"mentor/{metric}",) for line, metric in lines.items()}, share, steady)
+    for title, unit, lines, share, steady in _GUIDANCE
 )
 
 
@@ -61,44 +85,98 @@ def training_panel(name: str, accuracy: str = "accuracy_reward", evaluation: boo
     on-policy.
     """
     titles = {
-        "accuracy": ("accuracy", "mean of " + accuracy, f"rewards/{accuracy}", f"rewards/{accuracy}/mean"),
-        "reward": ("reward", "mean reward", "reward", "reward"),
-        "entropy": ("entropy", "nats", "entropy", "entropy"),
-        "length": ("response length", "tokens", "length", "completions/mean_length"),
+        "accuracy": ("accuracy", "mean of " + accuracy, f"rewards/{accuracy}", f"rewards/{accuracy}/mean", True),
+        "reward": ("reward", "mean reward", "reward", "reward", True),
+        "entropy": ("entropy", "nats", "entropy", "entropy", False),
+        "length": ("response length", "tokens", "length", "completions/mean_length", False),
     }
-    title, unit, ours, trl = titles[name]
+    title, unit, ours, trl, share = titles[name]
     metrics = (f"eval_{trl}",) if evaluation else (f"mentor/on_policy/{ours}", trl)
-    return Panel(title, unit, {"": metrics})
+    return Panel(title, unit, {"": metrics}, share)
 
 
-def panel_curves(runs: Sequence[Run], panel: Panel, smooth: int = 1) -> PanelCurves:
-    """Curves of a panel, one for each label and line; a run that lacks a metric is a [`SetupError`]."""
-    curves = {
-        label: {
-            line: make_curve([run.first_series(names, line or panel.title) for run in group], smooth)
-            for line, names in panel.lines.items()
+def find_accuracy(runs: Sequence[Run]) -> str:
+    """
+    Name of the reward function that is the accuracy of all runs: `accuracy_reward`, or the only one that is left
+    without `format_reward`.
+    """
+    name = re.compile(r"(?:eval_(?:.+_)?)?rewards/(.+)/mean")
+    found = [{match[1] for metric in run.metrics if (match := name.fullmatch(metric))} for run in runs]
+    candidates = set.intersection(*found) - {"format_reward"}
+    if "accuracy_reward" in candidates or not candidates:
+        return "accuracy_reward"
+    if len(candidates) > 1:
+        raise SetupError(
+            f"Run {runs[0].path} has several rewards, of which one is to be the accuracy: name it with --accuracy, "
+            f"one of {', '.join(sorted(candidates))}."
+        )
+    return candidates.pop()
+
+
+def panel_curves(runs: Sequence[Run], panel: Panel, smooth: int = 1, needed: bool = True) -> PanelCurves:
+    """
+    Curves of a panel, one for each label and line. A run that lacks a metric is a [`SetupError`], or, where it is not
+    `needed`, its label lacks the line.
+    """
+    curves = {}
+    for label, group in group_by_label(runs).items():
+        lines = {
+            line: names for line, names in panel.lines.items() if needed or all(run.logged(names) for run in group)
         }
-        for label, group in group_by_label(runs).items()
-    }
+        curves[label] = {
+            line: make_curve([run.first_series(names, line or panel.title) for run in group], smooth)
+            for line, names in lines.items()
+        }
     return PanelCurves(panel, curves)
 
 
 def plot_training(
     runs: Sequence[Run],
     panels: Sequence[str] = TRAINING,
-    accuracy: str = "accuracy_reward",
+    accuracy: str | None = None,
     smooth: int = 1,
     evaluation: bool = False,
 ) -> tuple["Figure", list[PanelCurves]]:
-    """Accuracy, entropy and response length against the step, for several runs (Figure 2 of the paper)."""
+    """
+    Accuracy, entropy and response length against the step, for several runs (Figure 2 of the paper). Without a name
+    the accuracy is that of [`find_accuracy`].
+    """
+    accuracy = accuracy or (find_accuracy(runs) if "accuracy" in panels else "")
     shown = [panel_curves(runs, training_panel(name, accuracy, evaluation), smooth) for name in panels]
-    return _draw_panels(new_figure(max(3.7 * len(shown), 5.0), 3.5), 1, shown, smooth), shown
+    shown, notes = _worth_drawing(shown)
+    return _draw_panels(new_figure(max(3.7 * len(shown), 5.0), 3.5), 1, shown, smooth, notes), shown
 
 
 def plot_guidance(runs: Sequence[Run], smooth: int = 1) -> tuple["Figure", list[PanelCurves]]:
     """What the expert did, as [`plot_training`]: alpha, gamma, branches, acceptance, and rewards by source."""
-    shown = [panel_curves(runs, panel, smooth) for panel in GUIDANCE]
-    return _draw_panels(new_figure(11.0, 6.2), 2, shown, smooth), shown
+    shown = [panel_curves(runs, panel, smooth, needed=panel is GUIDANCE[0]) for panel in GUIDANCE]
+    shown, notes = _worth_drawing(shown)
+    rows = 1 if len(shown) <= 3 else 2
+    columns = math.ceil(len(shown) / rows)
+    return _draw_panels(new_figure(max(3.7 * columns, 5.0), 3.1 * rows + 0.3), rows, shown, smooth, notes), shown
+
+
+def _worth_drawing(shown: list[PanelCurves]) -> tuple[list[PanelCurves], list[str]]:
+    """The panels that have a curve, without lines that stay the same; notes say what is left out."""
+    kept, notes, values = [], [], []
+    for one in shown:
+        for line in one.panel.lines:
+            curves = [lines[line] for lines in one.curves.values() if line in lines]
+            numbers = np.concatenate([curve.mean for curve in curves]) if curves else np.empty(0)
+            if line in one.panel.steady and len(numbers) > 1 and np.ptp(numbers) < STEADY:
+                for lines in one.curves.values():
+                    lines.pop(line, None)
+                notes.append(f"{line + ' ' if line else ''}{one.panel.unit} is {numbers[0] + 0.0:.3g} at all steps")
+        curves = one.all
+        if curves and max(len(curve.mean) for curve in curves) > 1:
+            kept.append(one)
+        values += [f"{one.panel.title} {curve.mean.iloc[0]:.3g} {one.panel.unit}" for curve in curves[:1]]
+    if not kept:
+        raise SetupError(
+            f"One step was logged, which gives no curve ({', '.join(values)}). Train for more steps, or lower "
+            "`logging_steps` (`eval_steps` for --eval)."
+        )
+    return kept, notes
 
 
 def plot_words(rates: "pd.DataFrame") -> "Figure":
@@ -116,8 +194,9 @@ def plot_words(rates: "pd.DataFrame") -> "Figure":
         axis.errorbar(x, rows["rate"], yerr=error, fmt="none", ecolor="0.25", elinewidth=0.8)
     axis.set_xticks(range(len(words)), words, rotation=30, ha="right", rotation_mode="anchor")
     axis.set_xlim(-0.6, len(words) - 0.4)
-    axis.set_ylim(0.0, min(1.02, max(rates["high"].max() * 1.08, 0.01)))
-    axis.set_ylabel("share of responses with the word")
+    top = round_top(rates["high"].max())
+    axis.set_ylim(0.0, top)
+    axis.set_ylabel(stated("share of responses with the word", top))
     quiet(axis, grid="y")
     shared_legend(figure, axis, "thin lines: 95% intervals")
     return figure
@@ -145,49 +224,77 @@ def plot_pass_at_k(curves: "pd.DataFrame") -> "Figure":
         quiet(axis)
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
+    top = share_axes(axes[: len(tasks)], curves["high"])
     for axis in axes[::columns]:
-        axis.set_ylabel("pass@k")
+        axis.set_ylabel(stated("pass@k", top))
     for label in labels:
         axes[0].plot([], [], "o-", color=colors[label], markersize=3.5, linewidth=1.8, label=label)
     shared_legend(figure, axes[0], "bands: 95% intervals over the prompts")
     return figure
 
 
-def _draw_panels(figure: "Figure", rows: int, shown: list[PanelCurves], smooth: int) -> "Figure":
-    axes = list(figure.subplots(rows, len(shown) // rows, squeeze=False, sharex=True).flat)
+def _draw_panels(figure: "Figure", rows: int, shown: list[PanelCurves], smooth: int, notes: list[str]) -> "Figure":
+    axes = list(figure.subplots(rows, math.ceil(len(shown) / rows), squeeze=False, sharex=True).flat)
     colors = color_of(list(shown[0].curves))
     for axis, panel in zip(axes, shown):
         for label, lines in panel.curves.items():
-            for style, curve in zip(LINE_STYLES, lines.values()):
-                name = f"{label} ({curve.runs} runs)" if curve.runs > 1 else label
-                _draw_curve(axis, curve, colors[label], style, name if style == "-" else None)
+            for line, curve in lines.items():
+                _draw_curve(axis, curve, colors[label], LINE_STYLES.get(line, "-"))
         if len(panel.panel.lines) > 1:
-            _line_legend(axis, panel.panel.lines)
+            _line_legend(axis, dict.fromkeys(line for lines in panel.curves.values() for line in lines))
         axis.set_title(panel.panel.title, fontsize=11)
-        axis.set_ylabel(panel.panel.unit)
+        _set_scale(axis, panel)
         quiet(axis)
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel("step")
-    several = any(curve.runs > 1 for lines in shown[0].curves.values() for curve in lines.values())
-    notes = [f"moving means of {smooth} logged values"] * (smooth > 1)
-    notes += ["bands: one standard error of the mean of the runs"] * several
-    shared_legend(figure, axes[0], "; ".join(notes))
+        step_axis(axis)
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for axis in axes[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
+        axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
+    for label, lines in shown[0].curves.items():
+        runs = max((curve.runs for curve in lines.values()), default=1)
+        axes[0].plot([], [], color=colors[label], linewidth=1.7, label=f"{label} ({runs} runs)" if runs > 1 else label)
+    thin = any(curve.raw is not None for panel in shown for curve in panel.all)
+    explained = [f"moving means of {smooth} logged values{', which are the thin lines' if thin else ''}"] * (
+        smooth > 1
+    )
+    if any(_has_visible_band(axis, panel) for axis, panel in zip(axes, shown)):
+        explained.append("bands: one standard error of the mean of the runs")
+    shared_legend(figure, axes[0], "; ".join(explained + notes))
     return figure
 
 
-def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str, name: str | None) -> None:
+def _set_scale(axis: "Axes", panel: PanelCurves) -> None:
+    drawn = [curve.mean if curve.raw is None else curve.raw for curve in panel.all]
+    drawn += [curve.mean + curve.error for curve in panel.all if curve.error is not None]
+    low, high = min(one.min() for one in drawn), max(one.max() for one in drawn)
+    axis.set_ylabel(panel.panel.unit)
+    if panel.panel.share and low >= 0.0 and high <= 1.0:
+        axis.set_title(stated(panel.panel.title, share_axes([axis], [high])), fontsize=11)
+    elif low >= 0.0 < high:
+        axis.set_ylim(-0.02 * high, 1.08 * high)
+
+
+def _has_visible_band(axis: "Axes", panel: PanelCurves) -> bool:
+    """Whether some band is thicker than a line: a hundredth of the axis."""
+    low, high = axis.get_ylim()
+    errors = [curve.error.max() for curve in panel.all if curve.error is not None]
+    return bool(errors) and 2 * max(errors) > 0.01 * (high - low)
+
+
+def _draw_curve(axis: "Axes", curve: Curve, color: str, style: str) -> None:
     if curve.raw is not None:
         axis.plot(curve.raw.index, curve.raw, color=color, linewidth=0.7, alpha=0.3)
     if curve.error is not None:
         low, high = curve.mean - curve.error, curve.mean + curve.error
         axis.fill_between(curve.mean.index, low, high, color=color, alpha=0.18, linewidth=0)
-    # A run of one logged step would be an invisible line
-    marker = "o" if len(curve.mean) == 1 else None
-    axis.plot(curve.mean.index, curve.mean, style, color=color, linewidth=1.7, marker=marker, label=name)
+    marker = "o" if len(curve.mean) <= FEW else None
+    axis.plot(curve.mean.index, curve.mean, style, color=color, linewidth=1.7, marker=marker, markersize=3.5)
 
 
 def _line_legend(axis: "Axes", names: Iterable[str]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color="0.3", linestyle=style, label=name) for style, name in zip(LINE_STYLES, names)]
+    handles = [Line2D([], [], color="0.3", linestyle=LINE_STYLES[name], label=name) for name in names]
     axis.legend(handles=handles, frameon=True, framealpha=0.8, edgecolor="none", fontsize=8.5)

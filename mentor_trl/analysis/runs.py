@@ -44,6 +44,10 @@ class Run:
             )
         return pd.Series(dict(points), name=name, dtype=float).sort_index()
 
+    def logged(self, names: Sequence[str]) -> bool:
+        """Whether one of several metrics has a value somewhere."""
+        return not set(names).isdisjoint(self.metrics)
+
     def first_series(self, names: Sequence[str], what: str) -> pd.Series:
         """Values of the first of several metrics that was logged."""
         for name in names:

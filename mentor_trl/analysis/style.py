@@ -1,6 +1,7 @@
 """One look for all figures: colours that the colour-blind can tell apart, quiet axes, files by suffix."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,47 @@ def quiet(axis: "Axes", grid: str = "both") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_axisbelow(True)
     axis.grid(alpha=0.25, axis=grid)
+
+
+def step_axis(axis: "Axes") -> None:
+    """Ticks at whole steps only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+
+
+def share_axes(axes: Sequence["Axes"], values: Iterable[float]) -> float:
+    """
+    One axis for all panels of a share: from 0 to 1. Where all `values` are below a quarter the axis ends at a round
+    number, which is returned for the label to state; see [`stated`].
+    """
+    top = round_top(max(values, default=1.0))
+    for axis in axes:
+        axis.set_ylim(-0.02 * top, 1.02 * top)
+    return top
+
+
+def round_top(highest: float) -> float:
+    """
+    End of an axis of shares of which the highest is given.
+
+    >>> [round_top(value) for value in (0.7, 0.25, 0.2, 0.012, 0.0)]
+    [1.0, 1.0, 0.25, 0.02, 1.0]
+    """
+    if not 0.0 < highest < 0.25:
+        return 1.0
+    scale = 10.0 ** math.floor(math.log10(highest))
+    return next(step * scale for step in (2.0, 2.5, 5.0, 10.0) if step * scale > highest)
+
+
+def stated(label: str, top: float) -> str:
+    """
+    Label of an axis of shares, which says where it ends before 1.
+
+    >>> stated("pass@k", 1.0), stated("pass@k", 0.05)
+    ('pass@k', 'pass@k (axis to 0.05)')
+    """
+    return label if top == 1.0 else f"{label} (axis to {top:g})"
 
 
 def shared_legend(figure: "Figure", axis: "Axes", note: str = "") -> None:

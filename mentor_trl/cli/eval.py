@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 from mentor_trl.config_fields import option
 from mentor_trl.errors import SetupError
 from mentor_trl.evaluation import PAPER_TASKS, TASKS
@@ -67,7 +70,11 @@ class EvalDataArguments:
         None, "Sampling temperature. If not set, 0 (greedy) for one completion a problem and 0.6 for several."
     )
     top_p: float = option(1.0, "Probability mass to sample from.")
-    max_new_tokens: int = option(8192, "Most tokens of a completion.")
+    max_new_tokens: int | None = option(
+        None,
+        "Most tokens of a completion. If not set, what the longest prompt of a set leaves of the model's context, at "
+        "most 8192, the paper's limit.",
+    )
     seed: int = option(0, "Seed of the sampling.")
 
 
@@ -183,9 +190,15 @@ def main(model_args: EvalModelArguments, data_args: EvalDataArguments, report_ar
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
         write_whole(folder / "results.md", report)
     if summaries:
-        print(report)
+        _show(report)
         print(f"Results and samples are in {folder}.")
         _publish(results, report_args)
+
+
+def _show(report: str) -> None:
+    """Print a report of Markdown: drawn in a terminal, as it is in a file or a pipe."""
+    console = Console()
+    console.print(Markdown(report)) if console.is_terminal else print(report)
 
 
 def _publish(results: dict[str, Any], report_args: EvalReportArguments) -> None:

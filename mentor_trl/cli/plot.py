@@ -81,8 +81,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--panels", nargs="+", choices=panels, default=shown, help=f"panels to draw ({' '.join(shown)})"
     )
-    text = "reward function to draw (accuracy_reward)"
-    parser.add_argument("--accuracy", default="accuracy_reward", metavar="NAME", help=text)
+    text = "reward function that is the accuracy (accuracy_reward, or the only one beside format_reward)"
+    parser.add_argument("--accuracy", metavar="NAME", help=text)
     text = "draw the evaluations made during training, on the dataset NAME if there were several"
     parser.add_argument("--eval", dest="evaluation", nargs="?", const=True, default=False, metavar="NAME", help=text)
 
@@ -140,12 +140,11 @@ def pass_at_k(options: argparse.Namespace, console: Console) -> None:
         frame = rows.pivot_table(index="k", columns="label", values="value", sort=False).sort_index()
         _print_frame(console, frame, f"pass@k, {task}")
     points = curves.groupby("task")["k"].transform("nunique")
-    if points.max() > 1:  # a task with one sample a prompt has no curve
-        alone = dict.fromkeys(curves.loc[points == 1, "task"])
-        curves = curves[points > 1]
-        if alone:
-            print(f"Note: not drawn, for there is one k only: {', '.join(alone)}.", file=sys.stderr)
-    _tell_saved(console, save_figure(plot_pass_at_k(curves), options.output))
+    alone = dict.fromkeys(curves.loc[points == 1, "task"])  # a task with one sample a prompt has no curve
+    if alone:
+        print(f"Note: not drawn, for there is one k only: {', '.join(alone)}.", file=sys.stderr)
+    if points.max() > 1:
+        _tell_saved(console, save_figure(plot_pass_at_k(curves[points > 1]), options.output))
 
 
 def table(options: argparse.Namespace, console: Console) -> None:
@@ -179,7 +178,7 @@ def rollout(options: argparse.Namespace, console: Console) -> None:
 
 def _tell_dropped(shown: list[PanelCurves]) -> None:
     for label in shown[0].curves:
-        count = max(curve.dropped for one in shown for curve in one.curves[label].values())
+        count = max((curve.dropped for one in shown for curve in one.curves[label].values()), default=0)
         if count:
             print(
                 f"Note: the runs of {label!r} differ in their steps: up to {count} steps of a panel, which not all of "

@@ -1,15 +1,14 @@
 """
 lm-eval as the harness: it builds the prompts, batches them and talks to the models.
 
-What is added: the paper's settings for each set, sampling that does not depend on a model's generation config, a check
-that no prompt is cut, and samples in one form for all back-ends.
+What is added: the paper's settings for each set, sampling that does not depend on a model's generation config, a limit
+of new tokens that fits the model, and samples in one form for all back-ends.
 """
 
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +23,7 @@ from mentor_trl.errors import SetupError
 from . import TASKS
 from .graded_rows import CORRECT, grade_by_math_verify
 from .summary import TaskRun
+from .token_limit import MAX_NEW_TOKENS, limited
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Settings:
     num_samples: int | None = None
     temperature: float | None = None
     top_p: float = 1.0
-    max_new_tokens: int = 8192
+    max_new_tokens: int | None = None
     system_prompt: str = "mentor"
     apply_chat_template: bool = True
     limit: int | None = None
@@ -173,7 +173,7 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
     task.set_config("generation_kwargs", generation_kwargs(backend, settings, temperature))
     task.set_config("description", "")  # the system prompt of the task file, which `system_instruction` replaces
     set_seed(settings.seed)
-    with _uncut_prompts(lm, settings.max_new_tokens):
+    with limited(lm, settings.max_new_tokens) as limit:
         results = evaluate(
             lm,
             {"tasks": {task.config.task: task}},
@@ -187,14 +187,18 @@ def run_task(lm: "LM", name: str, task: "Task", settings: Settings, backend: str
     rows = sorted(results["samples"][task.config.task], key=lambda row: row["doc_id"])
     samples = [_sample(name, row) for row in rows]
     _add_math_verify([sample for sample, row in zip(samples, rows) if not row["doc"]["choices"]])
-    return TaskRun(name, num_samples, temperature, TEST_SETS[name].on_hub, samples)
+    print(f"{TASKS[name]}: {limit}.", flush=True)
+    return TaskRun(name, num_samples, temperature, TEST_SETS[name].on_hub, samples, limit.value, limit.room)
 
 
 def generation_kwargs(backend: str, settings: Settings, temperature: float) -> dict[str, Any]:
-    """Return the sampling options of a back-end, all explicit, so that no model's generation config changes them."""
+    """
+    Return the sampling options of a back-end, all explicit, so that no model's generation config changes them. The
+    limit of new tokens is the largest, until the prompts are known.
+    """
     kwargs: dict[str, Any] = {
         "until": [],
-        "max_gen_toks": settings.max_new_tokens,
+        "max_gen_toks": settings.max_new_tokens or MAX_NEW_TOKENS,
         "do_sample": temperature > 0,
         "temperature": temperature,
         "repetition_penalty": 1.0,
@@ -211,7 +215,8 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
         "doc_id": row["doc_id"],
         "task": task,
         "prompt": prompt if isinstance(prompt, str) else prompt[0],
-        "completions": list(row["resps"][0]),
+        "completions": [str(text) for text in row["resps"][0]],
+        "truncated": [int(getattr(text, "cut", False)) for text in row["resps"][0]],
         "correct": [int(verdict == CORRECT) for verdict in verdicts],
         "answer": row["target"],
         "verdicts": list(verdicts),
@@ -223,26 +228,3 @@ def _add_math_verify(samples: list[dict[str, Any]]) -> None:
     graded = iter(grade_by_math_verify(*zip(*pairs)) if pairs else ())
     for sample in samples:
         sample["math_verify"] = [next(graded) for _ in sample["completions"]]
-
-
-@contextmanager
-def _uncut_prompts(lm: "LM", max_new_tokens: int) -> Iterator[None]:
-    """Refuse prompts that the local back-ends would cut from the left to make room for the completion."""
-    generate = lm.generate_until
-
-    def check_and_generate(requests: list, **kwargs: Any) -> list[str]:
-        longest = max(len(lm.tok_encode(prompt)) for prompt in {request.args[0] for request in requests})
-        if longest + max_new_tokens > lm.max_length:
-            raise SetupError(
-                f"The longest prompt has {longest} tokens, which with `max_new_tokens` {max_new_tokens} exceeds "
-                f"the model's {lm.max_length} positions; set `max_new_tokens` to "
-                f"{max(lm.max_length - longest, 1)} or less"
-            )
-        return generate(requests, **kwargs)
-
-    if hasattr(lm, "tok_encode") and getattr(lm, "base_url", None) is None:
-        lm.generate_until = check_and_generate
-    try:
-        yield
-    finally:
-        vars(lm).pop("generate_until", None)

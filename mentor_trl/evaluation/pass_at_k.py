@@ -7,7 +7,7 @@ every problem gives one value in [0, 1], and the spread of these values says how
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import comb, pi, sqrt, tan
 from statistics import NormalDist, fmean, variance
 
 
@@ -92,6 +92,40 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
     value = fmean(one.value for one in estimates)
     stderr = sqrt(sum(one.stderr**2 for one in estimates)) / len(estimates)
     return Estimate(value, max(0.0, value - Z * stderr), min(1.0, value + Z * stderr), stderr)
+
+
+def over_runs(values: Sequence[float]) -> Estimate:
+    """
+    Mean of several runs' figures, with Student's interval: how far it would move with other runs.
+
+    >>> one = over_runs([0.4, 0.5, 0.6])
+    >>> round(one.low, 3), round(one.high, 3)
+    (0.252, 0.748)
+    """
+    mean, stderr = fmean(values), sqrt(variance(values) / len(values))
+    half = student_quantile(len(values) - 1) * stderr
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half), stderr)
+
+
+def student_quantile(freedom: int) -> float:
+    """
+    The 0.975 quantile of Student's distribution: exact for one and two degrees of freedom, else by an expansion that
+    is off by less than 0.2%.
+
+    >>> [round(student_quantile(freedom), 2) for freedom in (1, 2, 3, 9)]
+    [12.71, 4.3, 3.18, 2.26]
+    """
+    if freedom == 1:
+        return tan(0.475 * pi)
+    if freedom == 2:
+        return 0.95 * sqrt(2.0 / (1.0 - 0.95**2))
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+        (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
+    )
+    return Z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def ks_to_report(num_samples: int) -> list[int]:

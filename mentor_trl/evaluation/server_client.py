@@ -1,4 +1,4 @@
-"""lm-eval's client of OpenAI-compatible servers, with a seed of its own for each sample of a prompt."""
+"""lm-eval's client of OpenAI-compatible servers: a seed for each sample of a prompt, and the ends of completions."""
 
 import json
 import os
@@ -14,12 +14,19 @@ from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompleti
 from mentor_trl.errors import SetupError
 from mentor_trl.rewards.answers import completion_text
 
+from .token_limit import Completion
 
+
+# Prompts that are counted: the longest in characters
+COUNTED = 16
 DEFAULTS = {"num_concurrent": 32, "timeout": 7200, "max_retries": 3, "tokenizer_backend": None}
 
 
-class _SeedPerSample:
-    """lm-eval sends one seed with every request, so that a server which honours it gives the same sample 32 times."""
+class _EndsAndSeeds:
+    """
+    lm-eval sends one seed with every request, so that a server which honours it gives the same sample 32 times, and
+    does not look at the reason why a completion ends.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -30,6 +37,31 @@ class _SeedPerSample:
         seed += self._drawn[prompt]
         self._drawn[prompt] += 1
         return super()._create_payload(messages, *args, seed=seed, **kwargs)
+
+    def parse_generations(self, outputs: dict | list[dict], **kwargs: Any) -> list[Completion]:
+        """Return the completions of one or several replies."""
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        choices = [sorted(output["choices"], key=lambda choice: choice["index"]) for output in outputs]
+        return [
+            Completion(self._text(choice), choice.get("finish_reason") == "length")
+            for output in choices
+            for choice in output
+        ]
+
+    def measure(self, prompts: list) -> tuple[int, int] | None:
+        """Tokens of the longest prompt and positions of the model, if the server tells them, as vLLM does."""
+        address = f"{self.base_url.partition('/v1')[0]}/tokenize"
+        longest = sorted(prompts, key=lambda prompt: len(json.dumps(prompt)))[-COUNTED:]
+        counts, positions = [], None
+        for prompt in longest:
+            try:
+                body = {"model": self.model, **self._as_request(prompt)}
+                reply = httpx.post(address, json=body, headers=_header(), timeout=30.0).raise_for_status().json()
+                positions = int(reply["max_model_len"])
+                counts.append(int(reply["count"]))
+            except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                return None
+        return max(counts), positions
 
     def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
         """Send the requests; what still fails after the retries is an error of the set-up."""
@@ -42,18 +74,24 @@ class _SeedPerSample:
             ) from error
 
 
-class ServerCompletions(_SeedPerSample, LocalCompletionsAPI):
+class ServerCompletions(_EndsAndSeeds, LocalCompletionsAPI):
     """Completions of a text, `/completions`."""
 
+    def _text(self, choice: dict) -> str:
+        return choice["text"]
 
-class ServerChatCompletions(_SeedPerSample, LocalChatCompletion):
+    def _as_request(self, prompt: str) -> dict:
+        return {"prompt": prompt}
+
+
+class ServerChatCompletions(_EndsAndSeeds, LocalChatCompletion):
     """Completions of messages, `/chat/completions`."""
 
-    def parse_generations(self, outputs: dict | list[dict], **kwargs: Any) -> list[str]:
-        """Return the texts, with reasoning that the server has parsed out of them put back."""
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        choices = [sorted(output["choices"], key=lambda choice: choice["index"]) for output in outputs]
-        return [completion_text([choice["message"]]) for output in choices for choice in output]
+    def _text(self, choice: dict) -> str:
+        return completion_text([choice["message"]])  # with reasoning that the server has parsed out of it put back
+
+    def _as_request(self, prompt: Any) -> dict:
+        return {"messages": json.loads(prompt.prompt)}
 
 
 def make_server_model(
@@ -83,11 +121,14 @@ def _root(base_url: str) -> str:
     return root if parts.path else f"{root}/v1"
 
 
-def _check_served(root: str, model: str) -> None:
+def _header() -> dict[str, str]:
     key = os.environ.get("OPENAI_API_KEY")
-    header = {"Authorization": f"Bearer {key}"} if key else {}
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _check_served(root: str, model: str) -> None:
     try:
-        reply = httpx.get(f"{root}/models", headers=header, timeout=30.0)
+        reply = httpx.get(f"{root}/models", headers=_header(), timeout=30.0)
         reply.raise_for_status()
         served = [entry["id"] for entry in reply.json()["data"]]
     except httpx.HTTPStatusError as error:

@@ -129,11 +129,11 @@ def curve_section(folder: Path, log_history: list[dict[str, Any]], first: str) -
     """
     Draw what was logged so far to `assets/training.png`, whose first panel is the metric `first`, and, where rollouts
     were mixed, `assets/guidance.png` of a folder. The paragraphs of the card are none without matplotlib, and before
-    anything is logged; a picture that cannot be drawn gives a warning, for the card is written while the model is
+    two steps are logged; a picture that cannot be drawn gives a warning, for the card is written while the model is
     saved.
     """
     history = [entry for entry in log_history if "reward" in entry]
-    if not history or importlib.util.find_spec("matplotlib") is None:
+    if len({entry.get("step") for entry in history}) < 2 or importlib.util.find_spec("matplotlib") is None:
         return []
     runs = [Run(folder, folder.resolve().name, history)]
     smooth = 5 if len(history) >= 50 else 1

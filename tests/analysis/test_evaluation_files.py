@@ -1,6 +1,7 @@
 """What `mentor-trl eval` writes is what `mentor-trl plot` reads."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from evaluation.test_summary import make_run
@@ -41,9 +42,9 @@ def test_the_curve_is_that_of_the_results(results):
 def test_the_table_is_that_of_the_results(results):
     stored = json.loads((results / "results.json").read_text())["tasks"]
     table = make_table(read_results([results]))
-    assert table.columns == ["aime24 avg@8", "math500 pass@1", "average"]
+    assert table.columns == ["aime24 avg@8", "math500 pass@1", "average of 2 sets"]
     for name, cell in zip(stored, table.rows["mentor"]):
-        assert (cell.value, cell.error) == (stored[name]["value"], stored[name]["stderr"])
+        assert asdict(cell.estimate) == {end: stored[name][end] for end in ("value", "low", "high", "stderr")}
     (cell,) = make_table(read_results([results]), "pass@8").rows["mentor"]
     assert cell.value == stored["aime24"]["pass_at_k"]["8"]["value"]
 

@@ -57,9 +57,64 @@ def test_training_prefers_on_policy_metrics_and_takes_trl_runs(runs):
 def test_figures_draw_what_they_show(runs):
     figure, shown = figures.plot_training(read_runs(runs), panels=["accuracy"])
     (axis,) = figure.axes
-    lines = {line.get_label(): line.get_ydata().tolist() for line in axis.get_lines()}
-    assert lines.keys() == {"grpo", "mentor (2 runs)"} and len(axis.collections) == 1  # one band
-    assert lines["mentor (2 runs)"] == pytest.approx([0.3, 0.5])
+    lines = [line.get_ydata().tolist() for line in axis.get_lines() if len(line.get_ydata())]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["grpo", "mentor (2 runs)"]
+    assert lines == [[0.1, 0.2], pytest.approx([0.3, 0.5])] and len(axis.collections) == 1  # one band
+
+
+def axes_of(paths, plot=figures.plot_training, **options) -> dict:
+    figure, _ = plot(read_runs(paths), **options)
+    return {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+
+
+def test_axes_include_what_they_should(runs, tmp_path):
+    axes = axes_of(runs)
+    assert axes["accuracy"].get_ylim() == pytest.approx((-0.02, 1.02))
+    assert all(-1.0 < axis.get_ylim()[0] <= 0.0 for axis in axes.values())
+    assert all(tick == int(tick) for axis in axes.values() for tick in axis.get_xticks())
+    low = write_run(tmp_path / "low", plain_entry, [0.01, 0.04])
+    assert axes_of([low])["accuracy (axis to 0.05)"].get_ylim()[1] == pytest.approx(0.051)
+
+
+def test_what_stays_the_same_is_a_note(tmp_path):
+    entries = lambda step, value: {**guided_entry(step, value), "mentor/alpha": 1.0, "mentor/on_policy/advantage": 0.0}
+    run = write_run(tmp_path / "mentor", entries, [0.2, 0.4])
+    figure, _ = figures.plot_guidance(read_runs([run]))
+    axes = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    assert "weight of the mixed advantages" not in axes and len(axes["advantage by source"].get_lines()) == 1
+    note = figure.legends[0].get_title().get_text()
+    assert note == "alpha is 1 at all steps; on-policy mean advantage is 0 at all steps"
+    other = write_run(tmp_path / "other", guided_entry, [0.2, 0.4])  # a comparison is drawn
+    assert "weight of the mixed advantages" in axes_of([run, other], figures.plot_guidance)
+
+
+def test_bands_are_announced_where_they_are_seen(tmp_path):
+    for values, seen in (([0.4, 0.6], True), ([0.2, 0.4001], False)):
+        folder = tmp_path / str(seen)
+        folder.mkdir()
+        paths = [write_run(folder / f"a-seed{i}", plain_entry, one) for i, one in enumerate(([0.2, 0.4], values))]
+        figure, _ = figures.plot_training(read_runs(paths))
+        assert ("bands" in figure.legends[0].get_title().get_text()) is seen
+
+
+def test_one_step_is_no_figure(tmp_path, capsys):
+    run = write_run(tmp_path / "short", plain_entry, [0.25])
+    assert run_plot("training", run, "-o", tmp_path / "f.png") == 2
+    error = capsys.readouterr().err
+    assert "One step was logged" in error and "accuracy 0.25" in error and not (tmp_path / "f.png").exists()
+
+
+def test_accuracy_is_found_where_one_reward_can_be_it(tmp_path, capsys):
+    def named(*names):
+        return lambda step, value: {"step": step, **{f"rewards/{name}/mean": value for name in names}}
+
+    one, two = (
+        read_runs([write_run(tmp_path / f"run{len(names)}", named(*names), [0.1, 0.2])])
+        for names in (("mine", "format_reward"), ("mine", "format_reward", "other"))
+    )
+    assert figures.find_accuracy(one) == figures.find_accuracy([*one, *two]) == "mine"
+    with pytest.raises(SetupError, match="name it with --accuracy, one of mine, other"):
+        figures.find_accuracy(two)
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])

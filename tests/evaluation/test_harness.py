@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mentor_trl.cli import eval as script
 from mentor_trl.cli import main as cli
 from mentor_trl.data import MENTOR_SYSTEM_PROMPT
 from mentor_trl.errors import SetupError
-from mentor_trl.evaluation import PAPER_TASKS, TASKS, harness
+from mentor_trl.evaluation import PAPER_TASKS, TASKS, harness, token_limit
 from mentor_trl.evaluation.harness import Settings, generation_kwargs
 
 
@@ -59,7 +60,8 @@ def test_hf(tmp_path, data_dir, tiny_model_dir):
     assert results["tasks"]["aime24"]["metric"] == "avg@3" and results["tasks"]["aime24"]["temperature"] == 0.6
     assert [len(rows) for rows in samples.values()] == [2, 2, 1]
     row = samples["math500"][1]
-    assert set(row) == {"doc_id", "task", "prompt", "completions", "correct", "answer", "verdicts", "math_verify"}
+    names = "doc_id task prompt completions truncated correct answer verdicts math_verify"
+    assert set(row) == set(names.split())
     assert (row["doc_id"], row["task"], row["answer"]) == (1, "math500", "2")
     assert row["prompt"] == f"<bos><sys>{MENTOR_SYSTEM_PROMPT}<user>what is 1+1?<bot>"
     assert len(set(row["completions"])) == 3 and len(row["correct"]) == len(row["verdicts"]) == 3
@@ -110,11 +112,51 @@ def test_prompts_are_not_cut(data_dir, tiny_model_dir, tmp_path, capsys):
     assert "`max_new_tokens` 1800 exceeds the model's 2048 positions; set `max_new_tokens` to" in message
 
 
+def test_limit_fits_the_model_by_default(tmp_path, data_dir, capsys):
+    short_model(tmp_path / "short", 400)
+    results, samples = evaluate(tmp_path, data_dir, "--tasks", "math500", model=tmp_path / "short")
+    found, (row, *_) = results["tasks"]["math500"], samples["math500"]
+    prompt = len(make_tiny_tokenizer()(row["prompt"], add_special_tokens=False).input_ids)
+    assert found["max_new_tokens"] == found["room"] == 400 - prompt
+    assert f"at most {400 - prompt} new tokens" in capsys.readouterr().out
+    argv = f"--data_dir {data_dir} --tasks math500 --output_dir {tmp_path / 'none'} --model"
+    short_model(tmp_path / "shorter", prompt)
+    assert "leaves no room for a completion" in error_of(capsys, *argv.split(), str(tmp_path / "shorter"))
+
+
+def short_model(folder: Path, positions: int) -> None:
+    model = make_tiny_model()
+    model.config.max_position_embeddings = positions
+    model.save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+
+
+def test_cut_completions_are_those_without_an_end(tmp_path, data_dir, tiny_model_dir):
+    options = "--tasks aime24 --num_samples 8 --temperature 5 --max_new_tokens 60".split()
+    results, samples = evaluate(tmp_path, data_dir, *options, model=tiny_model_dir)
+    cut = [(text, flag) for row in samples["aime24"] for text, flag in zip(row["completions"], row["truncated"])]
+    assert results["tasks"]["aime24"]["truncated"] == sum(flag for _, flag in cut) / 32
+    lengths = {flag: [len(text) for text, one in cut if one == flag] for flag in (0, 1)}
+    assert lengths[0] and lengths[1] and max(lengths[0]) < max(lengths[1])
+
+
+def test_cut_rows_of_a_batch():
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 5]))
+    lm = SimpleNamespace(model=model, eot_token_id=3)
+    rows = torch.tensor([[2, 9, 7, 7], [2, 9, 7, 5], [2, 9, 3, 0], [2, 9, 2, 0]])
+    options = {"context": rows[:, :2], "max_length": 4}
+    assert token_limit._cut_rows(lm, rows, options) == [True, False, False, False]
+    assert token_limit._cut_rows(lm, rows, {**options, "max_length": 5}) == [False] * 4
+    ends = [SimpleNamespace(outputs=[SimpleNamespace(finish_reason=end)]) for end in ("stop", "length")]
+    assert token_limit._cut_rows(lm, ends, {}) == [False, True]
+
+
 class _Server(ThreadingHTTPServer):
     """Answers `\\boxed{seed mod 2}` and keeps the requests, as a server that honours seeds would."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.positions: int | None = None  # of the model, if it tells
         self.requests: list[tuple[str, dict]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -125,13 +167,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            if self.server.positions is None:
+                return self.send_error(404)
+            return self._reply({"count": len(request["messages"]) + 8, "max_model_len": self.server.positions})
         self.server.requests.append((self.path, request))
         if request["max_tokens"] > 1000:
             return self.send_error(400, "too long")
         answer = rf"\boxed{{{request['seed'] % 2}}}"
         message = {"role": "assistant", "reasoning_content": "hm", "content": answer}
-        choice = {"index": 0, "message": message} if "chat" in self.path else {"index": 0, "text": answer}
-        self._reply({"choices": [choice]})
+        choice = {"message": message} if "chat" in self.path else {"text": answer}
+        end = "length" if request["seed"] % 4 == 0 else "stop"
+        self._reply({"choices": [{"index": 0, "finish_reason": end, **choice}]})
 
     def _reply(self, content: dict) -> None:
         body = json.dumps(content).encode()
@@ -169,9 +216,20 @@ def test_server_gets_a_seed_for_each_sample(tmp_path, data_dir, server, concurre
     assert (request["temperature"], request["top_p"], request["top_k"], request["max_tokens"]) == (0.6, 1.0, -1, 5)
     assert request["repetition_penalty"] == 1.0 and request["stop"] == []
     assert sorted(samples["aime24"][0]["completions"])[0] == r"<think>hm</think>\boxed{0}"
+    assert [sum(row["truncated"]) for row in samples["aime24"]] == [1] * 4  # of seeds 10 to 13, that of 12
+    assert results["tasks"]["aime24"]["truncated"] == 0.25
     # The answers are 0, 2, 4 and 6; half of the samples say 0
     assert [sum(row["correct"]) for row in samples["aime24"]] == [2, 0, 0, 0]
     assert results["tasks"]["aime24"]["pass_at_k"]["4"]["value"] == 0.25
+
+
+def test_limit_fits_what_a_server_tells(tmp_path, data_dir, server, capsys):
+    server.positions = 100  # the prompt of two messages takes 10
+    options = f"--backend server --base_url {server.url} --tasks math500".split()
+    results, _ = evaluate(tmp_path, data_dir, *options, model="served")
+    assert {request["max_tokens"] for _, request in server.requests} == {90}
+    assert results["tasks"]["math500"]["max_new_tokens"] == results["tasks"]["math500"]["room"] == 90
+    assert "MATH500: at most 90 new tokens a completion; the longest prompt takes 10 of" in capsys.readouterr().out
 
 
 def test_server_with_text_prompts(tmp_path, data_dir, server):
@@ -238,7 +296,7 @@ def test_defaults_are_the_papers():
         assert (num_samples, temperature) == ((32, 0.6) if name in sampled else (1, 0.0))
         kwargs = generation_kwargs("vllm", Settings(), temperature)
         assert kwargs | config["generation_kwargs"] == kwargs  # what lm-eval's own command line would use
-    assert len(PAPER_TASKS) == 9 and Settings().max_new_tokens == 8192
+    assert len(PAPER_TASKS) == 9 and token_limit.MAX_NEW_TOKENS == 8192
 
 
 def yaml_of(name: str) -> dict:

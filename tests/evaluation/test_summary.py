@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from mentor_trl.evaluation import PAPER_TASKS
-from mentor_trl.evaluation.summary import TaskRun, collect, summarize, to_markdown, write_samples
+from mentor_trl.evaluation.summary import INTERVALS, TaskRun, collect, summarize, to_markdown, write_samples
 
 
 def make_run(task: str = "aime24", num_samples: int = 4) -> TaskRun:
@@ -45,13 +46,33 @@ def test_average_only_of_all_nine():
 
 def test_markdown_has_the_papers_rows_and_no_invented_cells():
     lines = to_markdown(make_results()).splitlines()
-    assert "| paper, Qwen2.5-7B, MENTOR |  |  | 46.7 |" in lines
-    assert "| paper, Qwen2.5-7B, MENTOR |  |  |  |  |  | 36.7 |" in lines
-    own = next(line for line in lines if line.startswith("| org/model |"))
-    assert own.split("|")[3].strip() == "66.7 (20.8 to 93.9)"
+    assert "| MATH500 | pass@1 | 66.7 | 20.8 to 93.9 |" in lines
+    assert "| average of nine, paper: Qwen2.5-7B, MENTOR |  | 46.7 |  |" in lines
+    assert "| AIME24, paper: Qwen2.5-7B, MENTOR |  |  |  |  |  | 36.7 |" in lines
     assert "46.7" not in to_markdown(make_results(), paper_model="Llama-3.1-8B")
-    rows = [line.count("|") for line in lines if line.startswith("| org/model") or line.startswith("| paper")]
-    assert rows.count(5) == 5  # every row of the first table has its four cells
+    assert not any(line.startswith("| average of nine |") for line in lines)
+    assert INTERVALS in lines and "95% intervals" in INTERVALS
+
+
+def test_a_trial_says_so_and_has_no_rows_of_the_paper():
+    report = to_markdown(make_results(limit=3))
+    assert "A trial: only the first 3 problems of each set" in report and "paper:" not in report
+
+
+@pytest.mark.parametrize(
+    ("room", "remedy"),
+    [(100, "no room for more"), (900, "set `max_new_tokens` higher, up to 900"), (None, "higher, if it fits")],
+)
+def test_truncation_stands_beside_accuracy(room, remedy):
+    run = make_run("math500", 1)
+    for row, flag in zip(run.samples, (0, 1, 1)):
+        row["truncated"] = [flag]
+    summary = summarize(replace(run, max_new_tokens=100, room=room))
+    report = to_markdown(collect("m", {}, {"math500": summary}))
+    assert "| MATH500 | pass@1 | 66.7 | 20.8 to 93.9 | 66.7% |" in report
+    assert "MATH500: 2 of 3 completions were cut off at 100 new tokens" in report and remedy in report
+    rare = collect("m", {}, {"math500": {**summary, "truncated": 0.04}})
+    assert "| 4.0% |" in to_markdown(rare) and "were cut off" not in to_markdown(rare)
 
 
 def test_samples_come_back(tmp_path):
