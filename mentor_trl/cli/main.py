@@ -16,6 +16,7 @@ from importlib import metadata, resources
 from typing import Any
 
 from ..errors import SetupError
+from ..version import __version__
 
 
 # Exit code of a mistake of the user
@@ -125,13 +126,14 @@ COMMANDS = {
     "serve": ("serve mixed rollouts of a policy and its expert with vLLM", "serve", "serve"),
     "health": ("say whether a server is a MENTOR server, of which models and versions", "serve", "health"),
     "plot": ("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", "plot", "main"),
+    "env": ("print versions and devices, to paste into an issue", "env", "run"),
 }
 
 
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         versions = [f"{name} {metadata.version(name)}" for name in ("trl", "transformers", "torch")]
-        print(f"mentor-trl {metadata.version('mentor-trl')} ({', '.join(versions)})")
+        print(f"mentor-trl {__version__} ({', '.join(versions)})")
         parser.exit()
 
 
