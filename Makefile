@@ -56,10 +56,14 @@ test-vllm: $(VLLM_STAMP)  ## run the tests that need vLLM, on the CPU, in .venv-
 	@# servers, once that memory is free; pytest ends with 5 where there are none
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "$(VLLM_TESTS) and slow" || test $$? -eq 5
 
-lint: $(STAMP)  ## check style, format, and that imports run downwards
+lint: $(STAMP)  ## check style, format, workflows, and that imports run downwards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(STAMP)  ## fix style and format
 	$(BIN)/ruff check --fix .
