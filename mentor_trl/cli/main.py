@@ -18,6 +18,7 @@ from importlib import metadata, resources
 from typing import Any
 
 from ..errors import SetupError
+from ..version import __version__
 
 
 # Exit code of a mistake of the user
@@ -129,13 +130,14 @@ COMMANDS = {
     "health": ("say whether a server is a MENTOR server, of which models and versions", "serve", "health"),
     "plot": ("draw training, guidance, reasoning words, pass@k, results, and rollouts token by token", "plot", "main"),
     "completion": ("print a script with which a shell completes commands and options", "completion", "run"),
+    "env": ("print versions and devices, to paste into an issue", "env", "run"),
 }
 
 
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         versions = [f"{name} {metadata.version(name)}" for name in ("trl", "transformers", "torch")]
-        print(f"mentor-trl {metadata.version('mentor-trl')} ({', '.join(versions)})")
+        print(f"mentor-trl {__version__} ({', '.join(versions)})")
         parser.exit()
 
 

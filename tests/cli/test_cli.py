@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mentor_trl.cli import main as cli
 from mentor_trl.cli import train
 from mentor_trl.errors import SetupError
+from mentor_trl.version import __version__
 
 
 @pytest.fixture
@@ -103,9 +104,8 @@ def test_version_names_the_base(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0
-    assert (
-        capsys.readouterr().out == "mentor-trl <mentor-trl> (trl <trl>, transformers <transformers>, torch <torch>)\n"
-    )
+    base = "(trl <trl>, transformers <transformers>, torch <torch>)"
+    assert capsys.readouterr().out == f"mentor-trl {__version__} {base}\n"
 
 
 @pytest.mark.parametrize(
