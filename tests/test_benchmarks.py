@@ -93,6 +93,23 @@ def test_withdrawal_rule(monkeypatch, capsys):
     assert all(shares[name] == ["0.00", "0.00"] for name in kept)
 
 
+def test_branch_points(tmp_path, monkeypatch, capsys, tiny_model_dir, tiny_expert_dir):
+    """Random positions have the share that they are given, and the hard threshold that of its quantile."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i} +"}) + "\n" for i in range(8)))
+    given = ["--policy", str(tiny_model_dir), "--expert", str(tiny_expert_dir), "--tokens", "96"]
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["branch_points.py", *given, "--dataset", str(tmp_path / "rows.jsonl")])
+    import branch_points
+
+    branch_points.main()
+    printed = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if line.startswith("|")]
+    shares = {name: float(share.rstrip("%")) for name, _, share, *_ in rows[2:]}
+    assert set(shares) == set(branch_points.RULES)
+    assert 5.0 < shares["random, share .1"] < 15.0 and shares["threshold"] < 12.0
+    assert shares["entropy"] > shares["entropy, gamma 6 nats"] > 0.0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

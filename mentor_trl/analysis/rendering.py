@@ -1,6 +1,7 @@
 """One rollout as text in which one sees where the expert spoke: for a terminal, and as a page of HTML."""
 
 import html
+import io
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -165,6 +166,14 @@ def evaluation_excerpts(logs: dict[str, Any], count: int, step: int) -> list[Exc
         completion = visible(completion_text(logs["completion"][row]))
         found.append(Excerpt(facts, message_text(logs["prompt"][row]), [(completion, None)]))
     return found
+
+
+def to_svg(records: Sequence[RolloutRecord], title: str = "Rollouts", width: int = 80) -> str:
+    """Draw what a terminal of `width` characters shows of [`print_rollout`]."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for record in records:
+        print_rollout(record, console)
+    return console.export_svg(title=title, unique_id="rollout")
 
 
 def to_html(records: Sequence[RolloutRecord], title: str = "Rollouts") -> str:

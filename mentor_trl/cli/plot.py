@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..analysis.figures import PanelCurves, plot_guidance, plot_pass_at_k, plot_training, plot_words
 from ..analysis.rates import REASONING_WORDS, pass_at_k_curves, word_rates
-from ..analysis.rendering import print_rollout, to_html, to_list
+from ..analysis.rendering import print_rollout, to_html, to_list, to_svg
 from ..analysis.results import make_table, read_results
 from ..analysis.runs import read_runs
 from ..analysis.samples import keep_tasks, read_samples
@@ -65,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     rollout_kind.add_argument("--row", type=int, nargs="+", metavar="I", help=text)
     rollout_kind.add_argument("--list", action="store_true", help="list the rows of the step instead of showing any")
     rollout_kind.add_argument("--html", metavar="FILE", help="write a page of HTML instead of printing")
+    rollout_kind.add_argument("--svg", metavar="FILE", help="write a picture of what a terminal shows")
     return parser
 
 
@@ -165,15 +166,16 @@ def rollout(options: argparse.Namespace, console: Console) -> None:
         console.print(to_list(records))
         return
     chosen = choose_rows(records, options.row)
-    if options.html:
-        title = f"{Path(options.run_folder).resolve().name}, step {chosen[0].step}"
-        page = Path(options.html)
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(to_html(chosen, title), encoding="utf-8")
-        _tell_saved(console, page)
-        return
-    for record in chosen:
-        print_rollout(record, console)
+    title = f"{Path(options.run_folder).resolve().name}, step {chosen[0].step}"
+    for draw, target in ((to_html, options.html), (to_svg, options.svg)):
+        if target:
+            page = Path(target)
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(draw(chosen, title), encoding="utf-8")
+            _tell_saved(console, page)
+    if not options.html and not options.svg:
+        for record in chosen:
+            print_rollout(record, console)
 
 
 def _tell_dropped(shown: list[PanelCurves]) -> None:
