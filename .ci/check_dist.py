@@ -2,8 +2,8 @@
 Check what `python -m build` has made: `python .ci/check_dist.py dist`.
 
 The sdist must hold what git tracks, the wheel all of `mentor_trl/` and nothing else, and the wheel must work from an
-environment that has nothing but it and the dependencies. These are borrowed from the environment of this Python, so that
-no network is needed.
+environment that has nothing but it and the dependencies. These are borrowed from the environment of this Python, so
+that no network is needed.
 """
 
 import os
