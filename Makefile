@@ -77,7 +77,8 @@ reference: $(STAMP)  ## write the reference pages of configuration and command l
 	$(BIN)/python docs/tools/reference.py
 
 dist: $(STAMP)  ## build wheel and sdist in dist/, and check that they are complete and that the wheel works
-	rm -rf build dist
+	@# setuptools takes files from the list of the build before
+	rm -rf build dist *.egg-info
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python .ci/check_dist.py dist

@@ -71,11 +71,12 @@ def _use(wheel: Path, place: Path) -> None:
     venv.create(place, with_pip=False)
     python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, str(wheel)], check=True)
+    # Of a tree on PYTHONPATH pip would say that the package is installed
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*pip, str(wheel)], check=True, env=alone)
     paths = sysconfig.get_paths(vars={"base": str(place), "platbase": str(place)})
     # Links of editable installations in a folder that a .pth file names are not followed
     Path(paths["purelib"], "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     commands = [[str(python.with_name("mentor-trl")), *words] for words in (["--help"], ["train", "--help"])]
     for command in [*commands, [str(python), "-I", "-c", SCRIPT, wheel.name.split("-")[1]]]:
         subprocess.run(command, check=True, cwd=place, env=alone, stdout=subprocess.DEVNULL)
