@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 
 import mentor_trl
@@ -136,3 +137,13 @@ def test_the_algorithm_of_the_docs(newcomer):
 def test_every_page_of_the_navigation_is_there():
     listed = re.findall(r"(\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_the_script_of_the_readme(newcomer, monkeypatch):
+    (script,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
+    names: dict = {}
+    exec(newcomer(script), names)
+    assert names["trainer"].state.global_step == 1 and Path("outputs/mine/recipe.yaml").exists()
+    assert len([line for line in script.splitlines() if line]) <= 17
