@@ -14,10 +14,14 @@ PACKAGES = [
 ]
 
 
+def make_parser() -> argparse.ArgumentParser:
+    description = "Versions and devices as a list in Markdown, to paste into an issue."
+    return argparse.ArgumentParser(prog="mentor-trl env", description=description, allow_abbrev=False)
+
+
 def run(args: list[str]) -> int:
     """Print the list."""
-    description = "Versions and devices as a list in Markdown, to paste into an issue."
-    argparse.ArgumentParser(prog="mentor-trl env", description=description, allow_abbrev=False).parse_args(args)
+    make_parser().parse_args(args)
     for name, value in environment().items():
         print(f"- {name}: {value}")
     return 0

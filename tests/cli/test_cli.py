@@ -113,7 +113,7 @@ def test_version_names_the_base(capsys, monkeypatch):
     [
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["data", "mth"], "unknown command 'mth': did you mean 'math'?"),
-        (["zzz", "--help"], "unknown command 'zzz': there are train, data,"),
+        (["zzz", "--help"], "unknown command 'zzz': there are init, train, data,"),
     ],
 )
 def test_unknown_commands(capsys, argv, part):

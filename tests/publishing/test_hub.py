@@ -70,7 +70,7 @@ def test_training_from_the_command_line_pushes_all_that_tells_about_the_model(
 ):
     pytest.importorskip("matplotlib")
     settings = {"push_to_hub": True, "hub_model_id": "me/mentor", "hub_private_repo": True, "hub_strategy": "end"}
-    argv = train_argv(tmp_path, tiny_model_dir, tiny_expert_dir, **settings, log_completions=True)
+    argv = train_argv(tmp_path, tiny_model_dir, tiny_expert_dir, **settings, log_completions=True, max_steps=2)
     argv += ["--log_rollout_records", "2", "--hub_token", TOKEN]
     assert train.run(argv) == 0
     # Before the models are loaded, and by the Trainer
