@@ -30,6 +30,7 @@ def settings_of(engine: str, source: str, args: Namespace, servers: dict[str, Se
         "max_steps": args.warmup + args.steps,
         "learning_rate": 0.0,  # lengths stay as long-tailed as they are
         "entropy_threshold_from": source,
+        "guide_prompts": "all",
         "branch_rule": "random",
         "branch_share": args.step_share,
         "alpha_schedule": "constant",

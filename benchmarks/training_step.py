@@ -203,6 +203,7 @@ def make_trainer(arm: Arm, args: argparse.Namespace, folders: dict[str, str], se
         settings = {"alpha_schedule": "constant", **settings} | {
             "num_mixed_generations": args.mixed,
             "entropy_threshold_from": "current",  # benchmarks/engine_steps.py compares it with "previous"
+            "guide_prompts": "all",  # mixed rows of every prompt, whatever the rewards
             "draft_length": args.draft_length,
             "rollout_batch_size": args.rows,
         }
