@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers import make_tiny_tokenizer
+from mentor_trl import MentorGRPOConfig
 from mentor_trl.config_checks import check_guided_prompts
 from trainer_helpers import RecordingTrainer, history, letters_reward, make_trainer, prompts
 
@@ -168,3 +169,22 @@ def test_reward_functions_see_what_they_would_see(template, tmp_path):
     first, rest, whole = seen
     assert len(first) == len(rest) == 16 and sorted(first + rest) == whole
     assert ("[" in first[0][2].split("content")[1]) is template
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("failing", "current")),
+        ({"entropy_threshold_from": "previous"}, ("all", "previous")),
+        ({"guide_prompts": "all"}, ("all", "previous")),
+        ({"guide_prompts": "all", "entropy_threshold_from": "current"}, ("all", "current")),
+        ({"num_mixed_generations": 8}, ("all", "previous")),
+        ({"num_mixed_generations": 0}, ("all", "previous")),
+        ({"per_device_train_batch_size": 4}, ("all", "previous")),  # half a group on each of two processes
+    ],
+)
+def test_what_is_not_set(settings, expected, monkeypatch):
+    monkeypatch.setattr(MentorGRPOConfig, "world_size", property(lambda self: 2))
+    given = {"per_device_train_batch_size": 8, "num_generations": 8, "num_mixed_generations": 4, **settings}
+    args = MentorGRPOConfig("unused", use_cpu=True, bf16=False, report_to="none", **given)
+    assert (args.guide_prompts, args.entropy_threshold_from) == expected
