@@ -21,11 +21,11 @@ class SamplingProgress:
             What they are called.
         disable (`bool`, *optional*, defaults to `False`):
             Whether to show nothing.
-        interval (`float`, *optional*, defaults to `30.0`):
+        interval (`float`, *optional*, defaults to `15.0`):
             Seconds between two lines.
     """
 
-    def __init__(self, rows: int, what: str, disable: bool = False, interval: float = 30.0):
+    def __init__(self, rows: int, what: str, disable: bool = False, interval: float = 15.0):
         self.total, self.what, self.interval = rows, what, interval
         self.rows = self.tokens = 0
         on_terminal = sys.stderr.isatty()
