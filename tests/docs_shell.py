@@ -28,6 +28,8 @@ from trainer_helpers import SETTINGS
 
 
 TINY = {**SETTINGS, "max_steps": 1, "max_completion_length": 4}
+SMALL = {"max_completion_length": 4, "gradient_accumulation_steps": 1, "logging_steps": 1, "dtype": "float32"}
+SMALL |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
 MAKEFILE = (ROOT / "Makefile").read_text()
 PARTS = ("run", "prepare", "report")  # of the quickstart
 # Of a snippet
@@ -39,6 +41,7 @@ class Shell:
 
     def __init__(self, text: str, servers: dict[str, list[str]], hub: Hub, quickstart: Path):
         self.text, self.servers, self.hub, self.quickstart = text, servers, hub, quickstart
+        self.colocated: dict[str, Any] = {"use_vllm": False}
         self.served: dict[str, str] = {}  # kind of server by the address that the page gives it
 
     def run(self, words: list[str]) -> None:
@@ -70,27 +73,17 @@ class Shell:
     def tiny_train(self, words: list[str]) -> list[str]:
         given = self.given(words[1:])
         count = int(given.get("num_generations", 8))
-        tiny = {**TINY, "per_device_train_batch_size": count, "gradient_accumulation_steps": 1, "dtype": "float32"}
-        tiny |= {name: 1 for name in ("save_steps",) if given.get("save_strategy") == "steps"}
-        del tiny["num_generations"], tiny["seed"], tiny["learning_rate"], tiny["report_to"]
-        if "save_strategy" in given:
-            del tiny["save_strategy"]
-        if "resume_from_checkpoint" in given or re.search(f"plot training.* {given['output_dir']} ", self.text):
-            tiny["max_steps"] = 2  # one more, or a curve
-        if "generation_batch_size" in given:
-            tiny["generation_batch_size"] = count
-        if "load_in_4bit" in given:
-            tiny["load_in_4bit"] = False  # bitsandbytes needs a GPU
-        stock = "expert_base_url" in given
-        served = given.get("vllm_mode") == "server"
-        tiny["use_vllm"] = served
-        kinds = {"expert_base_url": "expert", "vllm_server_base_url": "policy" if stock else "mixed"}
-        kinds["vllm_policy_server_base_url"] = "policy"
-        for name, kind in kinds.items():
-            if name in given:
-                tiny[name] = self.addresses(given[name], kind, check=f"--{name}" in words or name != "expert_base_url")
-        if stock:
-            tiny["vllm_weight_sync"] = "auto" if served else "adapter"
+        curve = re.search(f"plot training.* {given['output_dir']} ", self.text)
+        tiny = SMALL | {"per_device_train_batch_size": count}
+        tiny["max_steps"] = 2 if curve or "resume_from_checkpoint" in given else 1
+        tiny |= {"save_steps": 1} if "save_strategy" in given else {"save_strategy": "no"}
+        changes = {"generation_batch_size": count, "load_in_4bit": False}  # bitsandbytes needs a GPU
+        tiny |= {name: value for name, value in changes.items() if name in given}
+        if given.get("vllm_mode") == "colocate":
+            tiny |= self.colocated
+        policy = "policy" if "expert_base_url" in given else "mixed"
+        kinds = {"expert_base_url": "expert", "vllm_server_base_url": policy, "vllm_policy_server_base_url": "policy"}
+        tiny |= {name: self.addresses(given[name], kind) for name, kind in kinds.items() if name in given}
         return words + [text for name, value in tiny.items() for text in (f"--{name}", str(value).lower())]
 
     def tiny_eval(self, words: list[str]) -> list[str]:
@@ -128,11 +121,11 @@ class Shell:
         assert given["--logprobs-mode"] == "processed_logprobs" and given["--generation-config"] == "vllm"
         self.served[f"http://127.0.0.1:{given.get('--port', 8000)}"] = "expert"
 
-    def addresses(self, urls: str, kind: str, check: bool = True) -> str:
+    def addresses(self, urls: str, kind: str) -> str:
         """Stand-ins in place of a page's servers, which it must have started if they are on this machine."""
         urls = [url.strip() for url in urls.split(",")]
         for url in urls:
-            assert not check or "127.0.0.1" not in url or self.served.get(url) == kind, (url, kind, self.served)
+            assert "127.0.0.1" not in url or self.served.get(url) == kind, (url, kind, self.served)
         return ",".join(self.servers[kind][: len(urls)])
 
     def python(self, words: list[str]) -> None:

@@ -4,8 +4,10 @@ are tiny models and data. A command goes through the door that a shell would use
 """
 
 import contextlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from functools import partial, partialmethod
@@ -49,7 +51,8 @@ CHANGED = {
     "mentor-trl serve --policy": ("says what it would start", "vllm_server/test_policy_server.py"),
     "mentor-trl serve --expert": ("says what it would start", "vllm_expert/test_expert_server.py"),
     "vllm serve": ("is read by the parser of vLLM", "vllm_plugin/test_serve.py"),
-    "vllm_mode: colocate": ("samples in process", "vllm_trainer/test_colocate_training.py"),
+    "vllm_mode: colocate": ("samples without vLLM", "test_docs_commands.py"),
+    "config_1gpu_remote_expert.yaml": ("samples without vLLM", "vllm_trainer/test_stock_training_recipes.py"),
     "config_1gpu_qlora.yaml": ("has no bitsandbytes", "vllm_trainer/test_stock_training_recipes.py"),
     "--num_processes": ("is read by the parser of accelerate; one process runs", "cli/test_cli.py"),
     "--report_to wandb": ("writes to a folder", "training/test_trackers.py"),
@@ -208,31 +211,67 @@ def test_vllm_reads_the_serving_commands(make_shell, capsys):
         if words[0] == "mentor-trl":
             capsys.readouterr()
             shell.run(words)
-            words = shlex.split(capsys.readouterr().out.split(" vllm ")[1])
+            words = shlex.split(capsys.readouterr().out.split(" vllm ", 1)[1])
         else:
             words = words[1:]
         assert parser.parse_args(words).max_model_len == 9216
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [pytest.param("shared", marks=pytest.mark.shared_engine), "colocated"], ids=["shared", "colocated"]
-)
-def test_snippets_with_engines(page, make_shell, servers, monkeypatch, tmp_path):
-    """The engines that [`test_page`] replaces."""
-    options = {**ENGINE_OPTIONS, "skip_tokenizer_init": False, "max_num_seqs": 8}
+@pytest.fixture
+def large_shell(make_shell, tmp_path):
+    """A shell with models of heads that the kernels of vLLM know."""
     for seed, name in enumerate(("policy", "expert")):
         tiny(seed).save_pretrained(tmp_path / name)
         make_tiny_tokenizer().save_pretrained(tmp_path / name)
-    page = ROOT / "docs" / "engines" / f"{page}.md"
-    make_shell("", tmp_path / "policy", tmp_path / "expert")
+    return make_shell("", tmp_path / "policy", tmp_path / "expert")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [pytest.param("shared", marks=pytest.mark.shared_engine), "colocated"])
+def test_snippets_with_engines(page, large_shell, servers, monkeypatch):
+    """The engines that [`test_page`] replaces."""
+    options = {**ENGINE_OPTIONS, "skip_tokenizer_init": False, "max_num_seqs": 8}
     names = names_of(servers)
     for engine in (ColocateSampler, PolicyLLM):
         monkeypatch.setattr(mentor_trl, engine.__name__, partial(engine, **options))
     monkeypatch.setattr(mentor_trl, "ServerSampler", lambda url: StandIn(url, None, None))
+    page = ROOT / "docs" / "engines" / f"{page}.md"
     (snippet,) = [text for language, text in blocks(page) if language == "python"]
     run_snippet(snippet.replace("9216", "64"), names)
     KEPT.append(names["sampler"])
     with names["sampler"].session() as session:
         assert session.sample(names["request"]).completion_ids[0]
+
+
+def colocated() -> dict[str, list[str]]:
+    """
+    The first command that trains by each recipe with an engine of policy and expert in the trainer's process. The
+    engines of the baselines are TRL's, which give no weights to vLLM's build for the CPU, and those with an expert at
+    an address run in tests/vllm_trainer.
+    """
+    found = [words for words in all_commands() if "train" in words and "/mentor/" in " ".join(words)]
+    recipes = {words[words.index("--config") + 1]: words for words in reversed(found)}
+    texts = {name: (ROOT / name).read_text() for name in recipes}
+    ours = lambda text: "vllm_mode: colocate" in text and "expert_base_url" not in text
+    return {name: recipes[name] for name, text in texts.items() if ours(text)}
+
+
+@pytest.mark.vllm
+@pytest.mark.shared_engine
+@pytest.mark.slow
+@pytest.mark.parametrize("words", colocated().values(), ids=colocated())
+def test_training_with_engines(words, large_shell, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+    def start(name: str, launch_args: list[str], script_args: list[str]) -> int:
+        command = [sys.executable, str(ROOT / "mentor_trl" / "cli" / name), *script_args]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return done.returncode
+
+    monkeypatch.setattr(cli, "launch_script", start)
+    large_shell.colocated = {"vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 1024}
+    large_shell.colocated |= {"use_vllm": True, "vllm_enable_sleep_mode": False}
+    large_shell.run(words)
