@@ -48,8 +48,9 @@ class Shell:
         words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
         if words[0] == "python":
             return self.python(words[1:])
-        run = {"mentor-trl": self.ours, "vllm": self.vllm, "make": self.make, "hf": self.upload}[words[0]]
-        run(words[1:])
+        doors = {"mentor-trl": self.ours, "vllm": self.vllm, "make": self.make, "hf": self.upload}
+        assert words[0] in doors, f"{words} is neither run nor one of EXCEPTIONS"
+        doors[words[0]](words[1:])
 
     def ours(self, words: list[str]) -> None:
         name = words[0]
@@ -143,7 +144,7 @@ class Shell:
 
     def make(self, words: list[str]) -> None:
         """The first time, the quickstart runs; what it has left is there again each further time."""
-        assert words == ["quickstart"]
+        assert words == ["quickstart"], f"make {words} is neither run nor one of EXCEPTIONS"
         if self.quickstart.exists():
             shutil.copytree(self.quickstart, "outputs/quickstart", dirs_exist_ok=True)
         else:

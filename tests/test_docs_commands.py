@@ -184,9 +184,13 @@ def test_exceptions_are_commands_of_the_pages():
         if words[0] == "make":
             assert f"\n{words[1]}: " in MAKEFILE
         else:
-            extras = re.findall(r"\w+", words[-1].strip("."))
-            assert all(f"\n{name} = [" in (ROOT / "pyproject.toml").read_text() for name in extras)
+            check_extras(words)
             assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
+
+
+def check_extras(words: list[str]) -> None:
+    extras = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", " ".join(words))))
+    assert all(f"\n{name} = [" in (ROOT / "pyproject.toml").read_text() for name in extras), words
 
 
 def test_tables_name_what_there_is():
@@ -196,6 +200,33 @@ def test_tables_name_what_there_is():
     texts = "\n".join([*lines, *((ROOT / name).read_text() for name in recipes)])
     for name, (_, test) in CHANGED.items():
         assert name in texts and (ROOT / "tests" / test).is_file(), name
+
+
+def in_sentences() -> set[tuple[str, ...]]:
+    """The words of commands that sentences name, up to a pipe or a placeholder."""
+    texts = [re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL) for page in PAGES]
+    found = {line for text in texts for line in re.findall(r"`((?:make|mentor-trl|pip|python) [^`|]*)[^`]*`", text)}
+    return {tuple(word for word in shlex.split(line) if word != "..." and not word.isupper()) for line in found}
+
+
+def test_commands_in_sentences_name_what_there_is(capsys):
+    helps: dict[tuple[str, ...], str] = {}
+    for first, *words in in_sentences():
+        if first == "mentor-trl":
+            name = tuple(words[:2] if words[0] in ("data", "plot") and words[1:] else words[:1])
+            if name not in helps:
+                with contextlib.suppress(SystemExit):
+                    cli.main([*name, "--help"])
+                helps[name] = capsys.readouterr().out
+            assert helps[name], name
+            assert all(f"{word} " in helps[name] for word in {*words} - {"--help"} if word.startswith("--")), words
+        elif first == "python":
+            file = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+            assert all(f'"{word}"' in (ROOT / file).read_text() for word in words if word.startswith("--")), words
+        elif first == "make":
+            assert all("=" in word or f"\n{word}: " in MAKEFILE for word in words), words
+        else:
+            check_extras(words)
 
 
 @pytest.mark.vllm
