@@ -22,8 +22,8 @@ from ..training.rollout_log import RolloutRecord, draw_rows, message_text
 
 AGREED, REPLACED, CHOSEN = "agreed", "replaced", "chosen"
 # Readable without colour as well: one is underlined, the other set in reverse. The colours are told apart by the
-# colour-blind, and differ in lightness.
-STYLES = {AGREED: "bold underline #3aa5dd", REPLACED: "bold #000000 on #e69f00", CHOSEN: "bold #000000 on #8fd0a5"}
+# colour-blind, differ in lightness, and are read on light and on dark terminals.
+STYLES = {AGREED: "bold underline #2a8ad2", REPLACED: "bold #000000 on #e69f00", CHOSEN: "bold #000000 on #8fd0a5"}
 BRACKETS = {AGREED: ("‹", "›"), REPLACED: ("«", "»"), CHOSEN: ("‹", "›")}
 LEGEND = {
     AGREED: "branch point: the expert chose, and agreed with the draft",

@@ -25,7 +25,7 @@ PAPER_PASS_AT_32: dict[str, dict[str, float]] = {"Qwen2.5-7B": {"aime24": 36.7, 
 
 INTERVALS = (
     "Intervals are 95% intervals over the problems of a set: Wilson's, with the effective sample size of the spread "
-    "over problems; for an average over sets, the normal interval of independent sets."
+    "over problems; for an average over sets, that of independent sets (MOVER)."
 )
 """What the intervals of tables and files are, in a sentence."""
 

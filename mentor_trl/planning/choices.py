@@ -37,7 +37,7 @@ def first_load(
 
 def fit(load: Load, hardware: Hardware) -> tuple[Load, float]:
     """The first settings that fit, or the most sparing ones; and the bytes that there are."""
-    limit = room(hardware.memory, bool(hardware.gpus))
+    limit = room(hardware.memory)
     last = load
     for stage in _stages(load, hardware):
         for batch, checkpointing in ((8, False), (4, False), (8, True), (4, True), (2, True), (1, True)):

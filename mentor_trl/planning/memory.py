@@ -10,8 +10,8 @@ GIB = 2.0**30
 # A weight in 4 bits, with the constants of its quantization
 FOUR_BIT = 0.57
 LORA_RANK = 32
-# Of a device, what a run can fill, and what CUDA and its libraries take
-USABLE, CONTEXT = 0.92, 0.8 * GIB
+# Of a device, what a run can fill, and what Python, CUDA and their libraries take
+USABLE, LIBRARIES = 0.92, 0.8 * GIB
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Load:
         return replace(self, **changes)
 
 
-def room(gib: float, gpu: bool = True) -> float:
+def room(gib: float) -> float:
     """Bytes of a device of so many GiB that a run may take."""
-    return USABLE * gib * GIB - (CONTEXT if gpu else 0.0)
+    return USABLE * gib * GIB - LIBRARIES
 
 
 def shown(size: float) -> str:

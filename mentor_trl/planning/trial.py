@@ -42,10 +42,7 @@ def check_run(args: MentorGRPOConfig, model_args: ModelConfig, dataset: Any, rew
     checks.append(check_lengths(policy, expert, prompt, args.max_completion_length))
     checks.append(_check_output(args.output_dir))
     hardware = Hardware(0, find_hardware(0).memory) if args.device.type == "cpu" else find_hardware()
-    load, limit = (
-        load_of(args, model_args, policy, expert, prompt, hardware),
-        room(hardware.memory, bool(hardware.gpus)),
-    )
+    load, limit = load_of(args, model_args, policy, expert, prompt, hardware), room(hardware.memory)
     ways = ["lower `per_device_train_batch_size`", "set `gradient_checkpointing: true`", "`use_peft: true`"]
     memory = check_memory(load, limit, "each GPU" if hardware.gpus else "the CPU", ways)
     verdict = "note" if memory.verdict == "no" else memory.verdict  # an estimate refuses nothing that can be tried

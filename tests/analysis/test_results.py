@@ -23,7 +23,7 @@ def test_table_by_hand(tmp_path):
     paths = [write_results(tmp_path / "a", x=0.5, y=0.1), write_results(tmp_path / "b", x=0.25, y=0.3)]
     table = make_table(read_results(paths))
     assert table.columns == ["x pass@1", "y pass@1", "average of 2 sets"]
-    texts = ["50.0 (45.0 to 58.0)", "10.0 (5.0 to 18.0)", "30.0 (25.8 to 34.2)"]  # 1.96 * 3.0 / sqrt(2)
+    texts = ["50.0 (45.0 to 58.0)", "10.0 (5.0 to 18.0)", "30.0 (26.5 to 35.7)"]  # arms of 5.0 and 8.0, each / sqrt(2)
     assert [cell.text for cell in table.rows["a"]] == texts
     assert [cell.best for cell in table.rows["a"]] == [True, False, True]
     assert "| a | **50.0 (45.0 to 58.0)** | 10.0 (5.0 to 18.0) | **30.0" in table.to_markdown()

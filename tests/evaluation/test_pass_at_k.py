@@ -78,7 +78,17 @@ def test_average_of_sets():
     result = average([one, other])
     assert result.value == pytest.approx(0.5)
     assert result.stderr == pytest.approx((one.stderr**2 + other.stderr**2) ** 0.5 / 2)
-    assert result.low == pytest.approx(0.5 - 1.959964 * result.stderr, abs=1e-5)
+    assert result.low == pytest.approx(0.5 - ((0.75 - one.low) ** 2 + (0.25 - other.low) ** 2) ** 0.5 / 2)
+    assert result.high == pytest.approx(1 - result.low)  # each set mirrors the other
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.3])
+def test_interval_of_an_average_covers_the_truth(rate):
+    rng, covered = random.Random(0), 0
+    for _ in range(300):
+        result = average([estimate([[int(rng.random() < rate)] for _ in range(size)]) for size in (30, 40, 300)])
+        covered += result.low <= rate <= result.high
+    assert covered >= 275
 
 
 def test_ks():
