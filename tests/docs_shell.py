@@ -32,7 +32,7 @@ SMALL = {"max_completion_length": 4, "gradient_accumulation_steps": 1, "logging_
 SMALL |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
 MAKEFILE = (ROOT / "Makefile").read_text()
 PARTS = ("run", "prepare", "report")  # of the quickstart
-# Of a snippet
+# In a snippet: what takes long, what a stand-in does not do, and a folder that is not ours
 REPLACED = {"max_new_tokens=256": "max_new_tokens=8", "top_p=0.95": "top_p=1.0", '"/shared/': '"shared/'}
 
 

@@ -35,7 +35,7 @@ from trainer_helpers import tiny
 
 CLASSES = {"expert": RemoteExpert, "policy": PolicyReplicas}
 
-# What no test can run, with the reason; as far as it can be checked, `check_exception` does
+# What no test can run, with the reason; that the target or the extra exists is checked
 EXCEPTIONS = {
     "pip install": "changes the environment that runs the tests",
     "make lint": "is a run of its own in continuous integration",
@@ -55,7 +55,7 @@ CHANGED = {
     "config_1gpu_remote_expert.yaml": ("samples without vLLM", "vllm_trainer/test_stock_training_recipes.py"),
     "config_1gpu_qlora.yaml": ("has no bitsandbytes", "vllm_trainer/test_stock_training_recipes.py"),
     "--num_processes": ("is read by the parser of accelerate; one process runs", "cli/test_cli.py"),
-    "--report_to wandb": ("writes to a folder", "training/test_trackers.py"),
+    "--report_to": ("writes to a folder", "training/test_trackers.py"),
     "--push_to_hub": ("meets a stand-in of the Hub", "publishing/test_hub.py"),
     "hf upload": ("meets a stand-in of the Hub", "publishing/test_hub.py"),
     "--push_results": ("meets a stand-in of the Hub", "publishing/test_model_index.py"),
@@ -135,6 +135,7 @@ def make_shell(tmp_path, monkeypatch, servers, quickstart, tiny_model_dir, tiny_
     monkeypatch.setattr("mentor_trl.publishing.model_index.push_card", lambda *args: hub.pushes.append(args) or "url")
     monkeypatch.setattr(cli, "launch_script", launch)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr(prepare, "Settings", lambda: STUDY)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.syspath_prepend(ROOT)
