@@ -135,7 +135,6 @@ def make_shell(tmp_path, monkeypatch, servers, quickstart, tiny_model_dir, tiny_
     monkeypatch.setattr("mentor_trl.publishing.model_index.push_card", lambda *args: hub.pushes.append(args) or "url")
     monkeypatch.setattr(cli, "launch_script", launch)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr(prepare, "Settings", lambda: STUDY)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.syspath_prepend(ROOT)
