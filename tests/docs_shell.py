@@ -168,7 +168,7 @@ class Shell:
             patch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
             patch.setattr(prepare, "Settings", lambda: QUICKSTART)
             patch.setattr(report, "COMPARED_STEP", 3)
-            patch.setattr(sys, "argv", ["run.py"])
+            patch.setattr(sys, "argv", ["run.py", "--seeds", "1", "2"])
             assert run.main() == 0 and Path("outputs/quickstart/report.md").is_file()
 
     def upload(self, words: list[str]) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import math
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 from fake_server import FakeServer
@@ -35,7 +34,7 @@ class PolicyStandIn(FakeServer):
     def of_tokenizer(cls, model, tokenizer) -> "PolicyStandIn":
         """With a tokenizer's ids, for training: a push renames the weights, and leaves them."""
         fake = cls({"initial": model})
-        fake.policies = defaultdict(partial(EnumeratedPolicy, model))
+        fake.policies = defaultdict(lambda: fake.policies["initial"], fake.policies)
         fake.table = TokenTable.of(tokenizer, model.config.vocab_size + 1)
         fake.max_model_len = model.config.max_position_embeddings
         return fake

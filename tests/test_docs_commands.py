@@ -136,6 +136,7 @@ def make_shell(tmp_path, monkeypatch, servers, quickstart, tiny_model_dir, tiny_
     monkeypatch.setattr(cli, "launch_script", launch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(prepare, "Settings", lambda: STUDY)
+    monkeypatch.setattr(prepare, "MAX_NEW_TOKENS", 8)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
