@@ -1,6 +1,7 @@
 import gc
 import importlib.util
 import os
+import tempfile
 
 
 # Before any Hugging Face library is imported: no test may reach the network.
@@ -22,6 +23,11 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import make_tiny_model, make_tiny_tokenizer
 from server_process import RUNNING
+
+
+# trackio, which TRL imports, reads it once
+TRACKS = tempfile.TemporaryDirectory()
+os.environ["TRACKIO_DIR"] = TRACKS.name
 
 
 def pytest_collection_modifyitems(items):

@@ -53,6 +53,7 @@ def serving(fake: FakeServer) -> Iterator[str]:
             found = fake.answer(path, body) if step == 200 else {"error": f"scripted {step}"}
             content = found if isinstance(found, bytes) else json.dumps(found).encode()
             self.send_response(step)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

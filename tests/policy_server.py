@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import defaultdict
 from typing import Any
 
 from fake_server import FakeServer
@@ -27,6 +28,16 @@ class PolicyStandIn(FakeServer):
         self.models, self.table = models, TokenTable(4, BRANCH_ID, tuple(sentence_ids))
         self.version, self.instance, self.branches, self.late, self.digest = "initial", 0, True, 0, "d0"
         self.adapters: dict[str, str] = {}
+        self.max_model_len = 64
+
+    @classmethod
+    def of_tokenizer(cls, model, tokenizer) -> "PolicyStandIn":
+        """With a tokenizer's ids, for training: a push renames the weights, and leaves them."""
+        fake = cls({"initial": model})
+        fake.policies = defaultdict(lambda: fake.policies["initial"], fake.policies)
+        fake.table = TokenTable.of(tokenizer, model.config.vocab_size + 1)
+        fake.max_model_len = model.config.max_position_embeddings
+        return fake
 
     def restart(self) -> None:
         self.version, self.instance, self.adapters = "initial", self.instance + 1, {}
@@ -39,7 +50,7 @@ class PolicyStandIn(FakeServer):
             "policy_shape": model_shape(self.models["initial"].config),
             "policy_digest": self.digest,
             "dtype": "float32",
-            "max_model_len": 64,
+            "max_model_len": self.max_model_len,
             "weights_version": self.version,
             "instance": str(self.instance),
             "branches": self.branches,
@@ -67,8 +78,9 @@ class PolicyStandIn(FakeServer):
         return self.complete(body) if path == "/v1/completions" else {}
 
     def complete(self, body: dict) -> dict:
+        branch_id = self.table.branch_id
         assert (
-            body["model"] in ("policy", *self.adapters) and body["ignore_eos"] and BRANCH_ID in body["stop_token_ids"]
+            body["model"] in ("policy", *self.adapters) and body["ignore_eos"] and branch_id in body["stop_token_ids"]
         )
         assert (body["top_p"], body["top_k"], body["min_p"], body["n"]) == (1.0, 0, 0.0, 1)
         entries = body["vllm_xargs"]
@@ -76,7 +88,7 @@ class PolicyStandIn(FakeServer):
             [body["prompt"]],
             [float(entries.get(GAMMA, math.inf))],
             body["max_tokens"],
-            tuple(index for index in body["stop_token_ids"] if index != BRANCH_ID),
+            tuple(index for index in body["stop_token_ids"] if index != branch_id),
             temperature=body["temperature"],
             branch_rule=entries.get(RULE, "entropy"),
             share=entries.get(SHARE, 0.0),
@@ -89,5 +101,5 @@ class PolicyStandIn(FakeServer):
         )
         ids, logps = list(segment.token_ids), list(segment.logps)
         if segment.branched:
-            ids, logps = [*ids, BRANCH_ID], [*logps, 0.0]
+            ids, logps = [*ids, branch_id], [*logps, 0.0]
         return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logps}, "finish_reason": "stop"}]}

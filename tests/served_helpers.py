@@ -19,6 +19,7 @@ class StandIn:
 
     fails_at: dict[int, type[ServerError]] = {}
     made: "list[StandIn]" = []
+    expert_name = "hub/tiny-expert"
 
     def __init__(self, url, num_tokens, patience: Patience, api_key_file=None):
         self.url, self.num_tokens, self.patience, self.api_key_file = url, num_tokens, patience, api_key_file
@@ -26,7 +27,7 @@ class StandIn:
         self.local = LocalSampler(self.expert, num_tokens=num_tokens)
         self.info = {
             "policy": "tiny-policy",
-            "expert": "hub/tiny-expert",
+            "expert": self.expert_name,
             "policy_shape": model_shape(self.policy.config),
             "dtype": "float32",
             "expert_stop_ids": [2],

@@ -15,10 +15,10 @@ class StockServer(FakeServer):
     completion), `cut` (keeps only the most likely tokens, whatever is asked for).
     """
 
-    def __init__(self, model, tokenizer, stops=(0,), name="expert", processed=True):
+    def __init__(self, model, tokenizer, stops=(0,), name="expert", processed=True, positions=64):
         super().__init__()
         self.model, self.tokenizer, self.stops, self.processed = model, tokenizer, tuple(stops), processed
-        self.entries = [{"id": name, "root": f"hub/{name}", "parent": None, "max_model_len": 64}]
+        self.entries = [{"id": name, "root": f"hub/{name}", "parent": None, "max_model_len": positions}]
         self.cut: int | None = None
         self.then: Any = None
         self.raw: dict[str, Any] = {}

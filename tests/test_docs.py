@@ -1,23 +1,17 @@
-"""The site: pages made from the code, pictures made by commands, the check of links, and snippets that run."""
+"""The site: pages made from the code, pictures made by commands, and the check of links."""
 
 import re
 import runpy
 import sys
-from functools import partial
 from pathlib import Path
 
-import datasets
 import pytest
 
-import mentor_trl
 from mentor_trl import MentorGRPOConfig
-from mentor_trl.cli import main, plot, train
-from trainer_helpers import SETTINGS
+from mentor_trl.cli import main
 
 
 DOCS = Path(__file__).parent.parent / "docs"
-POLICY, EXPERT = "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct"
-TINY = {**SETTINGS, "max_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -82,68 +76,11 @@ def test_dead_links_of_a_site_are_found(page, old, new, dead, tmp_path, capsys):
     ]
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def newcomer(tmp_path, monkeypatch, tiny_model_dir, tiny_expert_dir):
-    """A folder with the problems of the docs, and what turns a snippet into one with tiny models."""
-    (rows,) = blocks("training.md", "json")
-    (tmp_path / "my_problems.jsonl").write_text(rows)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mentor_trl, "MentorGRPOConfig", partial(MentorGRPOConfig, **TINY))
-    return lambda text: text.replace(POLICY, str(tiny_model_dir)).replace(EXPERT, str(tiny_expert_dir))
-
-
-def test_the_first_run_on_own_data(newcomer, capsys):
-    command, look, *_ = blocks("training.md", "bash")
-    words = newcomer(command).replace("\\\n", "").split()[2:]
-    tiny = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
-    train.run([*words, *tiny])
-    assert Path("outputs/mine/recipe.yaml").exists()
-    assert plot.main(look.split()[2:]) == 0 and "mixed" in capsys.readouterr().out
-
-
-def test_a_config_file_that_fits(newcomer, capsys):
-    make, dry_run, launch = newcomer(blocks("training.md", "bash")[2]).replace("\\\n", "").splitlines()
-    assert main.main([*make.split()[1:], "--gpus", "0"]) == 0
-    before = sorted(Path().rglob("*"))
-    assert train.run(dry_run.split()[2:]) == 0
-    assert "One step on 8 rollouts, 4 of them mixed" in " ".join(capsys.readouterr().out.split())
-    assert sorted(Path().rglob("*")) == before and launch.split()[1:] == ["train", "--config", "mine.yaml"]
-
-
-def test_the_script_on_own_data(newcomer):
-    reward, script = blocks("training.md", "python")
-    names: dict = {}
-    exec(newcomer(script), names)
-    assert names["trainer"].state.global_step == 1 and list(Path("outputs/mine/rollouts").iterdir())
-    assert Path("outputs/mine/recipe.yaml").exists()
-    exec(reward, names)
-    short = names["short_answer_reward"]
-    assert short(["It is 7", [{"role": "assistant", "content": "no\n"}]], answer=["7", "7"]) == [1.0, 0.0]
-
-
-def test_the_algorithm_of_the_docs(newcomer):
-    rows, (snippet,) = blocks("training.md", "python")[1].split("trainer =")[0], blocks("algorithms.md", "python")
-    names: dict = {}
-    exec(rows, names)
-    exec(newcomer(snippet), names)
-    (entry,) = [line for line in names["trainer"].state.log_history if "loss" in line]
-    assert 0 <= entry["winners"] <= 1 and "mentor/alpha" not in entry
-
-
 def test_every_page_of_the_navigation_is_there():
     listed = re.findall(r"(\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
-def test_the_script_of_the_readme(newcomer, monkeypatch):
+def test_the_script_of_the_readme_is_short():
     (script,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
-    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
-    names: dict = {}
-    exec(newcomer(script), names)
-    assert names["trainer"].state.global_step == 1 and Path("outputs/mine/recipe.yaml").exists()
     assert len([line for line in script.splitlines() if line]) <= 17

@@ -3,7 +3,6 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Collection
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from fake_server import serving as answering
 from helpers import make_tiny_model, make_tiny_tokenizer
 from mentor_trl import MentorGRPOConfig
-from mentor_trl.cli import data, init, plot, train
-from mentor_trl.cli import eval as evaluate
+from mentor_trl.cli import data, train
 from mentor_trl.cli import serve as serving
 from mentor_trl.cli.train import make_parser, resolve_reward_funcs
 from served_helpers import stand_in
@@ -207,12 +205,12 @@ def header(recipe: Path) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Command lines that are indented in comments or stand in blocks of Markdown."""
+    """Command lines that are indented in comments."""
     lines = re.sub(r"\\\n#?\s*", "", text).splitlines()
     words = [
         shlex.split(line.strip("# "), comments=True)
         for line in lines
-        if re.match(r"^(#   )?(\w+=[\w,]* )?(mentor-trl|vllm) ", line)
+        if re.match(r"^#   (\w+=[\w,]* )?(mentor-trl|vllm) ", line)
     ]
     words = [line[1:] if "=" in line[0] else line for line in words]
     return [line[1:] if line[0] == "mentor-trl" else line for line in words]
@@ -340,49 +338,33 @@ def test_launch_options_are_those_of_accelerate(recipe):
     assert launch_args[launch_args.index("--num_processes") + 1] == str(read(recipe)["num_processes"])
 
 
-def check_command(words: list[str], made: Collection[str] = ()) -> None:
-    """Parse a command line; `made` are the config files that lines before it write."""
+def check_command(words: list[str]) -> None:
+    """Parse a command line; that of vLLM is parsed by vLLM, which need not be installed."""
     command, *rest = words
-    if command == "init":
-        init.make_parser().parse_args_and_config(rest, fail_with_unknown_args=True)
-    elif command == "data":
+    if command == "data":
         kind, *rest = rest
         data.make_parser(kind).parse_args_and_config(rest)
     elif command == "train":
-        file = rest[rest.index("--config") + 1] if "--config" in rest else None
-        if file in made:
-            rest = [word for word in rest if word not in ("--config", file)]
-        else:
-            assert file is None or (ROOT / file).is_file()
-        launch_args, script_args = make_parser().split_launch_args(rest)
+        _, script_args = make_parser().split_launch_args(rest)
         make_parser().parse_args_and_config(
             [*script_args, "--use_cpu", "--bf16", "false"], fail_with_unknown_args=False
         )
     elif command == "serve":
         options, _ = serving.make_parser().parse_known_args(rest)
         assert options.policy or options.expert
-    elif command == "vllm":
-        # vLLM, which need not be installed, parses the rest
-        assert rest[0] == "serve" and not rest[1].startswith("-")
+    else:
+        assert command == "vllm" and rest[0] == "serve" and not rest[1].startswith("-")
         given = dict(zip(rest, rest[1:]))
         assert given["--logprobs-mode"] == "processed_logprobs" and given["--generation-config"] == "vllm"
-    elif command == "plot":
-        plot.make_parser().parse_args(rest)
-    elif command == "eval":
-        parser = evaluate.make_parser()
-        parser.parse_args_and_config(parser.split_launch_args(rest)[1], fail_with_unknown_args=True)
-    else:
-        assert command == "health"
 
 
-@pytest.mark.parametrize("file", [*LARGE, *SMALL, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_parse(file, monkeypatch):
+@each(LARGE + SMALL)
+def test_commands_of_the_header_parse(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = commands(file.read_text() if file.suffix == ".md" else header(file))
-    assert found or file.suffix == ".md"
-    made = [words[words.index("--output") + 1] for words in found if words[0] == "init"]
+    found = commands(header(recipe))
+    assert found
     for words in found:
-        check_command(words, made)
+        check_command(words)
 
 
 def anchors(page: Path) -> set[str]:
@@ -484,8 +466,7 @@ def small(config: dict, tmp_path: Path, rows: Path, model: Path, expert: Path) -
 @contextmanager
 def serving_expert():
     """The address of a stand-in for two stock servers of an expert."""
-    stock = StockServer(make_tiny_model(seed=1), make_tiny_tokenizer(), stops=(2,))
-    stock.entries[0]["max_model_len"] = 2048
+    stock = StockServer(make_tiny_model(seed=1), make_tiny_tokenizer(), stops=(2,), positions=2048)
     with answering(stock) as first, answering(stock) as second:
         yield f"{first},{second}"
 

@@ -95,8 +95,7 @@ def test_servers_are_asked(place, capsys):
     out, error = capsys.readouterr()
     assert stop.value.code == 2 and "expert's server: does not fit" in error
     assert "http://127.0.0.1:9 does not answer" in out
-    stock = StockServer(make_tiny_model(seed=1), make_tiny_tokenizer(), stops=(2,))
-    stock.entries[0]["max_model_len"] = 2048
+    stock = StockServer(make_tiny_model(seed=1), make_tiny_tokenizer(), stops=(2,), positions=2048)
     with serving(stock) as url:
         assert dry_run(path, "--expert_base_url", url) == 0
     words = " ".join(capsys.readouterr().out.split())
