@@ -57,7 +57,7 @@ class InitDataArguments:
         "system prompt `mentor`.",
     )
     max_completion_length: int | None = option(
-        None, "Tokens of a completion. If not set, what fits: up to 1024 on a GPU and 256 on a CPU."
+        None, "Tokens of a completion. If not set, what fits: up to 1024 on a GPU and 128 on a CPU."
     )
 
 

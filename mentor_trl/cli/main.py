@@ -66,6 +66,7 @@ def launch_script(name: str, launch_args: list[str], script_args: list[str]) -> 
     before = signal.signal(signal.SIGTERM, _end_children)
     try:
         _several_on_the_cpu(args)
+        _all_cores(args)
         launch_command(args)
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode >= 0 else 128 - error.returncode
@@ -98,6 +99,15 @@ def _several_on_the_cpu(args: argparse.Namespace) -> None:
             f"`num_processes` is {args.num_processes}, but this machine has no accelerator; add --cpu for processes "
             "on the CPU"
         )
+
+
+def _all_cores(args: argparse.Namespace) -> None:
+    """Without an accelerator accelerate leaves a process one thread, if nothing says how many."""
+    import torch
+
+    told = args.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in os.environ
+    if not told and not torch.accelerator.is_available():
+        args.num_cpu_threads_per_process = max(1, torch.get_num_threads() // (args.num_processes or 1))
 
 
 def _end_children(signum: int, frame: Any) -> None:

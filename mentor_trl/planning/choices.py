@@ -12,8 +12,8 @@ from .models import ModelFacts
 
 NUM_GENERATIONS = 8
 # Rows of an optimizer step, and tokens of a completion, where nothing else is asked for
-ROWS = {"gpu": 64, "cpu": 32}
-COMPLETION = {"gpu": 1024, "cpu": 256}
+ROWS = {"gpu": 64, "cpu": 16}
+COMPLETION = {"gpu": 1024, "cpu": 128}
 SHORTEST = 16
 
 

@@ -87,7 +87,7 @@ class Plan:
 
     def trainer_options(self) -> dict[str, Any]:
         load, gpu, tiny = self.load, bool(self.hardware.gpus), self.load.policy.parameters < SMALL
-        steps = 200 if gpu else 50
+        steps = 200 if gpu else 50 if tiny else 8  # on a CPU minutes, not hours
         options = {
             "beta": 0.0,
             "bf16": gpu,

@@ -256,6 +256,29 @@ def test_processes_on_the_cpu(tmp_path, monkeypatch, config, flags):
     assert parser.parse_args_and_config(args.training_script_args, fail_with_unknown_args=False)[1].use_cpu
 
 
+@pytest.mark.parametrize(
+    ("flags", "told", "accelerator", "threads"),
+    [
+        ("", None, False, 6),
+        ("--cpu --num_processes 2", None, False, 3),
+        ("--cpu --num_processes 8", None, False, 1),
+        ("--num_cpu_threads_per_process 2", None, False, 2),
+        ("", "4", False, None),  # accelerate reads it
+        ("", None, True, None),
+    ],
+)
+def test_a_run_on_the_cpu_has_all_cores(flags, told, accelerator, threads, monkeypatch):
+    seen = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": told})
+    if told is None:
+        del os.environ["OMP_NUM_THREADS"]
+    assert cli.main(["train", "--max_steps", "1", *flags.split()]) == 0
+    assert seen[0].num_cpu_threads_per_process == threads
+
+
 def test_processes_without_an_accelerator_are_not_dropped_silently(capsys, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert cli.main("train --num_processes 2 --max_steps 1".split()) == 2

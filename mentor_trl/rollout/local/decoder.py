@@ -1,5 +1,6 @@
 """One causal language model behind a ragged key-value cache."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -17,6 +18,8 @@ MAX_PREFILL_TOKENS = 8192
 MAX_CATCH_UP = 256
 # Positions that a cache starts with, at most
 FIRST_RESERVE = 512
+# Of a model's argument; transformers 5.24 gave all of them the last one
+CACHE_NAMES = ("past_key_values", "cache_params", "cache")
 
 
 @contextmanager
@@ -79,6 +82,8 @@ class Decoder:
         self.vocab_size = self.lm_head.weight.size(0)
         self.autocast = autocast or nullcontext
         self.float32_head = float32_head
+        takes = inspect.signature(self.model.base_model.forward).parameters
+        self._cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         self.cache = RaggedCache(slots)
         self.prompts: dict[int, tuple[int, ...]] = {}
 
@@ -119,8 +124,8 @@ class Decoder:
                 input_ids=ids,
                 attention_mask=self._mask(positions, length),
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self._cache_name or CACHE_NAMES[0]: self.cache},
             )
         return outputs.last_hidden_state
 

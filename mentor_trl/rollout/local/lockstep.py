@@ -8,10 +8,6 @@ import torch
 from .decoder import Decoder
 
 
-# Of a model's argument; transformers 5.24 gave all of them the last one
-CACHE_NAMES = ("past_key_values", "cache_params", "cache")
-
-
 @dataclass(frozen=True)
 class Ability:
     """
@@ -62,9 +58,7 @@ class LockstepDecoder(Decoder):
     def __init__(self, model, blocks: bool, **options):
         super().__init__(model, **options)
         self.blocks = blocks
-        takes = inspect.signature(self.model.base_model.forward).parameters
-        self._takes_positions = "position_ids" in takes
-        self._cache_name = next((name for name in CACHE_NAMES if name in takes), None)
+        self._takes_positions = "position_ids" in inspect.signature(self.model.base_model.forward).parameters
         self._states = None  # transformers' cache
         self._mask = torch.empty(0, 0)
         self._held: torch.Tensor | None = None
