@@ -29,7 +29,7 @@ from .rollout.host import Host, longest_prompt
 from .rollout.progress import SamplingProgress
 from .training.batch import RolloutBatch, Scored, leave_out
 from .training.checkpoint import RunCallback, copy_logs, load_state, restore_logs, resume_advice, save_state
-from .training.console import fit_console, fit_special_tokens, show
+from .training.console import fit_console, fit_tokenizer, show
 from .training.forward import TokenPass, policy_entropies, policy_logps
 from .training.loss_pass import LossPass
 from .training.metrics import batch_metrics
@@ -384,7 +384,7 @@ class MentorGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         check_one_batch(self.train_dataset, self.args.generation_batch_size, self.num_generations)
-        fit_special_tokens(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        fit_tokenizer(self.accelerator.unwrap_model(self.model), self._tokenizer)
         checkpoint = usable_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if self.recipe is None:
             expert = None if self.engine.remote else self.engine.expert_name

@@ -118,11 +118,16 @@ def fit_console(handler: CallbackHandler, log_format: str) -> None:
     handler.add_callback(LogFile())
 
 
-def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Give a model its tokenizer's first and padding tokens, which the Trainer would do with a warning: many checkpoints
-    (Qwen's) differ there, and neither is read in training. A different end token is still its to tell.
+    Do at once what would be done with a warning. A model gets its tokenizer's first and padding tokens: many
+    checkpoints (Qwen's) differ there, and neither is read in training. A different end token is still the Trainer's to
+    tell. Some tokenizers (Llama 3's) ask for a clean-up of spaces that transformers does not do to a BPE tokenizer.
     """
     for config in (model.config, getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "pad_token_id") if config is not None else ():
             setattr(config, name, getattr(tokenizer, name))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    if type(getattr(backend, "model", None)).__name__ == "BPE" and not forced:
+        tokenizer.clean_up_tokenization_spaces = False

@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+from tokenizers import models
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from helpers import make_tiny_model, make_tiny_tokenizer
@@ -206,3 +207,17 @@ def test_other_first_and_padding_tokens_need_no_warning(tmp_path, caplog):
         trainer.train()
     assert not [record for record in caplog.records if "new PAD/BOS/EOS" in record.message]
     assert trainer.model.config.bos_token_id is None and trainer.model.generation_config.eos_token_id in (2, [2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "forced", "left"), [("BPE", False, False), ("BPE", True, True), ("WordLevel", False, True)]
+)
+def test_a_clean_up_that_is_not_done_is_not_asked_for(kind, forced, left):
+    tokenizer, name = make_tiny_tokenizer(), "clean_up_tokenization_spaces"
+    if kind == "BPE":
+        tokenizer.backend_tokenizer.model = models.BPE(vocab=tokenizer.get_vocab(), merges=[], unk_token="<unk>")
+    setattr(tokenizer, name, True)
+    setattr(tokenizer, f"{name}_for_bpe_even_though_it_will_corrupt_output", forced)
+    before = tokenizer.decode(list(range(7, 30)))
+    console.fit_tokenizer(make_tiny_model(), tokenizer)
+    assert tokenizer.clean_up_tokenization_spaces == left and tokenizer.decode(list(range(7, 30))) == before
