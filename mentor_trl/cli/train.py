@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -360,6 +361,8 @@ def _make_trainer(training_args, model_args, reward_funcs, train_dataset, eval_d
 
 def run(args: list[str] | None = None) -> int:
     """Parse the command line and train, or try to."""
+    # TRL's own use of names that transformers 5.24 has replaced
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
     parser, args = make_parser(), sys.argv[1:] if args is None else args
 
     def start(*parsed: Any) -> None:

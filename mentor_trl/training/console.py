@@ -65,7 +65,7 @@ class _Lines:
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in logs.items() if k != "total_flos"}
             return [], str(shown)
         if "train_runtime" in logs:
-            return [], end_line(logs, step, self.lines.first)
+            return [], end_line(logs, step, self.lines.first) + self.lines.advice()
         if any(name.startswith("eval_") for name in logs):
             return [], evaluation_line(logs, step)
         if "loss" in logs:

@@ -84,6 +84,11 @@ def value_of(column: Column, logs: dict[str, Any]) -> float | None:
     return None
 
 
+def _rewards(logs: dict[str, Any]) -> set[float]:
+    names = (SAMPLED, *(metric for column in COLUMNS[:3] for metric in column.metrics))
+    return {logs[name] for name in names if isinstance(logs.get(name), (int, float)) and math.isfinite(logs[name])}
+
+
 def fitting(columns: Sequence[Column], width: int, step_width: int) -> list[Column]:
     """The columns that fit in a width beside that of the step, the most important ones, in their order."""
     kept, used = [], step_width
@@ -114,10 +119,14 @@ class StepLines:
         self.first = self.step = step
         self.started, self.seconds = time.monotonic(), 0.0
         self.tokens = max((entry["num_tokens"] for entry in history if entry.get("num_tokens")), default=0)
+        self.rewards = {value for entry in history for value in _rewards(entry)}
+        self.learned = any(entry.get("grad_norm") for entry in history)
 
     def step_lines(self, logs: dict[str, Any], step: int, max_steps: int, width: int) -> tuple[list[str], str]:
         """Lines of the header, if it is due, and the line of a step."""
         logs = logs | self._speed(logs, step, max_steps)
+        self.rewards |= _rewards(logs)
+        self.learned = self.learned or bool(logs.get("grad_norm"))
         values = {column.name: value_of(column, logs) for column in COLUMNS}
         if values["mixed"] is None and not values["alpha"]:
             values["alpha"] = None  # guidance is over
@@ -138,6 +147,15 @@ class StepLines:
             value = values[column.name]
             cells.append((NOTHING if value is None else column.form(value)).rjust(column.width))
         return header, self._gap(step_width).join(cells)
+
+    def advice(self) -> str:
+        """What to change where nothing was learned, as all rewards were the same."""
+        if self.learned or len(self.rewards) != 1:
+            return ""
+        (value,) = self.rewards
+        easier = "take easier problems, longer completions, or an expert that is right more often"
+        way = easier if value <= 0 else "take harder problems"
+        return f" Every reward was {value:g}, so nothing was learned: {way}."
 
     def _speed(self, logs: dict[str, Any], step: int, max_steps: int) -> dict[str, float]:
         found, done = {}, step - self.first

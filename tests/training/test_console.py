@@ -126,6 +126,27 @@ def test_an_evaluation_in_a_line():
     assert evaluation_line({**logs, "eval_runtime": 1.0}, 7).startswith("Evaluation at step 7: reward 0.500,")
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([{"reward": 0.0, "mentor/mixed/reward": 0.0, "grad_norm": 0.0}] * 2, "take easier problems"),
+        ([{"reward": 1.0, "grad_norm": 0.0}], "Every reward was 1, so nothing was learned: take harder"),
+        ([{"reward": 0.0, "grad_norm": 0.0}, {"reward": 0.0, "mentor/mixed/reward": 0.5, "grad_norm": 0.0}], ""),
+        ([{"reward": 0.0, "grad_norm": 0.5}], ""),  # by another loss
+        ([{"reward": float("nan"), "grad_norm": 0.0}], ""),
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_that_learns_nothing_says_so(steps, said, resumed):
+    lines = StepLines()
+    if resumed:
+        lines.begin(len(steps), steps)
+    else:
+        for step, logs in enumerate(steps, 1):
+            lines.step_lines(logs, step, 10, 80)
+    assert said in lines.advice() and bool(said) == bool(lines.advice())
+
+
 def printed(capsys) -> str:
     out, err = capsys.readouterr()
     assert "\r" not in out + err and "\x1b" not in out + err
