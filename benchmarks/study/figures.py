@@ -337,7 +337,8 @@ def _draw_dots(figure: Figure) -> "Drawing":
         elif panel["share"]:
             axis.set_xlim(-0.03, 1.03)
         else:
-            axis.set_xlim(left=0.0)
+            axis.set_xlim(0.0, 1.04 * axis.get_xlim()[1])  # dots do not touch the edge
+            axis.locator_params(axis="x", nbins=5)
     if figure.axes[0]:
         drawing.supxlabel(figure.axes[0], fontsize=9.5)
     entries = {"a seed": DOT, "mean of the seeds": BAR}
