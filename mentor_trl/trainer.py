@@ -336,6 +336,7 @@ class MentorGRPOTrainer(GRPOTrainer):
             names = {"base": self.model.config._name_or_path, "expert": self.engine.expert_name}
             rewards = list(zip(self.reward_func_names, self.reward_weights.tolist()))
             facts = names | {"rewards": rewards, "recipe": self.recipe, "training": self.is_in_train}
+            facts["chats"] = self._tokenizer.chat_template is not None
             complete_card(self.args, self.state, **facts, dataset_name=dataset_name, results=results)
 
     def push_to_hub(self, *args, **kwargs):

@@ -24,6 +24,7 @@ from .recipe import PUBLISHED, names_dataset
 # Our sections stand before this heading of TRL's card
 HEADING = "### Framework versions"
 _NO_BASE = "[None](https://huggingface.co/None)"
+_NO_MODEL, _CHAT = 'model="None"', '[{"role": "user", "content": question}]'
 # Options that the card shows where they are set
 MIXING = (
     *("branch_rule", "entropy_quantile", "entropy_threshold", "entropy_threshold_min"),
@@ -55,10 +56,12 @@ def complete_card(
     dataset_name: str | None = None,
     results: str | Path | dict[str, Any] | None = None,
     training: bool = False,
+    chats: bool = True,
 ) -> None:
     """
     Complete the `README.md` that TRL has just written. That of a run without an expert stays TRL's, but for the
-    results.
+    results, and a quick start that runs, with the folder of a model that is not on the Hub and, unless it `chats`, a
+    plain prompt.
 
     `recipe` holds the options that the run was started with, and the dataset, where `dataset_name` does not say it.
     `results` are those of `mentor-trl eval`, their file `results.json`, or its folder: they become a table and the
@@ -66,6 +69,9 @@ def complete_card(
     """
     path = Path(args.output_dir, "README.md")
     card = ModelCard.load(path)
+    card.text = card.text.replace(_NO_MODEL, f'model="{_shown(path.parent)}"')
+    if not chats:
+        card.text = card.text.replace(_CHAT, "question")
     if args.num_mixed_generations > 0 or args.distillation != "none":
         before, heading, after = card.text.replace(_NO_BASE, link(base)).partition(HEADING)
         pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
@@ -84,6 +90,11 @@ def complete_card(
     if results is not None:
         update_card(card, model_index(_read_results(results)), path.resolve().parent.name)
     card.save(path)
+
+
+def _shown(folder: Path) -> str:
+    """A folder as it was given, but not where on a machine it lies."""
+    return folder.name if folder.is_absolute() else folder.as_posix()
 
 
 def _part_of(args: MentorGRPOConfig) -> str:

@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from evaluation.test_summary import make_results
 from huggingface_hub import ModelCard
 
@@ -133,9 +135,22 @@ def test_plain_grpo_keeps_the_card_of_trl(tmp_path, monkeypatch):
     ours = (tmp_path / "run" / "README.md").read_bytes()
     monkeypatch.setattr("mentor_trl.trainer.complete_card", lambda *args, **kwargs: None)
     trainer.create_model_card(model_name="m", dataset_name="openai/gsm8k", tags=["a"])
-    theirs = (tmp_path / "run" / "README.md").read_bytes()
+    theirs = (tmp_path / "run" / "README.md").read_bytes().replace(b'model="None"', b'model="run"')
     assert sorted(ours.splitlines()) == sorted(theirs.splitlines())  # tags are a set
     assert [path.name for path in (tmp_path / "run" / "assets").iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_quick_start_runs(chat, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = None if chat else Dataset.from_dict({"prompt": ["abc", "bcd"] * 4})
+    expert = {"expert_processing_class": make_tiny_tokenizer(chat)}
+    given = {"processing_class": make_tiny_tokenizer(chat), "train_dataset": data, "trainer_kwargs": expert}
+    make_trainer("sub/run", max_steps=1, save_strategy="steps", **given).train()
+    text = Path("sub/run/README.md").read_text()
+    assert 'model="sub/run"' in text
+    exec(text.partition("```python\n")[2].partition("```")[0].replace("128", "4"), {})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mixed", [0, 3])
