@@ -307,6 +307,7 @@ def _warn_of_ungradable(dataset: "Dataset | IterableDataset") -> None:
 def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
     """Save the model with its card and, where asked to, push both in one commit (`save_model` would push a first)."""
     from mentor_trl.publishing.hub import HUB_ERRORS, is_hub_id, one_line, withheld
+    from mentor_trl.training.rollout_log import FOLDER
 
     args, print_once = trainer.args, trainer.accelerator.print
     # The Hub refuses a card that names a file as its dataset
@@ -316,6 +317,8 @@ def _publish(trainer: "MentorGRPOTrainer", dataset_name: str | None) -> None:
             trainer.save_model(args.output_dir)
         trainer.create_model_card(model_name=Path(args.output_dir).absolute().name, dataset_name=dataset_name)
         print_once(f"Model saved to {args.output_dir}.")
+        if Path(args.output_dir, FOLDER).is_dir():
+            print_once(f"Look at a rollout: mentor-trl plot rollout {args.output_dir}")
         return
     try:
         trainer.push_to_hub(dataset_name=dataset_name)

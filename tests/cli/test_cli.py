@@ -550,11 +550,15 @@ def test_mistakes_in_the_training_arguments_end_in_one_line(capsys, tmp_path, ti
     assert "`num_mixed_generations=3`" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_training_saves_and_resumes(tmp_path, tiny_model_dir, tiny_expert_dir):
+def test_training_saves_and_resumes(tmp_path, tiny_model_dir, tiny_expert_dir, capsys):
     assert train.run(train_argv(tmp_path, tiny_model_dir, tiny_expert_dir)) == 0
     out = tmp_path / "out"
+    assert capsys.readouterr().out.endswith(f"Model saved to {out}.\n")
     assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
-    resumed = train_argv(tmp_path, tiny_model_dir, tiny_expert_dir, max_steps=2, resume_from_checkpoint=True)
+    resumed = train_argv(
+        tmp_path, tiny_model_dir, tiny_expert_dir, max_steps=2, resume_from_checkpoint=True, log_rollout_records=1
+    )
     assert train.run(resumed) == 0
+    assert capsys.readouterr().out.endswith(f"\nLook at a rollout: mentor-trl plot rollout {out}\n")
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
