@@ -39,7 +39,9 @@ def server(models, tmp_path_factory):
 @pytest.fixture
 def ask(server):
     """`ask(path, **body)`: an answer that is no error."""
-    with httpx.Client(base_url=server.url, headers=server.headers, timeout=120.0) as client:
+    # Of a pool that many threads share one may close an idle connection that another has just been given
+    alone = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=server.url, headers=server.headers, timeout=120.0, limits=alone) as client:
 
         def ask(path, **body):
             answer = client.post(path, json=body)
