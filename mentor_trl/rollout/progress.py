@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 
 
 DELAY = 1.0  # seconds before a bar appears
+FIRST = 10.0  # seconds before the first line
 
 
 class SamplingProgress:
@@ -21,11 +22,11 @@ class SamplingProgress:
             What they are called.
         disable (`bool`, *optional*, defaults to `False`):
             Whether to show nothing.
-        interval (`float`, *optional*, defaults to `15.0`):
+        interval (`float`, *optional*, defaults to `30.0`):
             Seconds between two lines.
     """
 
-    def __init__(self, rows: int, what: str, disable: bool = False, interval: float = 15.0):
+    def __init__(self, rows: int, what: str, disable: bool = False, interval: float = 30.0):
         self.total, self.what, self.interval = rows, what, interval
         self.rows = self.tokens = 0
         on_terminal = sys.stderr.isatty()
@@ -35,7 +36,8 @@ class SamplingProgress:
         )
 
     def __enter__(self) -> "SamplingProgress":
-        self.started = self.said = time.monotonic()
+        self.started = time.monotonic()
+        self.said = self.started - self.interval + FIRST
         return self
 
     def __exit__(self, *failure) -> None:

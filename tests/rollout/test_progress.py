@@ -34,14 +34,15 @@ def run(clock, monkeypatch, terminal, **options):
     stream = Terminal(terminal)
     monkeypatch.setattr(sys, "stderr", stream)
     with SamplingProgress(4, "Mixed rows", **options) as shown:
-        for rows, tokens, seconds in ((1, 10, 10.0), (0, 5, 10.0), (3, 40, 5.0)):
+        for rows, tokens, seconds in ((1, 10, 12.0), (0, 5, 20.0), (3, 40, 15.0)):
             clock[0] += seconds
             shown(rows, tokens)
     return stream.text
 
 
 def test_lines_of_a_log_file(clock, monkeypatch):
-    assert run(clock, monkeypatch, False) == "Mixed rows: 1 of 4 rows, 15 tokens, 20 s\n"
+    lines = "Mixed rows: 1 of 4 rows, 10 tokens, 12 s\nMixed rows: 4 of 4 rows, 55 tokens, 47 s\n"
+    assert run(clock, monkeypatch, False) == lines
     assert run(clock, monkeypatch, False, disable=True) == ""
 
 
