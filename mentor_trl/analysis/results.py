@@ -59,7 +59,6 @@ class ResultsTable:
     columns: list[str]
     rows: dict[str, list[Cell | None]]
     seeds: dict[str, int]
-
     limits: dict[str, int]
 
     @property
